@@ -1,0 +1,123 @@
+"""The container every image set comes in, and the few operations all sets share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oodlib.errors import OodlibError
+
+__all__ = ["ImageSet", "assert_disjoint"]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size in memory (or memory-mapped), with labels.
+
+    Attributes
+    ----------
+    name, split : for example "cifar10", "test"
+    images : (n, c, h, w) uint8; c is 1 or 3
+    labels : (n,) int64, -1 where a class has no meaning
+    class_names : one name per label
+    meta : named per-image arrays of length n, for example "font"
+    """
+
+    name: str
+    split: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] = ()
+    meta: Mapping[str, NDArray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[1] not in (1, 3):
+            raise OodlibError(f"ImageSet {self.name}/{self.split}: images must be uint8 of shape (n, 1 or 3, h, w), "
+                              f"got {self.images.dtype} {self.images.shape}.")
+        if n == 0:
+            raise OodlibError(f"ImageSet {self.name}/{self.split}: the set is empty. Check the split or the filter.")
+        for key, value in {"labels": self.labels, **self.meta}.items():
+            if len(value) != n:
+                raise OodlibError(f"ImageSet {self.name}/{self.split}: {n} images but {len(value)} {key}.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({self.name}/{self.split}: {len(self)} images {shape}, {len(self.class_names)} classes)"
+
+    def subset(self, index: NDArray | slice, *, name: str | None = None, split: str | None = None) -> ImageSet:
+        """The chosen images (integer or boolean index, or a slice), in that order."""
+        return replace(self, name=name or self.name, split=split or self.split, images=self.images[index],
+                       labels=self.labels[index], meta={k: v[index] for k, v in self.meta.items()})
+
+    def sample(self, n: int, *, seed: int, stratified: bool = False) -> ImageSet:
+        """``n`` images without replacement (all of them where the set is smaller), in a seeded order.
+
+        ``stratified`` takes as equal a number per label as possible.
+        """
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(len(self))
+        if stratified:
+            labels = self.labels[order]
+            rank = np.empty(len(order), dtype=np.int64)     # how many of the same label came before
+            for label in np.unique(labels):
+                where = np.flatnonzero(labels == label)
+                rank[where] = np.arange(len(where))
+            order = order[np.argsort(rank, kind="stable")]
+        return self.subset(order[:n])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over shape, pixels and labels: the identity of the data in caches and provenance."""
+        digest = hashlib.sha256(str(self.images.shape).encode())
+        for start in range(0, len(self), 4096):
+            digest.update(np.ascontiguousarray(self.images[start:start + 4096]).tobytes())
+        digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def image_hashes(self) -> list[str]:
+        """One hash per image, of its pixels alone."""
+        return [hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
+                for image in self.images]
+
+    def resized(self, size: int, *, channels: int = 3) -> ImageSet:
+        """The ID set's transform for another set: RGB (or grey), shorter side to ``size`` bilinearly, centre crop.
+
+        Pillow's antialiased bilinear filter, as torchvision's ``Resize`` uses on PIL images.
+        """
+        from PIL import Image
+
+        if self.images.shape[1:] == (channels, size, size):
+            return self
+        mode = "RGB" if channels == 3 else "L"
+        out = np.empty((len(self), channels, size, size), dtype=np.uint8)
+        h, w = self.images.shape[2:]
+        scale = size / min(h, w)
+        new_h, new_w = max(size, int(h * scale)), max(size, int(w * scale))
+        top, left = round((new_h - size) / 2), round((new_w - size) / 2)
+        for i, image in enumerate(self.images):
+            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).convert(mode)
+            picture = picture.resize((new_w, new_h), Image.Resampling.BILINEAR)
+            picture = picture.crop((left, top, left + size, top + size))
+            out[i] = np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+        return replace(self, images=out)
+
+
+def assert_disjoint(*sets: ImageSet) -> None:
+    """Raise OodlibError if two sets share an image (identical pixels); fitting and test data must not."""
+    owner: dict[str, str] = {}
+    for image_set in sets:
+        label = f"{image_set.name}/{image_set.split}"
+        hashes = set(image_set.image_hashes())
+        shared = [h for h in hashes if owner.get(h, label) != label]
+        if shared:
+            raise OodlibError(f"assert_disjoint: {len(shared)} images of {label} are also in {owner[shared[0]]}. "
+                              "Remove them from one side before fitting or testing.")
+        owner.update(dict.fromkeys(hashes, label))

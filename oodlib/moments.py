@@ -1,0 +1,90 @@
+"""Class means and covariances of features, streamed: one pass, float64, centred, memory of order D x D + C x D."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oodlib.bank import to_numpy
+from oodlib.errors import OodlibError
+
+__all__ = ["Moments", "class_moments", "stream_moments"]
+
+_ROWS = 16384
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First and second moments of labelled features.
+
+    mean : (D,); class_means : (C, D); counts : (C,)
+    covariance : (D, D), within classes, divided by N (not N - C), as in the Mahalanobis papers
+    total_covariance : (D, D), about the global mean, divided by N
+    """
+
+    mean: NDArray[np.float64]
+    class_means: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    covariance: NDArray[np.float64]
+    total_covariance: NDArray[np.float64]
+
+
+def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
+    r"""Moments of features that arrive in batches and need not fit in memory.
+
+    Sums are taken about the mean of the first batch, m, which removes the cancellation of raw moments:
+    ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and ``within = total - sum_c n_c (mu_c-mean)(mu_c-mean)^T / N``.
+
+    Parameters
+    ----------
+    batches : pairs of features (n, D) and labels (n,) with values in 0 .. C-1
+    num_classes : C
+
+    Raises
+    ------
+    OodlibError : no batch, a label outside 0 .. C-1, a class without a sample
+    """
+    scatter = np.empty((0, 0))
+    sums = np.empty((0, 0))
+    shift = np.empty(0)
+    counts = np.zeros(num_classes, dtype=np.int64)
+    for batch_features, batch_labels in batches:
+        features, labels = to_numpy(batch_features), to_numpy(batch_labels)
+        if len(features) != len(labels):
+            raise OodlibError(f"stream_moments: a batch has {len(features)} features but {len(labels)} labels.")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise OodlibError(f"stream_moments: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. "
+                              f"{labels.max()}. Leave unlabelled images out.")
+        if not counts.any():
+            shift = features[:_ROWS].mean(0, dtype=np.float64)
+            scatter, sums = np.zeros((len(shift), len(shift))), np.zeros((num_classes, len(shift)))
+        for start in range(0, len(features), _ROWS):
+            x = features[start:start + _ROWS].astype(np.float64) - shift
+            y = labels[start:start + _ROWS]
+            scatter += x.T @ x
+            one_hot = np.zeros((num_classes, len(y)))
+            one_hot[y, np.arange(len(y))] = 1
+            sums += one_hot @ x
+            counts += np.bincount(y, minlength=num_classes)
+    n = int(counts.sum())
+    if n == 0:
+        raise OodlibError("stream_moments: there was no batch. Check the loader.")
+    if (counts == 0).any():
+        empty = np.flatnonzero(counts == 0)
+        raise OodlibError(f"stream_moments: every class needs a sample, class {empty[0]} has none "
+                          f"({len(empty)} of {num_classes} classes are empty). Check the split.")
+    centred = sums.sum(0) / n                                        # mean - shift
+    means = sums / counts[:, None]                                   # class means - shift
+    total = scatter / n - np.outer(centred, centred)
+    spread = means - centred
+    within = total - (spread.T * (counts / n)) @ spread
+    return Moments(shift + centred, shift + means, counts, (within + within.T) / 2, (total + total.T) / 2)
+
+
+def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
+    """`stream_moments` of arrays or tensors that are at hand (memory-mapped ones are read in pieces)."""
+    return stream_moments([(features, labels)], num_classes)
