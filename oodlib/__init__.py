@@ -13,14 +13,14 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from oodlib.bank import FeatureBank
     from oodlib.doctor import check_env
-    from oodlib.extract import extract
+    from oodlib.extraction import extract
     from oodlib.scores import Detector, create, load_detector, names
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "FeatureBank", "OodlibError", "check_env", "create", "extract", "load_detector", "names"]
 
 # loaded on first use, so that `import oodlib` and the command line start without torch
-_HOME = {"FeatureBank": "oodlib.bank", "check_env": "oodlib.doctor", "extract": "oodlib.extract",
+_HOME = {"FeatureBank": "oodlib.bank", "check_env": "oodlib.doctor", "extract": "oodlib.extraction",
          "Detector": "oodlib.scores", "create": "oodlib.scores", "load_detector": "oodlib.scores",
          "names": "oodlib.scores"}
 _MODULES = {"data", "gradients", "metrics", "models", "report", "scores", "training"}

@@ -37,7 +37,8 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
     r"""Moments of features that arrive in batches and need not fit in memory.
 
     Sums are taken about the mean of the first batch, m, which removes the cancellation of raw moments:
-    ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and ``within = total - sum_c n_c (mu_c-mean)(mu_c-mean)^T / N``.
+    ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and
+    ``within = total - sum_c n_c (mu_c-mean)(mu_c-mean)^T / N``.
 
     Parameters
     ----------

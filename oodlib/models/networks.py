@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +79,7 @@ class FastConvNet(nn.Module):
         channels = (filters, *widths)
         self.blocks = nn.Sequential(*(
             _Block(a, b, nn.ReLU() if i == len(widths) - 1 else nn.GELU())
-            for i, (a, b) in enumerate(zip(channels[:-1], channels[1:], strict=True))
+            for i, (a, b) in enumerate(pairwise(channels))
         ))
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)

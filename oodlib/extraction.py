@@ -1,0 +1,309 @@
+"""One forward pass over a data set: features, logits and, on request, earlier layers, into a FeatureBank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler, Subset
+from tqdm.auto import tqdm
+
+from oodlib.bank import FeatureBank, Head, check_head, seal, to_numpy
+from oodlib.data.images import ImageSet
+from oodlib.errors import OodlibError
+from oodlib.files import atomic_folder, write_json
+from oodlib.training import normalise
+
+__all__ = ["extract", "find_head", "pick_device", "weights_hash"]
+
+Stats = Sequence[float]
+Batch = tuple[Tensor, Tensor]
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` is CUDA, then Apple's MPS, then the CPU."""
+    if str(device) != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_head(model: nn.Module, example: Tensor) -> str:
+    """Name of the linear layer, or 1x1 convolution on one position, whose output *is* the model's output.
+
+    example : a batch (n, c, h, w) as the model takes it
+
+    Raises
+    ------
+    OodlibError : no such layer, for example because an activation, a pooling or a mean over heads follows it
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            outputs[name] = output
+        return hook
+
+    linear = {n: m for n, m in model.named_modules()
+              if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)}
+    handles = [m.register_forward_hook(keep(n)) for n, m in linear.items()]
+    try:
+        with torch.inference_mode():
+            logits = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise OodlibError(f"find_head: the model must return logits (n, C), got {shape}. "
+                          "Dense prediction and several outputs are not supported.")
+    for name in reversed(outputs):
+        output = outputs[name]
+        if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
+            return name
+    raise OodlibError("find_head: no linear layer gives the model's output as it stands: something (an activation, a "
+                      "pooling, a mean over two heads) follows the last one. Scores need logits = W features + b.")
+
+
+class _Taps:
+    """Forward hooks that keep the head's input and the named layers of the current batch."""
+
+    def __init__(self, model: nn.Module, head: str, layers: Sequence[str]):
+        modules = dict(model.named_modules())
+        unknown = [name for name in layers if name not in modules]
+        if unknown:
+            raise OodlibError(f"extract: the model has no layer {unknown[0]!r}. Its top-level layers are "
+                              f"{', '.join(n for n, _ in model.named_children())}.")
+        self.features = torch.empty(0)
+        self.layers: dict[str, Tensor] = {}
+        self._handles = [modules[head].register_forward_pre_hook(self._keep_features)]
+        self._handles += [modules[name].register_forward_hook(self._keep_layer(name)) for name in layers]
+
+    def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.features = inputs[0].flatten(1)
+
+    def _keep_layer(self, name: str):
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if output.ndim == 4:                    # (n, channels, h, w): mean over positions
+                output = output.mean((2, 3))
+            elif output.ndim == 3:                  # (n, tokens, width): mean over tokens
+                output = output.mean(1)
+            self.layers[name] = output
+        return hook
+
+    def __enter__(self) -> _Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _read_head(module: nn.Module) -> Head:
+    weight = to_numpy(module.weight).reshape(len(module.weight), -1).copy()    # type: ignore[arg-type]
+    bias = np.zeros(len(weight), weight.dtype) if module.bias is None else to_numpy(module.bias).copy()
+    return Head(weight, bias)
+
+
+def _batches(data: ImageSet | Iterable[Batch], start: int, batch_size: int,
+             mean: Stats | None, std: Stats | None) -> Iterator[Batch]:
+    """Batches of network input and labels, from row ``start`` on."""
+    if isinstance(data, ImageSet):
+        if mean is None or std is None:
+            raise OodlibError("extract: an ImageSet holds raw pixels, so mean= and std= of the network are needed "
+                              "(one number per channel, in units of pixel / 255).")
+        statistics = torch.tensor(mean), torch.tensor(std)
+        for i in range(start, len(data), batch_size):
+            pixels = torch.from_numpy(np.array(data.images[i:i + batch_size]))
+            yield normalise(pixels, *statistics), torch.from_numpy(np.array(data.labels[i:i + batch_size]))
+        return
+    if isinstance(data, DataLoader) and start:
+        data = DataLoader(Subset(data.dataset, range(start, len(data.dataset))),     # type: ignore[arg-type]
+                          batch_size=data.batch_size, num_workers=data.num_workers, collate_fn=data.collate_fn)
+        start = 0
+    for x, y in data:
+        if start >= len(x):
+            start -= len(x)
+        else:
+            yield x[start:], y[start:]
+            start = 0
+
+
+def _count(data: ImageSet | Iterable[Batch]) -> int:
+    if isinstance(data, ImageSet):
+        return len(data)
+    if isinstance(data, DataLoader):
+        if not isinstance(data.sampler, SequentialSampler):
+            raise OodlibError("extract: the DataLoader shuffles or samples, so rows would have no fixed order. "
+                              "Build it with shuffle=False.")
+        return len(data.dataset)                                                     # type: ignore[arg-type]
+    if isinstance(data, Sequence):
+        return sum(len(x) for x, _ in data)
+    raise OodlibError(f"extract: expected an ImageSet, a DataLoader or a list of (x, y) batches, got "
+                      f"{type(data).__name__}.")
+
+
+def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | None = None, std: Stats | None = None,
+            layers: Sequence[str] = (), cache: str | Path | None = None, model_name: str | None = None,
+            fingerprint: str | None = None, batch_size: int = 250, shard_rows: int = 10_000,
+            device: str | torch.device = "auto", progress: bool = True) -> FeatureBank:
+    """Run ``model`` once over ``data`` and keep the input of its linear head, its logits and the named layers.
+
+    Works for any classifier whose output is that of one linear layer (timm, torchvision, your own); see `find_head`.
+
+    Parameters
+    ----------
+    model : moved to ``device`` and put in evaluation mode
+    data : an ImageSet, an unshuffled DataLoader of (x, y), or a list of such batches
+    mean, std : per channel, in units of pixel / 255; for an ImageSet only, other data come transformed
+    layers : names as in ``model.named_modules()``; each is averaged over positions or tokens to (N, d)
+    cache : folder for banks. A finished bank with the same model, weights, transform and data is opened instead of
+        computed again, and an interrupted one goes on at the last finished shard. ``None`` keeps all in memory.
+    model_name : for the file name and the key; the class name where not given
+    fingerprint : identity of the data behind a loader, needed with ``cache`` (an ImageSet knows its own)
+    shard_rows : rows between two savings of the progress; also what the memory is bounded by
+
+    Returns
+    -------
+    FeatureBank, float32; memory-mapped where ``cache`` is given
+
+    Raises
+    ------
+    OodlibError : no linear head, a shuffled loader, an unknown layer, features that do not give the logits
+    """
+    where = pick_device(device)
+    n = _count(data)
+    was_training = model.training
+    model.eval().to(where)
+    name = model_name or type(model).__name__
+    data_name = f"{data.name}-{data.split}" if isinstance(data, ImageSet) else "loader"
+    meta = {"model": name, "data": data_name, "layers": list(layers), "rows": n}
+    if cache is not None:
+        fingerprint = fingerprint or getattr(getattr(data, "dataset", data), "fingerprint", None)
+        if fingerprint is None:
+            raise OodlibError("extract: a cache needs fingerprint=, a string that names the data behind the loader "
+                              "(for example the checksum of its image list).")
+        meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std))}
+    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
+
+    if cache is None:
+        store = _MemoryStore(n)
+        _run(model, data, store, 0, mean, std, layers, batch_size, shard_rows, where, progress, data_name)
+        arrays, head = store.arrays, store.head
+        bank = FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
+                           {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
+    else:
+        from filelock import FileLock
+
+        path = Path(cache) / f"{name}-{data_name}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(path.name + ".lock")):           # two notebooks may want the same bank
+            if not (path / "bank.json").exists():
+                disk = _DiskStore(path.with_name(path.name + ".part"), n)
+                _run(model, data, disk, disk.done, mean, std, layers, batch_size, shard_rows, where, progress,
+                     data_name)
+                disk.finish(path, meta)
+        bank = FeatureBank.load(path)
+    model.train(was_training)
+    return bank
+
+
+def _run(model: nn.Module, data: Any, store: _MemoryStore | _DiskStore, start: int, mean: Stats | None,
+         std: Stats | None, layers: Sequence[str], batch_size: int, shard_rows: int, device: torch.device,
+         progress: bool, title: str) -> None:
+    """The pass itself, from row ``start`` on; whole shards go to the store."""
+    shard: list[dict[str, np.ndarray]] = []
+    head_name: str | None = None
+    bar = tqdm(total=store.rows, initial=start, desc=title, unit="img", disable=None if progress else True)
+    waiting = 0
+    for x, y in _batches(data, start, batch_size, mean, std):
+        x = x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
+        if head_name is None:
+            head_name = find_head(model, x[:2])
+            store.head = _read_head(model.get_submodule(head_name))
+        with _Taps(model, head_name, layers) as taps, torch.inference_mode():
+            logits = model(x)
+            rows = {"features": taps.features, "logits": logits, "labels": y,
+                    **{f"layer.{k}": v for k, v in taps.layers.items()}}
+        arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in rows.items()}
+        check_head(store.head, arrays["features"], arrays["logits"], rows=16)
+        shard.append(arrays)
+        waiting += len(x)
+        bar.update(len(x))
+        if waiting >= shard_rows:
+            store.write({k: np.concatenate([part[k] for part in shard]) for k in shard[0]})
+            shard, waiting = [], 0
+    if shard:
+        store.write({k: np.concatenate([part[k] for part in shard]) for k in shard[0]})
+    bar.close()
+    if store.done != store.rows:
+        raise OodlibError(f"extract: {title} announced {store.rows} rows but gave {store.done}. "
+                          "Check the loader's length and drop_last.")
+
+
+class _MemoryStore:
+    """Arrays of N rows, filled shard by shard."""
+
+    def __init__(self, rows: int):
+        self.rows, self.done = rows, 0
+        self.arrays: dict[str, np.ndarray] = {}
+        self.head = Head(np.empty((0, 0)), np.empty(0))
+
+    def write(self, shard: dict[str, np.ndarray]) -> None:
+        stop = self.done + len(shard["labels"])
+        for name, value in shard.items():
+            if name not in self.arrays:
+                self.arrays[name] = np.empty((self.rows, *value.shape[1:]), value.dtype)
+            self.arrays[name][self.done:stop] = value
+        self.done = stop
+
+
+class _DiskStore:
+    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are safe."""
+
+    def __init__(self, folder: Path, rows: int):
+        self.folder, self.rows = folder, rows
+        self.head = Head(np.empty((0, 0)), np.empty(0))
+        folder.mkdir(exist_ok=True)
+        progress = folder / "progress.json"
+        self.done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
+
+    def write(self, shard: dict[str, np.ndarray]) -> None:
+        stop = self.done + len(shard["labels"])
+        for name, value in shard.items():
+            path = self.folder / f"{name}.npy"
+            # opened for each shard, so that mapped pages do not pile up in memory
+            if self.done == 0:
+                array = np.lib.format.open_memmap(path, "w+", value.dtype, (self.rows, *value.shape[1:]))
+            else:
+                array = np.lib.format.open_memmap(path, "r+")
+            array[self.done:stop] = value
+            array.flush()
+        self.done = stop
+        np.save(self.folder / "weight.npy", self.head.weight)
+        np.save(self.folder / "bias.npy", self.head.bias)
+        write_json(self.folder / "progress.json", {"rows": stop})
+
+    def finish(self, path: Path, meta: dict[str, Any]) -> None:
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        seal(self.folder, meta)
+        with atomic_folder(path) as temporary:
+            for file in self.folder.iterdir():
+                file.replace(temporary / file.name)
+        self.folder.rmdir()
