@@ -1,0 +1,22 @@
+"""Score functions on arrays, and the detectors made of them. Larger = more OOD, float64, everywhere.
+
+Each name below is the function, although a module of the same name holds it: the imports bind the functions after the
+modules are loaded.
+"""
+
+from oodlib.scores.ash import ash
+from oodlib.scores.base import Detector, Info, create, load_detector, names
+from oodlib.scores.dice import dice
+from oodlib.scores.energy import energy
+from oodlib.scores.gradnorm import gradnorm, gradnorm_factors, gradnorm_limit
+from oodlib.scores.knn import knn
+from oodlib.scores.mahalanobis import mahalanobis, relative_mahalanobis, whitening
+from oodlib.scores.max_logit import max_logit
+from oodlib.scores.msp import msp
+from oodlib.scores.odin import odin
+from oodlib.scores.react import react
+from oodlib.scores.vim import vim
+
+__all__ = ["Detector", "Info", "ash", "create", "dice", "energy", "gradnorm", "gradnorm_factors", "gradnorm_limit",
+           "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin", "react", "relative_mahalanobis",
+           "vim", "whitening"]

@@ -1,0 +1,63 @@
+"""DICE: the weights of the head that contribute least are removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from oodlib.bank import FeatureBank, to_numpy
+from oodlib.errors import OodlibError
+from oodlib.scores.base import Info, register
+from oodlib.scores.shaping import Shaper, shaped_bank
+
+
+def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[np.float64]:
+    r"""The head's weight without its least contributions: not a score, but the head for one.
+
+    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is not above the
+    ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
+
+    Parameters
+    ----------
+    weight : (C, D)
+    mean_features : (D,), mean over ID training images
+    sparsity : 0 .. 100, per cent
+
+    Returns
+    -------
+    (C, D) float64
+
+    References
+    ----------
+    Sun, Li, ECCV 2022, arXiv 2111.09805
+    """
+    weight, mean_features = (to_numpy(a).astype(np.float64) for a in (weight, mean_features))
+    if weight.ndim != 2 or mean_features.shape != weight.shape[1:]:
+        raise OodlibError(f"dice: weight (C, D) and mean_features (D,) need the same D, got {weight.shape} and "
+                          f"{mean_features.shape}.")
+    if not 0 <= sparsity <= 100:
+        raise OodlibError(f"dice: sparsity must lie in 0 .. 100 (per cent), got {sparsity}.")
+    if sparsity == 0:
+        return weight
+    contribution = weight * mean_features
+    return np.where(contribution > np.percentile(contribution, sparsity), weight, 0)
+
+
+@register(Info("dice", "DICE: Leveraging Sparsification for Out-of-Distribution Detection", "Sun, Li", 2022,
+               "2111.09805", "id", needs="features",
+               deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",)))
+@dataclass(kw_only=True, eq=False)
+class DICE(Shaper):
+    """Detector of ``then`` behind `dice`; ``sparsity``: per cent of the weights to remove."""
+
+    sparsity: float = 70.0
+
+    def _learn(self, bank: FeatureBank) -> None:
+        mean = bank.features.mean(0, dtype=np.float64)
+        self.weight_ = dice(bank.head.weight, mean, sparsity=self.sparsity)
+
+    def _shape(self, bank: FeatureBank) -> FeatureBank:
+        return shaped_bank(bank, bank.features, self.weight_)

@@ -1,0 +1,128 @@
+"""Mahalanobis distance to the nearest class mean, and the same relative to one background Gaussian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from oodlib.bank import FeatureBank
+from oodlib.moments import class_moments
+from oodlib.scores.arrays import by_rows, tensor64
+from oodlib.scores.base import Detector, Info, register
+
+
+def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
+    """Matrix A with A A^T the pseudo-inverse of a covariance, so that ||A^T x||^2 is the Mahalanobis form of x.
+
+    Directions whose variance is below ``rtol`` times the largest (dead units) are left out.
+
+    Parameters
+    ----------
+    covariance : (D, D), symmetric
+
+    Returns
+    -------
+    (D, rank) float64
+    """
+    variances, directions = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
+    keep = variances > rtol * variances[-1]
+    return np.ascontiguousarray(directions[:, keep] / np.sqrt(variances[keep]))
+
+
+def mahalanobis(features: Any, class_means: Any, whitening: Any) -> Any:
+    r"""Squared Mahalanobis distance to the nearest class mean; larger = more OOD.
+
+    S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)
+
+    Parameters
+    ----------
+    features : (N, D)
+    class_means : (C, D)
+    whitening : (D, r) with Sigma^+ = A A^T, see `whitening`
+
+    Returns
+    -------
+    (N,) float64
+
+    References
+    ----------
+    Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S, larger = ID.
+    """
+    return by_rows("mahalanobis", _nearest(class_means, whitening), features)
+
+
+def relative_mahalanobis(features: Any, class_means: Any, whitening: Any, mean: Any, total_whitening: Any) -> Any:
+    r"""Mahalanobis distance to the nearest class minus that to the whole training set; larger = more OOD.
+
+    S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
+
+    Parameters
+    ----------
+    features : (N, D)
+    class_means, whitening : (C, D) and (D, r), within classes
+    mean, total_whitening : (D,) and (D, r0), of all classes together
+
+    Returns
+    -------
+    (N,) float64
+
+    References
+    ----------
+    Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. The paper's confidence is -S, larger = ID.
+    """
+    nearest, background = _nearest(class_means, whitening), _nearest(np.asarray(mean)[None], total_whitening)
+    return by_rows("relative_mahalanobis", lambda h: nearest(h) - background(h), features)
+
+
+def _nearest(means: Any, whitening: Any) -> Any:
+    centre = np.asarray(means, dtype=np.float64).mean(0)       # distances ignore shifts; without it they cancel
+    a, centre = tensor64(whitening), tensor64(centre)
+    targets = (tensor64(means) - centre) @ a
+
+    def distance(h: Tensor) -> Tensor:
+        x = (h.cpu() - centre) @ a
+        squared = x.square().sum(1, keepdim=True) - 2 * x @ targets.T + targets.square().sum(1)
+        return squared.clamp_min_(0).amin(1).to(h.device)
+    return distance
+
+
+@register(Info("mahalanobis",
+               "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+               "Lee, Lee, Lee, Shin", 2018, "1807.03888", "id", needs="labels",
+               deviations=("last features only, no input perturbation, no layer weights learned on outliers",
+                           "pseudo-inverse of the covariance, in float64")))
+@dataclass(kw_only=True, eq=False)
+class Mahalanobis(Detector):
+    """Detector of `mahalanobis`."""
+
+    def _fit(self, bank: FeatureBank) -> None:
+        moments = class_moments(bank.features, bank.labels, bank.head.num_classes)
+        self.class_means_, self.whitening_ = moments.class_means, whitening(moments.covariance)
+
+    def _score(self, bank: FeatureBank) -> Any:
+        return mahalanobis(bank.features, self.class_means_, self.whitening_)
+
+
+@register(Info("relative_mahalanobis",
+               "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
+               "Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan", 2021, "2106.09022", "id", needs="labels",
+               deviations=("pseudo-inverse of the covariances, in float64",)))
+@dataclass(kw_only=True, eq=False)
+class RelativeMahalanobis(Detector):
+    """Detector of `relative_mahalanobis`."""
+
+    def _fit(self, bank: FeatureBank) -> None:
+        moments = class_moments(bank.features, bank.labels, bank.head.num_classes)
+        self.class_means_, self.whitening_ = moments.class_means, whitening(moments.covariance)
+        self.mean_, self.total_whitening_ = moments.mean, whitening(moments.total_covariance)
+
+    def _score(self, bank: FeatureBank) -> Any:
+        return relative_mahalanobis(bank.features, self.class_means_, self.whitening_, self.mean_,
+                                    self.total_whitening_)
+
+
+__all__ = ["mahalanobis", "relative_mahalanobis", "whitening"]

@@ -1,0 +1,45 @@
+"""ODIN without its input perturbation: maximum softmax probability at T = 1000."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from oodlib.bank import FeatureBank
+from oodlib.scores.arrays import by_rows, check_temperature
+from oodlib.scores.base import Detector, Info, register
+
+
+def odin(logits: Any, *, temperature: float = 1000.0) -> Any:
+    r"""Negative maximum softmax probability at a high temperature, **no input perturbation**; larger = more OOD.
+
+    S = -max_c p_c,   p = softmax(logits / T)
+
+    Parameters
+    ----------
+    logits : (N, C)
+    temperature : T > 0
+
+    Returns
+    -------
+    (N,) float64
+
+    References
+    ----------
+    Liang, Li, Srikant, ICLR 2018, arXiv 1706.02690; epsilon = 0 as in GradNorm's released code
+    """
+    check_temperature("odin", temperature)
+    return by_rows("odin", lambda z: -(z / temperature).softmax(1).amax(1), logits)
+
+
+@register(Info("odin", "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
+               "Liang, Li, Srikant", 2018, "1706.02690", "id",
+               deviations=("no input perturbation (epsilon 0), as GradNorm's released code runs it",)))
+@dataclass(kw_only=True, eq=False)
+class ODIN(Detector):
+    """Detector of `odin`."""
+
+    temperature: float = 1000.0
+
+    def _score(self, bank: FeatureBank) -> Any:
+        return odin(bank.logits, temperature=self.temperature)

@@ -1,0 +1,36 @@
+"""Fixtures that several test modules share."""
+
+import numpy as np
+import pytest
+import torch
+
+from oodlib import FeatureBank
+
+
+@pytest.fixture
+def batch():
+    """Features h (20, 8) of either sign, head W (5, 8), b (5,), logits (20, 5); float64 torch."""
+    g = torch.Generator().manual_seed(0)
+    h, w, b = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((20, 8), (5, 8), (5,)))
+    return h, w, b, h @ w.T + b
+
+
+@pytest.fixture(scope="session")
+def blobs():
+    """Banks (train, ID test, OOD test): 4 Gaussian classes in 16 non-negative dimensions, OOD weak and in between."""
+    rng = np.random.default_rng(0)
+    centres = np.kron(np.eye(4), np.ones(4)) * 6
+    noise = 0.5
+
+    def features(n, means):
+        return np.abs(means + noise * rng.normal(size=(n, 16))).astype(np.float32)
+
+    def bank(n):
+        labels = np.arange(n) % 4
+        return FeatureBank.from_arrays(features(n, centres[labels]), weight=centres / 8, bias=np.full(4, -2.0),
+                                       labels=labels)
+
+    train, test = bank(800), bank(400)
+    weak = rng.uniform(0, 3, size=(400, 16)) * (rng.random((400, 16)) < 0.5)
+    ood = FeatureBank.from_arrays(features(400, weak), weight=centres / 8, bias=np.full(4, -2.0))
+    return train, test, ood
