@@ -187,7 +187,9 @@ _ON_COUNTS: dict[Any, Callable[..., float]] = {auroc: _auroc, fpr_at_tpr: _fpr_a
 
 def _evaluator(metric: Metric, ids: NDArray, oods: NDArray) -> Callable[[NDArray, NDArray], float]:
     """The metric as a function of the chosen image indices."""
-    function, options = (metric, {}) if not isinstance(metric, partial) or metric.args else (metric.func, metric.keywords)
+    function, options = metric, {}
+    if isinstance(metric, partial) and not metric.args:
+        function, options = metric.func, metric.keywords
     if function not in _ON_COUNTS:
         return lambda i, o: metric(ids[i], oods[o])
     metric(ids, oods)                                        # refuses bad options before the fast path
