@@ -1,0 +1,63 @@
+"""Numbers that papers and leaderboards print: ``data/published/*.csv``, checked on reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oodlib.data.prepare import PROJECT
+from oodlib.errors import OodlibError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["published"]
+
+_VALUES = ("value", "mean", "std", "note")       # everything else identifies a row
+_NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
+
+
+def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> DataFrame:
+    """The rows of ``data/published/<name>.csv``; texts as they stand, numbers as float64, an unread number as NaN.
+
+    Parameters
+    ----------
+    name : "imagenet", "openood_v15", "gradnorm_unread", ...: a file name without suffix
+
+    Returns
+    -------
+    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in per cent
+
+    Raises
+    ------
+    OodlibError : no such file, a column is missing, a number is outside [0, 100], an empty number has no note,
+        a row has no source, or two rows have the same key
+    """
+    import pandas as pd
+
+    path = Path(folder) / f"{name}.csv"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in Path(folder).glob("*.csv"))) or "none"
+        raise OodlibError(f"{path}: there is no such file of published numbers. Known: {known}.")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    number = "value" if "value" in table else "mean"
+    missing = (_NEEDED | {number}) - set(table)
+    if missing:
+        raise OodlibError(f"{path}: the columns {', '.join(sorted(missing))} are missing. See README.md beside it.")
+    for column in {number, "std"} & set(table):
+        values = pd.to_numeric(table[column].replace("", "nan"), errors="coerce")
+        _refuse(path, table, values.isna() & ~table[column].isin(["", "nan"]), f"{column} is not a number")
+        _refuse(path, table, values.notna() & ~values.between(0, 100), f"{column} is outside [0, 100]")
+        table[column] = values
+    _refuse(path, table, table["source"] == "", "the source is missing")
+    _refuse(path, table, table[number].isna() & (table["note"] == ""), "an empty number needs a note")
+    _refuse(path, table, ~table["positive_class"].isin(["ID", "OOD", "none", ""]), "positive_class is not ID or OOD")
+    key = [column for column in table if column not in _VALUES]
+    _refuse(path, table, table.duplicated(key), "the same key stands in an earlier row")
+    return table
+
+
+def _refuse(path: Path, table: DataFrame, bad: object, reason: str) -> None:
+    rows = table.index[bad]                      # type: ignore[index]
+    if len(rows):
+        raise OodlibError(f"{path}, line {rows[0] + 2}: {reason} ({len(rows)} such rows). Correct the file.")

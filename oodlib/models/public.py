@@ -1,0 +1,336 @@
+"""Classifiers that others trained: public CIFAR checkpoints by address and hash, and timm models with a user's weights.
+
+The network classes here only give published state dicts a body; checkpoints are never part of this project.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pad, relu
+
+from oodlib.data.images import ImageSet
+from oodlib.data.prepare import data_root
+from oodlib.errors import OodlibError
+from oodlib.files import sha256
+from oodlib.training import evaluate
+
+__all__ = ["PUBLIC", "DenseNetBC", "ModelInfo", "ResNetA", "assert_accuracy", "paper_model", "public_model",
+           "resnet18_32x32"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Facts about one public checkpoint.
+
+    Attributes
+    ----------
+    mean, std : of the normalisation it was trained with, in units of pixel / 255
+    sha256 : of the file
+    address, licence : where it comes from, and its terms
+    stored_accuracy : test accuracy in [0, 1] that the authors store in the file, None if they do not
+    measured_accuracy : what we measured on the data set's test split; (accuracy, number of images)
+    id_set : name of the set it was trained on
+    file : name below ``weights/`` of a mirror
+    """
+
+    name: str
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    sha256: str
+    address: str
+    licence: str
+    stored_accuracy: float | None
+    measured_accuracy: tuple[float, int]
+    id_set: str
+    file: str
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.added = stride, channels - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, ::self.stride, ::self.stride]
+        return relu(out + pad(shortcut, (0, 0, 0, 0, self.added // 2, self.added // 2)))
+
+
+class ResNetA(nn.Module):
+    """CIFAR ResNet of He et al. (CVPR 2016, section 4.2) with parameter-free shortcuts (option A); 64 features.
+
+    ``blocks`` per stage: 3 gives ResNet-20, 9 gives ResNet-56.
+    """
+
+    def __init__(self, blocks: int, num_classes: int = 10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(blocks, 16, 16, 1)
+        self.layer2 = self._stage(blocks, 16, 32, 2)
+        self.layer3 = self._stage(blocks, 32, 64, 2)
+        self.linear = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
+        first = _BasicBlock(channels_in, channels, stride)
+        return nn.Sequential(first, *(_BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, channels_in: int, growth: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels_in), nn.Conv2d(channels_in, 4 * growth, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv2(relu(self.bn2(self.conv1(relu(self.bn1(x))))))], 1)
+
+
+class _DenseBlock(nn.Module):
+    def __init__(self, layers: int, channels_in: int, growth: int):
+        super().__init__()
+        self.layer = nn.Sequential(*(_DenseLayer(channels_in + i * growth, growth) for i in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class _Transition(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels // 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return avg_pool2d(self.conv1(relu(self.bn1(x))), 2)
+
+
+class DenseNetBC(nn.Module):
+    """DenseNet-BC for 32-pixel images (Huang et al., CVPR 2017): three dense blocks, compression 1/2.
+
+    16 layers a block at growth 12 is DenseNet-BC-100: 342 features.
+    """
+
+    def __init__(self, num_classes: int, *, layers: int = 16, growth: int = 12):
+        super().__init__()
+        channels = 2 * growth
+        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        for i in (1, 2, 3):
+            self.add_module(f"block{i}", _DenseBlock(layers, channels, growth))
+            channels += layers * growth
+            if i < 3:
+                self.add_module(f"trans{i}", _Transition(channels))
+                channels //= 2
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trans2(self.block2(self.trans1(self.block1(self.conv1(x)))))
+        return self.fc(relu(self.bn1(self.block3(x))).mean((2, 3)))
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_DENSENET = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+_AKAMASTER = "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/master/pretrained_models/"
+_DICE = "https://raw.githubusercontent.com/deeplearning-wisc/dice/ca6c275c5e1948858a911ea40924d6d5c412aac2/checkpoints/"
+
+PUBLIC: dict[str, tuple[ModelInfo, Callable[[], nn.Module]]] = {
+    "resnet20_cifar10": (ModelInfo(
+        "resnet20_cifar10", 10, *_IMAGENET, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
+        _AKAMASTER + "resnet20-12fca82f.th", "BSD-2-Clause", 0.9178, (0.9173, 10_000), "cifar10",
+        "resnet20-12fca82f.th"), lambda: ResNetA(3)),
+    "resnet56_cifar10": (ModelInfo(
+        "resnet56_cifar10", 10, *_IMAGENET, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
+        _AKAMASTER + "resnet56-4bfd9763.th", "BSD-2-Clause", 0.9362, (0.9339, 10_000), "cifar10",
+        "resnet56-4bfd9763.th"), lambda: ResNetA(9)),
+    "densenet100_cifar10": (ModelInfo(
+        "densenet100_cifar10", 10, *_DENSENET, "deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817",
+        _DICE + "CIFAR-10/densenet/checkpoint_100.pth.tar", "MIT", None, (0.943, 1_000), "cifar10",
+        "densenet100-cifar10.pth.tar"), lambda: DenseNetBC(10)),
+    "densenet100_cifar100": (ModelInfo(
+        "densenet100_cifar100", 100, *_DENSENET, "56cbe261c2612976e11aedcbd60ba00766e8c01c78f96c3f18ff561ead804d47",
+        _DICE + "CIFAR-100/densenet/checkpoint_100.pth.tar", "MIT", None, (0.745, 1_000), "cifar100",
+        "densenet100-cifar100.pth.tar"), lambda: DenseNetBC(100)),
+}
+
+
+def public_model(name: str, *, mirror: str | os.PathLike[str] | None = None, download: bool = True,
+                 data_dir: str | os.PathLike[str] | None = None) -> tuple[nn.Module, ModelInfo]:
+    """A public checkpoint in evaluation mode, with its facts; its last layer is an ``nn.Linear``.
+
+    The file comes from ``weights/`` of the mirror (default ``OODLIB_MIRROR``), else by download into
+    ``<data>/weights``; its SHA-256 is checked either way and its pickle is read with ``weights_only=True``.
+
+    Raises
+    ------
+    OodlibError : unknown name, wrong hash, or no file and no download
+    """
+    if name not in PUBLIC:
+        raise OodlibError(f"There is no public model {name!r}. Known: {', '.join(PUBLIC)}.")
+    info, build = PUBLIC[name]
+    model = build()
+    model.load_state_dict(_state_dict(_weights_file(info, mirror, download, data_dir)))
+    return model.eval(), info
+
+
+def _weights_file(info: ModelInfo, mirror: str | os.PathLike[str] | None, download: bool,
+                  data_dir: str | os.PathLike[str] | None) -> Path:
+    folder, mirror = data_root(data_dir) / "weights", mirror or os.environ.get("OODLIB_MIRROR")
+    candidates = [Path(mirror) / "weights" / info.file] if mirror else []
+    for path in (*candidates, folder / info.file):
+        if path.is_file():
+            found = sha256(path)
+            if found != info.sha256:
+                raise OodlibError(f"{path}: SHA-256 is {found}, {info.name} has {info.sha256}. Delete the file and "
+                                  "copy or download it again.")
+            return path
+    reason = "downloads are off"
+    if download:
+        import pooch
+
+        try:
+            return Path(pooch.retrieve(info.address, f"sha256:{info.sha256}", fname=info.file, path=folder))
+        except Exception as error:               # requests' and pooch's errors have no common base
+            reason = f"the download failed ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+    raise OodlibError(f"{info.name}: {info.file} is not at hand and {reason}. Put it under weights/ of OODLIB_MIRROR, "
+                      f"or download {info.address} into {folder}.")
+
+
+def _state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without the ``module.`` of DataParallel."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                   # pickle, zip and runtime errors
+        raise OodlibError(f"{path}: not a checkpoint of tensors that weights_only=True can read "
+                          f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}). Download it again, or "
+                          "save its state dict with torch.save.") from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise OodlibError(f"{path}: a state dict was expected, got {type(loaded).__name__}. Save model.state_dict().")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        reason = " ".join(line.strip() for line in lines[1:3])[:300]
+        raise OodlibError(f"{path}: its tensors do not fit {type(model).__name__}: {reason} Check that the checkpoint "
+                          "belongs to this network.") from error
+
+
+def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_classes: int = 10) -> nn.Module:
+    """OpenOOD's ResNet-18 for 32-pixel images: torchvision's with a 3x3 stem and no max-pool; 512 features.
+
+    ``checkpoint`` is the user's copy of an OpenOOD ``best.ckpt`` (its ``shortcut`` is torchvision's ``downsample``);
+    without it the weights are random. In evaluation mode.
+    """
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    if checkpoint is not None:
+        state = {k.replace(".shortcut.", ".downsample."): v for k, v in _state_dict(checkpoint).items()}
+        _fill(model, state, checkpoint)
+    return model.eval()
+
+
+def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = None, *,
+                preprocessing: Literal["timm", "gradnorm"] = "timm", pretrained: bool = True,
+                ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """A timm classifier in evaluation mode and its image transform.
+
+    Parameters
+    ----------
+    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k"
+    weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint in timm's names or
+        in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm downloads the tag's
+        weights, or leaves them random if ``pretrained`` is False
+    preprocessing : "timm" is what the tag states; "gradnorm" is the paper's: both sides to 480, no crop, mean and
+        std 0.5
+
+    Raises
+    ------
+    OodlibError : unknown model, missing or unreadable file, tensors that do not fit
+
+    Notes
+    -----
+    The GradNorm checkpoint's outputs are in MOS's class order: pass the images with ``imagenet2012_val_list.txt``
+    (same order) or use ``oodlib.data.class_remap``. OOD scores do not depend on it, accuracy does.
+    """
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    if weights_file is not None and not Path(weights_file).is_file():
+        raise OodlibError(f"paper_model: the weights file {weights_file} is missing. Check its path.")
+    native = weights_file is not None and Path(weights_file).suffix in (".npz", ".safetensors")
+    overlay = {"file": str(weights_file), "custom_load": Path(weights_file).suffix == ".npz"} if native else None
+    try:
+        model = timm.create_model(timm_name, pretrained=native or (weights_file is None and pretrained),
+                                  pretrained_cfg_overlay=overlay)
+    except Exception as error:                   # timm, hub and zip errors have no common base
+        raise OodlibError(f"paper_model: timm cannot build {timm_name} from {weights_file or 'its own weights'} "
+                          f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Check the name with "
+                          "timm.list_models(), and the file.") from error
+    if weights_file is not None and not native:
+        _fill(model, {_bit_name(k): v for k, v in _state_dict(weights_file).items()}, weights_file)
+    if preprocessing == "gradnorm":
+        from torchvision import transforms
+
+        transform = transforms.Compose([transforms.Resize((480, 480)), transforms.ToTensor(),
+                                        transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    else:
+        transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    return model.eval(), transform
+
+
+def _bit_name(key: str) -> str:
+    """A tensor's name in the GradNorm paper's BiT code, translated to timm's; other names stay."""
+    def unit(match: re.Match[str]) -> str:
+        return f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}."
+
+    if not key.startswith(("root.", "body.", "before_head.", "head.conv.")):
+        return key
+    key = re.sub(r"^body\.block(\d+)\.unit(\d+)\.", unit, key)
+    for old, new in (("root.conv", "stem.conv"), ("before_head.gn", "norm"), ("head.conv", "head.fc"),
+                     (".downsample.", ".downsample.conv."), (".gn", ".norm")):
+        key = key.replace(old, new)
+    return key
+
+
+def assert_accuracy(model: nn.Module, images: ImageSet, *, expected: float, tolerance: float,
+                    mean: tuple[float, ...], std: tuple[float, ...], device: str | torch.device = "cpu") -> float:
+    """Measure the accuracy on an ID set and raise unless it is within ``tolerance`` of ``expected``; both in [0, 1].
+
+    To be called before any OOD score is shown: wrong weights, label order or normalisation show here first.
+    """
+    measured = evaluate(model, torch.from_numpy(images.images[:].copy()), torch.from_numpy(images.labels),
+                        torch.tensor(mean), torch.tensor(std), device=device)
+    if not abs(measured - expected) <= tolerance:
+        raise OodlibError(f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "
+                          f"images, {expected:.4f} +- {tolerance:.4f} was expected. Check weights, label order and "
+                          "normalisation before any OOD score.")
+    return measured
