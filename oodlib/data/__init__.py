@@ -1,5 +1,23 @@
 """Image sets: embedded (no download), real 28- and 32-pixel sets, and folders with image lists."""
 
+from oodlib.data.embedded import EMBEDDED, embedded, same_fonts
+from oodlib.data.image_lists import (
+    PAPER_SETS,
+    ImageList,
+    class_remap,
+    describe_paper_sets,
+    image_loader,
+    open_paper_set,
+)
 from oodlib.data.images import ImageSet, assert_disjoint
+from oodlib.data.prepare import data_root, load
+from oodlib.data.protocol import Protocol, cifar10_protocol, tiny_imagenet_ood
+from oodlib.data.published import published
+from oodlib.data.registry import SETS, SetInfo
+from oodlib.data.unit_tests import UNIT_TESTS, unit_test
 
-__all__ = ["ImageSet", "assert_disjoint"]
+__all__ = [
+    "EMBEDDED", "PAPER_SETS", "SETS", "UNIT_TESTS", "ImageList", "ImageSet", "Protocol", "SetInfo",
+    "assert_disjoint", "cifar10_protocol", "class_remap", "data_root", "describe_paper_sets", "embedded",
+    "image_loader", "load", "open_paper_set", "published", "same_fonts", "tiny_imagenet_ood", "unit_test",
+]
