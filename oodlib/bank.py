@@ -128,6 +128,13 @@ class FeatureBank:
             raise OodlibError("FeatureBank.accuracy: this bank has no labels.")
         return float((self.logits.argmax(1) == self.labels).mean())
 
+    def require_accuracy(self, at_least: float, *, what: str = "the network") -> float:
+        """The accuracy, or OodlibError if it is lower: no OOD score means anything without it."""
+        if self.accuracy < at_least:
+            raise OodlibError(f"{what}: accuracy {self.accuracy:.1%} on {len(self)} ID images, expected at least "
+                              f"{at_least:.1%}. Check the weights, the label order and the transform.")
+        return self.accuracy
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder of ``.npy`` files and ``bank.json`` with their checksums; whole or not at all."""
         arrays = {"features": self.features, "logits": self.logits, "weight": self.head.weight, "bias": self.head.bias}
