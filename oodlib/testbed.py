@@ -86,8 +86,8 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     Parameters
     ----------
     network : ``latin_fast`` (embedded data, shipped weights; ``latin_fast:live`` trains it on the spot under ``seed``),
-        ``cifar10_fast:<training seed>``, a public CIFAR-10 network (``resnet20``, ``resnet56``,
-        ``densenet100-cifar10``), or a timm name with its tag, for ImageNet-1k
+        ``cifar10_fast:<training seed>``, a public CIFAR-10 network (``resnet20_cifar10``, ``resnet56_cifar10``,
+        ``densenet100_cifar10``), or a timm name with its tag, for ImageNet-1k
     n_fit, n_test, n_ood : images at most for fitting, for the ID test and for each OOD set
     seed : of every subsample
     layers : earlier layers to keep, by name

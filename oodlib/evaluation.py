@@ -1,0 +1,104 @@
+"""Detectors on a test bed: scores of every set, metrics with intervals, and the tables notebooks show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from oodlib import metrics
+from oodlib.scores import Detector, create
+
+if TYPE_CHECKING:
+    from oodlib.report import Run
+    from oodlib.testbed import Testbed
+
+__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "mean_metric", "record", "score", "wide_table"]
+
+Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
+AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
+
+# what tables call it -> (name and positive class in results.csv, metric)
+METRICS = {"AUROC": ("auroc", "", metrics.auroc),
+           "FPR95(ID+)": ("fpr95", "id", partial(metrics.fpr_at_tpr, positive="id")),
+           "FPR95(OOD+)": ("fpr95", "ood", partial(metrics.fpr_at_tpr, positive="ood"))}
+
+
+def score(bed: Testbed, detectors: Sequence[str] | Mapping[str, Detector]) -> dict[str, Scores]:
+    """Fit each detector on ``bed.fit`` and score the ID test set ("id") and every OOD set, all from the same banks.
+
+    detectors : names, or name -> detector with its own parameters
+    """
+    made = detectors if isinstance(detectors, Mapping) else {name: create(name) for name in detectors}
+    out: dict[str, Scores] = {}
+    for name, detector in made.items():
+        if detector.needs_fit:
+            if bed.fit is None:                 # no training images at hand (ImageNet); the table then lacks the row
+                continue
+            detector.fit(bed.fit)
+        out[name] = {"id": detector.score(bed.test)} | {k: detector.score(bank) for k, bank in bed.ood.items()}
+    return out
+
+
+def record(run: Run, bed: Testbed, scores: Mapping[str, Scores], *, variants: Mapping[str, str] | None = None,
+           which: Sequence[str] = tuple(METRICS), n_boot: int = 1000) -> None:
+    """Write metrics with bootstrap intervals (images resampled) into a run: each OOD set, and their average.
+
+    variants : scores' name -> variant column, for settings of one method; the name itself is then dropped
+    """
+    for name, values in scores.items():
+        method, variant = (name, "") if variants is None else (name.split(" ")[0], variants[name])
+        sets = [k for k in values if k != "id"]
+        for label in which:
+            metric, positive, function = METRICS[label]
+            common = {"model": bed.network, "id": bed.id_name, "method": method, "variant": variant, "metric": metric,
+                      "positive": positive, "n_id": len(values["id"])}
+            for ood, target in [*((k, values[k]) for k in sets), (AVERAGE, [values[k] for k in sets])]:
+                value, low, high = metrics.bootstrap(function, values["id"], target, n=n_boot, seed=run.seed)
+                run.result(**common, ood=ood, group=bed.group.get(ood, ""), value=value, low=low, high=high,
+                           n_ood=None if ood == AVERAGE else len(target))
+
+
+def wide_table(results: pd.DataFrame, *, model: str, metric: str = "AUROC", sets: Sequence[str] | None = None,
+               index: str = "method", decimals: int = 1) -> pd.DataFrame:
+    """Rows of results.csv as ``value [low, high]`` in per cent: one row per method (or variant), one column per set."""
+    name, positive, _ = METRICS[metric]
+    rows = results[(results.model == model) & (results.metric == name) & (results.positive == positive)]
+    cells = [f"{100 * r.value:.{decimals}f} [{100 * r.low:.{decimals}f}, {100 * r.high:.{decimals}f}]"
+             for r in rows.itertuples()]
+    table = rows.assign(cell=cells).pivot(index=index, columns="ood", values="cell")
+    return table.loc[rows[index].unique(), sets or list(rows.ood.unique())].reset_index().rename_axis(columns=None)
+
+
+def mean_metric(values: Scores, metric: str = "AUROC") -> float:
+    """Unweighted mean of a metric over the OOD sets, without interval."""
+    function = METRICS[metric][2]
+    return float(np.mean([function(values["id"], v) for k, v in values.items() if k != "id"]))
+
+
+def interval(methods: Mapping[str, Mapping[str, Scores]], statistic, *, metric: str = "AUROC", n_boot: int = 1000,
+             seed: int = 0) -> tuple[float, float, float]:
+    """A statistic of several methods' average metrics, with a paired bootstrap interval.
+
+    Images are resampled, the same ones for every method; with several networks the average is over them too.
+
+    Parameters
+    ----------
+    methods : network -> method -> scores
+    statistic : function of a mapping method -> average metric; floats or (n_boot,) arrays
+
+    Returns
+    -------
+    value, low, high (2.5 % and 97.5 %)
+    """
+    function = METRICS[metric][2]
+    per_network = [metrics.replicates(function, {m: (v["id"], [v[k] for k in v if k != "id"]) for m, v in scores.items()},
+                                      n=n_boot, seed=seed) for scores in methods.values()]
+    names = per_network[0]
+    value = statistic({m: float(np.mean([r[m][0] for r in per_network])) for m in names})
+    draws = statistic({m: np.mean([r[m][1] for r in per_network], axis=0) for m in names})
+    return float(value), *map(float, np.quantile(draws, [0.025, 0.975]))
