@@ -13,9 +13,11 @@ import yaml
 
 from oodlib.errors import OodlibError
 
-__all__ = ["PROFILES", "Notebook", "check_profile", "find_notebook", "list_notebooks", "load_profile", "root"]
+__all__ = ["PROFILES", "STAMP", "Notebook", "check_names", "check_profile", "find_notebook", "list_notebooks",
+           "load_profile", "root"]
 
 PROFILES = ("smoke", "laptop", "benchmark", "paper")
+STAMP = ".key"      # the runner's mark in the folder of a finished headless run
 
 
 def root() -> Path:

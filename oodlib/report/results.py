@@ -21,7 +21,7 @@ import pandas as pd
 
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, write_json, write_text
-from oodlib.project import check_profile, root
+from oodlib.project import STAMP, check_profile, root
 from oodlib.report.claims import VERDICTS, Verdict, judge, load_claims
 from oodlib.report.figures import savefig, use_style
 
@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-__all__ = ["RESULT_COLUMNS", "STAMP", "Run", "markdown_table"]
+__all__ = ["RESULT_COLUMNS", "Run", "markdown_table"]
 
 RESULT_COLUMNS = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive", "value", "low",
                   "high", "n_id", "n_ood")
-STAMP = ".key"      # the runner's mark of a finished headless run
 _LIBRARIES = ("numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "torch", "torchvision", "timm", "faiss-cpu")
 
 

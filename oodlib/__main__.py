@@ -1,0 +1,275 @@
+"""The command line: ``python -m oodlib <command>``. Every make target is one call of it; ``--help`` lists them.
+
+Only the standard library is imported before a command is known, so that nothing-to-do costs no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oodlib.errors import OodlibError
+
+if TYPE_CHECKING:
+    from oodlib.runner import Options
+
+__all__ = ["main"]
+
+
+def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
+    from oodlib.runner import Options
+
+    return Options(profile=given.profile, seed=given.seed, device=given.device, extra=dict(given.parameter or []),
+                   jobs=max(1, given.jobs), force=given.force, output=output)
+
+
+def reproduce(given: argparse.Namespace) -> int:
+    from oodlib.runner import make_plans, run_all
+
+    options = _options(given)
+    plans, skipped = make_plans(None, options)
+    if not plans:
+        raise OodlibError(f"No notebook to run in the {given.profile} profile.")
+    failed = run_all(plans, options)
+    for name, reason in skipped.items():
+        print(f"{name}  skipped: {reason}")
+    from oodlib.report.build import build_report, collect, verdict_lines
+
+    if any(not entry.reference for entry in collect(given.profile)):
+        path = build_report(given.profile)
+        finished = [entry for entry in collect(given.profile) if not entry.reference]
+        print("", *verdict_lines(finished), "", f"Report: {path}", sep="\n")
+    if failed:
+        print(f"Failed: {', '.join(failed)}. The others are done and will not run again.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def notebook(given: argparse.Namespace) -> int:
+    from oodlib.project import find_notebook
+    from oodlib.runner import make_plans, run_all
+
+    options = _options(given, given.output and given.output.resolve())
+    plans, skipped = make_plans([find_notebook(name) for name in given.names], options)
+    for name, reason in skipped.items():
+        print(f"{name}  skipped: {reason}")
+    failed = run_all(plans, options)
+    for plan in plans:
+        if plan.notebook.name not in failed:
+            print(f"Output: {plan.folder}")
+    return 1 if failed else 0
+
+
+def report(given: argparse.Namespace) -> int:
+    from oodlib.report.build import build_report, collect, verdict_lines
+
+    path = build_report(given.profile)
+    print(*verdict_lines(collect(given.profile)), "", f"Report: {path}", sep="\n")
+    return 0
+
+
+def verify(given: argparse.Namespace) -> int:
+    from oodlib.report.verify import compare_runs, update_reference
+
+    if given.update:
+        print("Copied to figures/reference:", ", ".join(update_reference(given.profile)))
+        return 0
+    from oodlib.runner import make_plans, run_all
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(given, Path(folder).resolve())
+        plans, _ = make_plans(None, options)
+        failed = run_all(plans, options)
+        names = [plan.notebook.name for plan in plans if plan.notebook.name not in failed]
+        differences = compare_runs(given.profile, Path(folder) / given.profile, names)
+    print(*differences, f"{len(differences)} difference(s) from the reference.", sep="\n")
+    return 1 if failed or differences else 0
+
+
+def data(given: argparse.Namespace) -> int:
+    from oodlib.data.prepare import NotAtHand, data_root, load
+    from oodlib.data.registry import SETS
+
+    if given.profile == "paper":
+        from oodlib.data.image_lists import describe_paper_sets
+
+        print(describe_paper_sets(data_root()))
+    elif given.profile == "benchmark":
+        for name, info in SETS.items():
+            for split in info.splits:
+                try:
+                    print(load(name, split), flush=True)
+                except NotAtHand as error:
+                    print(f"{name}/{split}: not at hand. {error}", flush=True)
+    else:
+        print(f"The {given.profile} profile needs no download: its images are drawn on the spot.")
+    return 0
+
+
+def train(given: argparse.Namespace) -> int:
+    from oodlib.checkpoints import train_and_save
+
+    for name in given.names:
+        print(train_and_save(name, seed=given.seed or 0, device=given.device or "auto"))
+    return 0
+
+
+def student(given: argparse.Namespace) -> int:
+    from oodlib.course import make_course
+    from oodlib.project import root
+
+    target = root() / "build" / "course"
+    for name in make_course(target):
+        print(name)
+    print(f"Course: {target}")
+    return 0
+
+
+def docs(given: argparse.Namespace) -> int:
+    from oodlib.project import root
+    from oodlib.report.build import update_readme
+
+    target = root() / "build" / "docs"
+    code = _python("pdoc", "oodlib", "--docformat", "numpy", "--output-directory", str(target))
+    if update_readme():
+        print("README.md: the table of verdicts is up to date.")
+    print(f"API reference: {target / 'index.html'}")
+    return code
+
+
+def doctor(given: argparse.Namespace) -> int:
+    from oodlib.doctor import describe
+
+    text, problems = describe()
+    print(text)
+    return 1 if problems else 0
+
+
+def clean(given: argparse.Namespace) -> int:
+    from oodlib.project import PROFILES, root
+
+    folders = [root() / "build", *[root() / "figures" / profile for profile in PROFILES]]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("Removed build/ and figures/<profile>/. Data, checkpoints and figures/reference/ are untouched.")
+    return 0
+
+
+def test(given: argparse.Namespace) -> int:
+    return _python("pytest", *given.rest)
+
+
+def lint(given: argparse.Namespace) -> int:
+    return _python("ruff", "check", ".", *given.rest)
+
+
+def lab(given: argparse.Namespace) -> int:
+    """JupyterLab in notebooks/, with this interpreter's kernel and the chosen device."""
+    from oodlib.project import root
+
+    device = {"OODLIB_DEVICE": given.device} if given.device else {}
+    return _python("jupyterlab", str(root() / "notebooks"), *given.rest, environment=device)
+
+
+def _python(module: str, *arguments: str, environment: dict[str, str] | None = None) -> int:
+    from oodlib.project import root
+
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root(),
+                          env={**os.environ, **(environment or {})}).returncode
+
+
+_HELP = {
+    "reproduce": (reproduce, "run every notebook of the profile, build the report, print the verdicts"),
+    "notebook": (notebook, "run the named notebooks only"),
+    "test": (test, "run the tests (further arguments go to pytest)"),
+    "lab": (lab, "open JupyterLab"),
+    "data": (data, "fetch and prepare the image sets of the profile; for paper: list what is needed and where"),
+    "report": (report, "build REPORT.md and report.html from finished runs"),
+    "verify": (verify, "run afresh and compare with the committed reference results"),
+    "student": (student, "write the student, solution and code-only copies into build/course/"),
+    "docs": (docs, "write the API reference and the README's table of verdicts"),
+    "lint": (lint, "check the code with ruff"),
+    "train": (train, "train the named checkpoints"),
+    "doctor": (doctor, "say what is installed, mismatched or missing, and what each profile could run"),
+    "score": (None, "score your own images: see `score --help`"),
+    "clean": (clean, "remove what runs have made (not data, not checkpoints)"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--profile", default="laptop", metavar="NAME",
+                        help="smoke, laptop (default), benchmark or paper")
+    common.add_argument("--device", help="auto, cpu, cuda or mps")
+    common.add_argument("--seed", type=int)
+    parser = argparse.ArgumentParser(prog="python -m oodlib", description="Papers on out-of-distribution detection, "
+                                     "reproduced. Every make target is one of these commands.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, text) in _HELP.items():
+        command = commands.add_parser(name, parents=[common], allow_abbrev=False, help=text, description=text)
+        if name in ("reproduce", "notebook", "verify"):
+            command.add_argument("-p", dest="parameter", nargs=2, action="append", metavar=("NAME", "VALUE"),
+                                 help="set a notebook's parameter")
+            command.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+            command.add_argument("--force", action="store_true", help="run even what is up to date")
+        if name in ("notebook", "train"):
+            command.add_argument("names", nargs="+", help="for example gradnorm" if name == "notebook" else None)
+        if name == "notebook":
+            command.add_argument("--output", type=Path, help="folder instead of figures/")
+        if name == "verify":
+            command.add_argument("--update", action="store_true", help="make the finished run the reference")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 fine, 1 something failed, 2 bad input, 130 interrupted."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["score"]:
+        return _guarded(_score, given[1:])
+    parser = _parser()
+    parsed, parsed_rest = parser.parse_known_args(given)
+    if parsed_rest and parsed.command not in ("test", "lint", "lab"):
+        parser.error(f"unknown arguments: {' '.join(parsed_rest)}")
+    parsed.rest = [part for part in parsed_rest if part != "--"]
+    function = _HELP[parsed.command][0]
+    assert function is not None
+
+    def run(_: Any) -> int:
+        from oodlib.project import check_profile
+
+        check_profile(parsed.profile)
+        return function(parsed)
+
+    return _guarded(run, None)
+
+
+def _score(arguments: list[str]) -> int:
+    from oodlib.scoring import main as score_main
+
+    return score_main(arguments) or 0
+
+
+def _guarded(function: Any, argument: Any) -> int:
+    """Call ``function``; bad input is one line on stderr, and a termination cleans up as an interrupt does."""
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return function(argument)
+    except OodlibError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. Nothing half-done was kept; the same command resumes.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
