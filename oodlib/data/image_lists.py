@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from oodlib.errors import OodlibError
 __all__ = ["PAPER_SETS", "ImageList", "PaperSet", "class_remap", "describe_paper_sets", "image_loader",
            "open_paper_set", "paper_set_status", "read_list"]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
 def _folder_rows(root: Path) -> list[tuple[str, int]]:
     """All images below a folder, sorted; the label is the rank of the first-level folder, -1 without such folders."""
-    paths = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    paths = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise OodlibError(f"{root}: no image was found in this folder. Check the path, and that it was unpacked.")
     classes = sorted({p.parts[0] for p in paths if len(p.parts) > 1})
@@ -143,6 +144,15 @@ class ImageList(Dataset[tuple[Any, int]]):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) over the rows, the sizes and times of the files, and what the transform does."""
+        digest = hashlib.sha256(repr(self.transform).encode())
+        for path, label in zip(self.paths, self.labels, strict=True):
+            stat = (self.root / path).stat()
+            digest.update(f"{path} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image

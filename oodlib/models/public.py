@@ -260,7 +260,7 @@ def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_clas
 
 def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = None, *,
                 preprocessing: Literal["timm", "gradnorm"] = "timm", pretrained: bool = True,
-                ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+                num_classes: int | None = None) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """A timm classifier in evaluation mode and its image transform.
 
     Parameters
@@ -271,6 +271,7 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
         weights, or leaves them random if ``pretrained`` is False
     preprocessing : "timm" is what the tag states; "gradnorm" is the paper's: both sides to 480, no crop, mean and
         std 0.5
+    num_classes : of the weights file, where it is not the tag's own
 
     Raises
     ------
@@ -288,9 +289,12 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
         raise OodlibError(f"paper_model: the weights file {weights_file} is missing. Check its path.")
     native = weights_file is not None and Path(weights_file).suffix in (".npz", ".safetensors")
     overlay = {"file": str(weights_file), "custom_load": Path(weights_file).suffix == ".npz"} if native else None
+    head = {} if num_classes is None else {"num_classes": num_classes}
+    if overlay is not None:
+        overlay |= head                          # else timm would take the file's head for another task's and drop it
     try:
         model = timm.create_model(timm_name, pretrained=native or (weights_file is None and pretrained),
-                                  pretrained_cfg_overlay=overlay)
+                                  pretrained_cfg_overlay=overlay, **head)
     except Exception as error:                   # timm, hub and zip errors have no common base
         raise OodlibError(f"paper_model: timm cannot build {timm_name} from {weights_file or 'its own weights'} "
                           f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Check the name with "

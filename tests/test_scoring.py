@@ -1,0 +1,168 @@
+"""`oodlib score` on made images with a tiny timm network: what the CSV holds, reuse, and refusals."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from oodlib import OodlibError, checkpoints, create, scoring
+from oodlib.extraction import extract
+from oodlib.metrics import threshold
+from oodlib.models import FastConvNet
+
+TAG, CLASSES = "test_resnet.r160_in1k", 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Weights of a random three-class network, and folders fit/ (by class), id/ and new/ of small images."""
+    root = tmp_path_factory.mktemp("made")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(TAG, num_classes=CLASSES)
+    save_file(model.state_dict(), root / "net.safetensors")
+    rng = np.random.default_rng(0)
+    for folder, count in (("fit/a", 6), ("fit/b", 6), ("fit/c", 6), ("id", 10), ("new", 5)):
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(root / folder / f"im {i}.png")
+    return root
+
+
+@pytest.fixture
+def score(made, tmp_path):
+    """Run the command on the made network; gives the rows of the CSV."""
+    def run(*arguments, images=made / "new"):
+        output = tmp_path / "out" / "scores.csv"
+        scoring.main(["--model", TAG, "--weights", str(made / "net.safetensors"), "--num-classes", str(CLASSES),
+                      "--images", str(images), "--output", str(output), "--cache", str(tmp_path / "cache"),
+                      "--device", "cpu", "--workers", "0", *map(str, arguments)])
+        with open(output, newline="") as file:
+            return list(csv.DictReader(file))
+    return run
+
+
+def values(rows):
+    return np.array([float(row["score"]) for row in rows])
+
+
+def bank(made, folder):
+    model, transform = scoring.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
+    images = scoring.open_images(made / folder, transform)
+    return extract(model, [(torch.stack([x for x, _ in images]), torch.from_numpy(images.labels))], device="cpu")
+
+
+def test_weights_file_is_the_one_that_is_used(made):
+    model, _ = scoring.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = timm.create_model(TAG, num_classes=CLASSES).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_scores_are_the_detectors_and_paths_open(made, score):
+    rows = score("--detector", "energy")
+    assert [row["path"] for row in rows] == [str(made / "new" / f"im {i}.png") for i in range(5)]
+    np.testing.assert_allclose(values(rows), create("energy").score(bank(made, "new")), rtol=1e-5)
+    assert {row["decision"] for row in rows} == {""}
+
+
+def test_decision_follows_the_threshold_on_id_images(made, score):
+    rows = score("--detector", "max_logit", "--id-images", made / "id", "--tpr", "0.5")
+    limit = threshold(create("max_logit").score(bank(made, "id")), tpr=0.5)
+    assert [row["decision"] for row in rows] == ["OOD" if value > limit else "ID" for value in values(rows)]
+
+
+def test_detector_that_learns_is_fitted(made, score):
+    rows = score("--detector", "knn", "-p", "k", "3", "--fit-images", made / "fit")
+    expected = create("knn", k=3).fit(bank(made, "fit")).score(bank(made, "new"))
+    np.testing.assert_allclose(values(rows), expected, rtol=1e-4)
+
+
+def test_saved_detector_gives_the_same_file(made, score, tmp_path):
+    kept = tmp_path / "kept.safetensors"
+    first = score("--detector", "mahalanobis", "--fit-images", made / "fit", "--id-images", made / "id",
+                  "--save-detector", kept)
+    assert score("--detector-file", kept) == first
+    assert {row["decision"] for row in first} <= {"ID", "OOD"}
+
+
+def test_saved_detector_of_another_network_is_refused(made, score, tmp_path):
+    kept = tmp_path / "kept.safetensors"
+    score("--save-detector", kept)
+    other = timm.create_model(TAG, num_classes=CLASSES)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(OodlibError, match=r"fitted on a network with weights .* this one has"):
+        score("--detector-file", kept, "--weights", tmp_path / "other.safetensors")
+
+
+def test_list_with_and_without_labels(made, score):
+    (made / "list.txt").write_text("new/im 0.png\nnew/im 1.png 7\n\n")
+    rows = score(images=made / "list.txt")
+    np.testing.assert_array_equal(values(rows), values(score())[:2])
+
+
+def test_one_image(made, score):
+    assert len(score(images=made / "new" / "im 0.png")) == 1
+
+
+def test_second_run_reads_features_from_the_cache(made, score, monkeypatch):
+    first = score()
+
+    def refuse(*_):
+        raise AssertionError("the network ran again")
+    monkeypatch.setattr("oodlib.extraction._run", refuse)
+    assert score() == first
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--detector", "knn"], "--fit-images"),
+    (["--detector", "mahalanobis", "--fit-images", "id"], "one folder for each of the model's 3 classes"),
+    (["--detector-file", "x", "--detector", "knn"], "one or the other"),
+    (["--id-images", "nowhere"], "nowhere is neither a folder nor a file"),
+    (["--detector-file", "nowhere"], "there is no file"),
+])
+def test_bad_arguments(made, score, arguments, message):
+    with pytest.raises(OodlibError, match=message):
+        score(*(made / part if part == "id" else part for part in arguments))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_damaged_image_is_named_in_one_line_and_no_csv_is_left(made, score, tmp_path, workers):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(OodlibError, match=r"cut\.jpg: the image cannot be decoded") as caught:
+        score("--workers", workers, images=tmp_path / "bad")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_file_that_is_no_list(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\xff\x00")
+    with pytest.raises(OodlibError, match="neither an image"):
+        scoring.open_images(tmp_path / "a.bin", lambda picture: picture)
+
+
+def test_suite_network_sees_32_pixels_normalised(monkeypatch):
+    net = FastConvNet(2, widths=(4, 4, 4))
+    trained = checkpoints.Trained(net, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), {})
+    seeds = []
+    monkeypatch.setattr(checkpoints, "load_trained", lambda name, *, seed: (seeds.append(seed), trained)[1])
+    model, transform = scoring.load_network("cifar10_fast:2")
+    assert seeds == [2] and isinstance(model, nn.Module)
+    x = transform(Image.new("RGB", (100, 64), (255, 0, 0)))
+    assert x.shape == (3, 32, 32) and x[0].unique().tolist() == [2.0] and x[1].unique().tolist() == [-2.0]
+
+
+@pytest.mark.parametrize(("name", "options"), [("cifar10_fast:x", {}), ("resnet20_cifar10:1", {}),
+                                               ("resnet20_cifar10", {"weights": "w.pth"})])
+def test_wrong_network_names(name, options):
+    with pytest.raises(OodlibError, match=re.escape("score: ")):
+        scoring.load_network(name, **options)
