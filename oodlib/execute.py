@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -39,8 +40,9 @@ class _Engine(NBClientEngine):
             cell_start(cell, cell_index, **more)
 
         nb_man.cell_start = start
-        client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, log_output=False)
-        client.execute(env=environment, extra_arguments=["--IPKernelApp.log_level=40"])
+        client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, log_output=False,
+                                         extra_arguments=["--IPKernelApp.log_level=50"])  # cells tell their own errors
+        client.execute(env=environment)
 
 
 class _Progress:
@@ -92,8 +94,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], environment:
             if attempt == 1 and not progress.begun:
                 continue
             progress.end("FAILED")
-            message = (f"{source.name}: the kernel stopped ({type(error).__name__}: {error}). Nearly always it ran "
-                       "out of memory: close other programs, or run a smaller profile.")
+            message = f"{source.name}: the kernel stopped ({type(error).__name__}: {error})."
+            if isinstance(error, DeadKernelError):
+                message += " Nearly always it ran out of memory: close other programs, or run a smaller profile."
             raise NotebookFailure(message, _read(target, source)) from error
         else:
             progress.end("done")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,11 +90,14 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
 def _key(notebook: Notebook, values: dict[str, Any], options: Options, graph: ModuleGraph, data: dict[str, str]) -> str:
     """Hash over everything that can change the run's result."""
     modules = sorted(graph.reachable(notebook.code()))
-    claims = {name for name in data if name.startswith("claims/") and Path(name).stem not in notebook.name}
+    judge = {path: re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+             for path in (root() / "data" / "claims").glob("*.yaml")}
+    own = {f"claims/{path.name}" for path, found in judge.items() if found and found[1] == notebook.name}
+    others = {f"claims/{path.name}" for path in judge} - own if own else set()      # without own claims: may read all
     content = {
         "cells": notebook.cells, "parameters": values, "device": options.device, "seed": options.seed,
         "modules": {name: _sha(graph.files[name]) for name in modules},
-        "data": {name: value for name, value in data.items() if name not in claims},
+        "data": {name: value for name, value in data.items() if name not in others},
         "mirror": os.environ.get("OODLIB_MIRROR", "") if options.profile in ("benchmark", "paper") else "",
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
