@@ -75,16 +75,19 @@ def report(given: argparse.Namespace) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    from oodlib.report.verify import compare_runs, update_reference
+    from oodlib.report.verify import compare_runs, referenced, update_reference
 
     if given.update:
         print("Copied to figures/reference:", ", ".join(update_reference(given.profile)))
+        _readme()
         return 0
+    from oodlib.project import list_notebooks
     from oodlib.runner import make_plans, run_all
 
+    known = referenced(given.profile)
     with tempfile.TemporaryDirectory() as folder:
         options = _options(given, Path(folder).resolve())
-        plans, _ = make_plans(None, options)
+        plans, _ = make_plans([path for path in list_notebooks() if path.stem in known], options)
         failed = run_all(plans, options)
         names = [plan.notebook.name for plan in plans if plan.notebook.name not in failed]
         differences = compare_runs(given.profile, Path(folder) / given.profile, names)
@@ -132,15 +135,18 @@ def student(given: argparse.Namespace) -> int:
 
 
 def docs(given: argparse.Namespace) -> int:
+    from oodlib.docs import build_docs
     from oodlib.project import root
-    from oodlib.report.build import update_readme
 
-    target = root() / "build" / "docs"
-    code = _python("pdoc", "oodlib", "--docformat", "numpy", "--output-directory", str(target))
-    if update_readme():
-        print("README.md: the table of verdicts is up to date.")
-    print(f"API reference: {target / 'index.html'}")
-    return code
+    print(f"API reference: {build_docs(root() / 'build' / 'docs')}")
+    _readme()
+    return 0
+
+
+def _readme() -> None:
+    from oodlib.report.readme import update_readme
+
+    print("README.md: tables brought up to date." if update_readme() else "README.md: tables are up to date.")
 
 
 def doctor(given: argparse.Namespace) -> int:
@@ -193,7 +199,7 @@ _HELP = {
     "report": (report, "build REPORT.md and report.html from finished runs"),
     "verify": (verify, "run afresh and compare with the committed reference results"),
     "student": (student, "write the student, solution and code-only copies into build/course/"),
-    "docs": (docs, "write the API reference and the README's table of verdicts"),
+    "docs": (docs, "write the API reference into build/docs/ and the README's generated tables"),
     "lint": (lint, "check the code with ruff"),
     "train": (train, "train the named checkpoints"),
     "doctor": (doctor, "say what is installed, mismatched or missing, and what each profile could run"),

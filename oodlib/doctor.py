@@ -122,7 +122,8 @@ def _image_sets() -> tuple[list[str], list[str]]:
     from oodlib.data.registry import SETS
 
     mirror = os.environ.get("OODLIB_MIRROR")
-    present, missing = [], []
+    present: list[str] = []
+    missing: list[str] = []
     for name, info in SETS.items():
         for split in info.splits:
             here = prepared_info(name, split) is not None or (mirror and _in_mirror(info, split, Path(mirror)))

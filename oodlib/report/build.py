@@ -14,7 +14,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.project import PROFILES, STAMP, check_profile, root
 
-__all__ = ["Entry", "build_report", "collect", "update_readme", "verdict_lines", "verdict_rows"]
+__all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
 
 _CSS = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -136,9 +136,9 @@ def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) ->
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_rows(rows: list[dict[str, str]], head: tuple[str, ...] = _HEAD) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row[key].replace("|", "\\|") for key in head) + " |" for row in rows]
+def _markdown_rows(rows: list[dict[str, str]]) -> str:
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    lines += ["| " + " | ".join(row[key].replace("|", "\\|") for key in _HEAD) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -187,19 +187,3 @@ def _html_table(markdown: str) -> str:
 
 def _cell(text: str) -> str:
     return html.escape(text.strip().replace("\\|", "|"))
-
-
-def update_readme() -> bool:
-    """Write the verdicts between the README's two markers; True where the README has them."""
-    path = root() / "README.md"
-    begin, end = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if begin not in text or end not in text:
-        return False
-    entries = [Entry(folder.name, profile, folder, False) for profile in PROFILES
-               for folder in sorted((root() / "figures" / "reference" / profile).glob("*")) if folder.is_dir()]
-    rows = [row for row in verdict_rows(entries) if row["verdict"] != "not testable here"]
-    table = _markdown_rows(rows, ("claim", "statement", "profile", "verdict", "measured", "published"))
-    before, after = text.split(begin)[0], text.split(end)[1]
-    write_text(path, f"{before}{begin}\n{table}\n{end}{after}")
-    return True

@@ -139,8 +139,9 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     ------
     OodlibError : not finite, interval missing or reversed, per cent where a fraction is due, n missing
     """
-    numbers = [value] if low is None and high is None else [value, low, high]
-    if any(number is None or not math.isfinite(number) for number in numbers):
+    given = [value] if low is None and high is None else [value, low, high]
+    numbers = [number for number in given if number is not None and math.isfinite(number)]
+    if len(numbers) < len(given):
         raise OodlibError(f"claim {claim.id}: value, low and high must be finite, got {value}, {low}, {high}.")
     if claim.unit == "percent" and max(abs(number) for number in numbers) > 2:
         raise OodlibError(f"claim {claim.id}: give fractions, not per cent; got {value}.")

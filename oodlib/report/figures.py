@@ -24,9 +24,10 @@ METHOD_COLOURS = {
 def use_style() -> None:
     """Set the suite's matplotlib style: readable at half a page's width, colour-blind safe, fixed hash salt."""
     import matplotlib as mpl
+    from cycler import cycler
 
     mpl.rcParams.update({
-        "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 12, "axes.prop_cycle": mpl.cycler(
+        "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 12, "axes.prop_cycle": cycler(
             color=[_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _BLACK]),
         "axes.spines.right": False, "axes.spines.top": False, "axes.titlesize": 12,
         "figure.constrained_layout.use": True,

@@ -14,7 +14,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder
 from oodlib.project import STAMP, check_profile, root
 
-__all__ = ["LIMIT_MB", "compare", "compare_runs", "update_reference"]
+__all__ = ["LIMIT_MB", "compare", "compare_runs", "referenced", "update_reference"]
 
 LIMIT_MB = 6.0
 _KEYS = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")
@@ -25,18 +25,19 @@ def reference_folder() -> Path:
     return root() / "figures" / "reference"
 
 
-def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
-    """Differences of every notebook in ``names`` that has a reference; one sentence each.
+def referenced(profile: str) -> list[str]:
+    """Notebooks with reference results in this profile; an OodlibError where there is none."""
+    found = sorted(path.parent.name for path in (reference_folder() / check_profile(profile)).glob("*/results.csv"))
+    if not found:
+        raise OodlibError(f"No reference results under figures/reference/{profile}/. After `make reproduce "
+                          f"PROFILE={profile}`, `python -m oodlib verify --update --profile {profile}` makes them.")
+    return found
 
-    Raises
-    ------
-    OodlibError : no reference at all for this profile
-    """
-    base = reference_folder() / check_profile(profile)
-    known = [name for name in names if (base / name / "results.csv").exists()]
-    if not known:
-        raise OodlibError(f"No reference results under figures/reference/{profile}/ for "
-                          f"{', '.join(names) or 'any notebook'}. `python -m oodlib verify --update` makes them.")
+
+def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
+    """Differences of every notebook in ``names`` that has a reference; one sentence each."""
+    base = reference_folder() / profile
+    known = [name for name in referenced(profile) if name in names]
     tolerances = yaml.safe_load((reference_folder() / "tolerances.yaml").read_text(encoding="utf-8"))
     return [f"{name}: {text}" for name in known for text in compare(base / name, fresh / name, tolerances)]
 
