@@ -28,6 +28,7 @@ __all__ = ["ImageNetFiles", "Testbed", "testbed"]
 # OOD sets with the group each is reported in
 _EMBEDDED = {"greek": "near", "cyrillic": "near", "armenian": "near", "georgian": "near", "hebrew": "near",
              "math": "near", "digits": "far", "textures": "far", "unit_tests": "far"}
+_DISTINCT = {"digits": 537}      # handwritten drawings there are; more images would repeat them with other jitter
 _IMAGENET = {"inaturalist": "far", "sun": "far", "places": "far", "textures": "far"}
 
 
@@ -133,7 +134,8 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
 def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str, ImageSet], dict[str, str]]:
     sets = {"fit": embedded("latin", "train", n=n_fit), "val": embedded("latin", "val", n=min(n_test, 1000)),
             "test": embedded("latin", "test", n=n_test)}
-    return sets | {name: embedded(name, n=n_ood, seed=seed) for name in _EMBEDDED}, dict(_EMBEDDED)
+    ood = {name: embedded(name, n=min(n_ood, _DISTINCT.get(name, n_ood)), seed=seed) for name in _EMBEDDED}
+    return sets | ood, dict(_EMBEDDED)
 
 
 def _cifar10(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str, ImageSet], dict[str, str]]:
@@ -157,6 +159,9 @@ def _imagenet(network: str, n_test: int, n_ood: int, seed: int, files: ImageNetF
         return image_loader(ImageList(images.root, chosen, transform=images.transform, name=images.name))
 
     ids = open_paper_set("imagenet-1k", files.data_root, transform=transform, list_file=files.id_list)
+    if len(set(ids.paths)) < len(ids):
+        raise OodlibError(f"testbed: {files.id_list or ids.root} names an image more than once, so it could be used "
+                          "for choices and for reporting. Remove the repeated rows.")
     order = np.random.default_rng(seed).permutation(len(ids))
     n_val = max(1, len(order) // 20)
     loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, order[n_val:][:n_test])}

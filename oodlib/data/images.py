@@ -112,12 +112,12 @@ class ImageSet:
 
 def assert_disjoint(*sets: ImageSet) -> None:
     """Raise OodlibError if two sets share an image (identical pixels); fitting and test data must not."""
-    owner: dict[str, str] = {}
-    for image_set in sets:
-        label = f"{image_set.name}/{image_set.split}"
+    owner: dict[str, int] = {}
+    for i, image_set in enumerate(sets):
         hashes = set(image_set.image_hashes())
-        shared = [h for h in hashes if owner.get(h, label) != label]
+        shared = sorted(hashes & owner.keys())
         if shared:
-            raise OodlibError(f"assert_disjoint: {len(shared)} images of {label} are also in {owner[shared[0]]}. "
-                              "Remove them from one side before fitting or testing.")
-        owner.update(dict.fromkeys(hashes, label))
+            other = sets[owner[shared[0]]]
+            raise OodlibError(f"assert_disjoint: {len(shared)} images of {image_set.name}/{image_set.split} are also "
+                              f"in {other.name}/{other.split}. Remove them from one side before fitting or testing.")
+        owner.update(dict.fromkeys(hashes, i))

@@ -1,0 +1,139 @@
+"""Test beds: the paper profile's path on a miniature ImageNet tree, the embedded path with a tiny network."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import oodlib.testbed as module
+from oodlib import OodlibError, checkpoints, evaluation
+from oodlib.checkpoints import Spec
+from oodlib.data import embedded
+from oodlib.models import FastConvNet
+from oodlib.testbed import ImageNetFiles
+from oodlib.training import Recipe
+
+TAG = "test_resnet.r160_in1k"
+# folder of each set, images in each of its two classes
+TREE = {"images_largescale/imagenet_1k/val": 12, "images_largescale/inaturalist": 3, "images_largescale/sun": 2,
+        "images_largescale/places": 2, "images_classic/texture": 2}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Noise JPEGs in the layout that `make data PROFILE=paper` describes."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for folder, count in TREE.items():
+        for label in range(2):
+            (root / folder / f"n0{label}").mkdir(parents=True)
+            for i in range(count):
+                suffix = "JPEG" if "imagenet" in folder else "jpg"
+                pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / f"n0{label}" / f"{label}_{i}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Decode images in this process: no workers to start for a few pictures."""
+    loader = module.image_loader
+    monkeypatch.setattr(module, "image_loader", lambda images: loader(images, workers=0))
+
+
+@pytest.fixture
+def paper(tree, tmp_path, in_process):
+    def make(*, expected=0.0, **options):
+        files = ImageNetFiles(data_root=str(tree), pretrained=False, expected_accuracy=expected)
+        return module.testbed(TAG, imagenet=files, cache=tmp_path / "banks", device="cpu", progress=False, **options)
+    return make
+
+
+def test_paper_path_gives_a_bank_for_every_set(paper):
+    bed = paper()
+    assert {name: len(bank) for name, bank in bed.ood.items()} == {"inaturalist": 6, "sun": 4, "places": 4,
+                                                                   "textures": 4}
+    assert (len(bed.val), len(bed.test), bed.fit) == (1, 23, None)      # 1/20 of 24 for choices
+    assert bed.test.head.num_classes == 1000 and set(bed.test.labels) == {0, 1}
+    assert bed.id_name == "imagenet-1k" and bed.group["textures"] == "far"
+
+
+def test_paper_path_scores_what_needs_no_training_images(paper):
+    scores = evaluation.score(paper(n_test=5), ["msp", "gradnorm", "knn"])
+    assert set(scores) == {"msp", "gradnorm"}
+    assert {name: len(values) for name, values in scores["gradnorm"].items()} == {
+        "id": 5, "inaturalist": 6, "sun": 4, "places": 4, "textures": 4}
+
+
+def test_paper_path_limits_each_set(paper):
+    bed = paper(n_test=7, n_ood=3)
+    assert len(bed.test) == 7 and {len(bank) for bank in bed.ood.values()} == {3}
+
+
+def test_low_id_accuracy_stops_the_paper_path(paper):
+    with pytest.raises(OodlibError, match=r"test_resnet\.r160_in1k: accuracy .* expected at least 70\.0%"):
+        paper(expected=0.7)
+
+
+def test_list_with_the_checkpoints_class_order(tree, tmp_path, in_process):
+    lines = [f"imagenet_1k/val/n0{label}/{label}_{i}.JPEG {998 + label}\n" for label in range(2) for i in range(12)]
+    (tmp_path / "order.txt").write_text("".join(lines))
+    files = ImageNetFiles(data_root=str(tree), id_list=str(tmp_path / "order.txt"), pretrained=False,
+                          expected_accuracy=0.0)
+    bed = module.testbed(TAG, imagenet=files, cache=tmp_path / "banks", device="cpu", progress=False)
+    assert set(bed.test.labels) == {998, 999}
+
+
+def test_image_listed_twice_is_refused(tree, tmp_path, in_process):
+    (tmp_path / "twice.txt").write_text("imagenet_1k/val/n00/0_0.JPEG 0\n" * 20)
+    files = ImageNetFiles(data_root=str(tree), id_list=str(tmp_path / "twice.txt"), pretrained=False)
+    with pytest.raises(OodlibError, match="more than once"):
+        module.testbed(TAG, imagenet=files, cache=tmp_path / "banks", device="cpu", progress=False)
+
+
+def test_missing_set_is_named(tmp_path):
+    with pytest.raises(OodlibError, match=r"imagenet-1k: the folder .* is missing"):
+        module.testbed(TAG, imagenet=ImageNetFiles(data_root=str(tmp_path), pretrained=False))
+
+
+def test_unknown_network_lists_the_known_ones():
+    with pytest.raises(OodlibError, match=r"'latin_slow' is none of .*latin_fast.*ImageNetFiles"):
+        module.testbed("latin_slow")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A test bed of embedded data whose network is trained here in a second, below a root of its own."""
+    def make(*, expected=0.0, **options):
+        spec = Spec("latin_fast", lambda: FastConvNet(26, widths=(4, 4, 8)),
+                    lambda split: embedded("latin", split, n=100), Recipe(epochs=1, batch_size=50),
+                    (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), expected)
+        monkeypatch.setitem(checkpoints.SPECS, "latin_fast", spec)
+        monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
+        return module.testbed("latin_fast:live", n_fit=52, n_test=40, n_ood=10, device="cpu", progress=False, **options)
+    return make
+
+
+def test_embedded_path(tiny):
+    bed = tiny()
+    assert (len(bed.fit), len(bed.val), len(bed.test)) == (52, 40, 40)
+    assert set(bed.ood) == set(bed.group) and {len(bank) for bank in bed.ood.values()} == {10}
+    assert set(bed.images) == {"fit", "val", "test", *bed.ood}
+    np.testing.assert_array_equal(bed.test.labels, bed.images["test"].labels)
+    assert bed.fit.meta["fingerprint"] == bed.fingerprints["fit"] == bed.images["fit"].fingerprint
+
+
+def test_embedded_splits_share_no_image(tiny):
+    bed = tiny()
+    hashes = [set(bed.images[name].image_hashes()) for name in ("fit", "val", "test")]
+    assert len(set.union(*hashes)) == sum(map(len, hashes))
+
+
+def test_shared_image_stops_the_test_bed(tiny, monkeypatch):
+    monkeypatch.setattr(module, "embedded", lambda name, split="test", n=10, seed=0: embedded("latin", "test", n=n))
+    with pytest.raises(OodlibError, match="40 images of latin/test are also in latin/test"):
+        tiny()
+
+
+def test_low_id_accuracy_stops_the_embedded_path(tiny):
+    with pytest.raises(OodlibError, match=r"latin_fast:live: accuracy .* expected at least 97\.0%"):
+        tiny(expected=0.97)
