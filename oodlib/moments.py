@@ -67,9 +67,7 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
             x = features[start:start + _ROWS].astype(np.float64) - shift
             y = labels[start:start + _ROWS]
             scatter += x.T @ x
-            one_hot = np.zeros((num_classes, len(y)))
-            one_hot[y, np.arange(len(y))] = 1
-            sums += one_hot @ x
+            np.add.at(sums, y, x)                                    # a one-hot product costs C / D times the scatter
             counts += np.bincount(y, minlength=num_classes)
     n = int(counts.sum())
     if n == 0:
