@@ -92,7 +92,7 @@ def test_the_readme_tables_follow_the_reference_results(tmp_path: Path, monkeypa
     assert "| claim | statement [read in] | laptop | benchmark | published |" in text
     cell = "**trend holds**<br>75.00 [70.00, 80.00]<br>net"
     assert f"| toy C1 | a \\| b [abs] | {cell} | {cell} | 50.00 |" in text
-    assert "| toy C2 | a \\| b [abs] | – | – | – |" in text
+    assert "| toy C2 | a \\| b [abs] | – | – | none known |" in text
     assert "| 01_toy | benchmark | 3 | cpu | Linux | 1.5 | 0.5 | net |" in text
     assert text.startswith("Top\n") and text.count("prose") == 3 and "stale" not in text
 

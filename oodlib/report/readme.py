@@ -60,7 +60,7 @@ def _verdicts() -> str:
     for entry in entries:
         for row in verdict_rows([entry]):
             network = next(r["network"] for r in entry.load("claims.json", []) if r["id"] == row["claim"])
-            facts[row["claim"]] = [row["statement"], row["read in"], row["published"] or "–"]
+            facts[row["claim"]] = [row["statement"], row["read in"], row["published"] or "none known"]
             parts = [f"**{row['verdict']}**", row["measured"], network]
             cells.setdefault(row["claim"], {})[entry.profile] = (
                 "–" if row["verdict"] == "not testable here" else "<br>".join(part for part in parts if part))
