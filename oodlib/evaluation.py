@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from oodlib.report import Run
     from oodlib.testbed import Testbed
 
-__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "mean_metric", "record", "score", "wide_table"]
+__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "judged", "mean_metric", "record", "score", "wide_table"]
 
 Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
 AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
@@ -50,17 +50,21 @@ def record(run: Run, bed: Testbed, scores: Mapping[str, Scores], *, variants: Ma
 
     variants : scores' name -> variant column, for settings of one method; the name itself is then dropped
     """
-    for name, values in scores.items():
-        method, variant = (name, "") if variants is None else (name.split(" ")[0], variants[name])
-        sets = [k for k in values if k != "id"]
-        for label in which:
-            metric, positive, function = METRICS[label]
-            common = {"model": bed.network, "id": bed.id_name, "method": method, "variant": variant, "metric": metric,
-                      "positive": positive, "n_id": len(values["id"])}
-            for ood, target in [*((k, values[k]) for k in sets), (AVERAGE, [values[k] for k in sets])]:
-                value, low, high = metrics.bootstrap(function, values["id"], target, n=n_boot, seed=run.seed)
-                run.result(**common, ood=ood, group=bed.group.get(ood, ""), value=value, low=low, high=high,
-                           n_ood=None if ood == AVERAGE else len(target))
+    if not scores:
+        return
+    sets = [k for k in next(iter(scores.values())) if k != "id"]
+    sizes = {k: len(v) for k, v in next(iter(scores.values())).items()}
+    pairs = {name: (values["id"], [values[k] for k in sets]) for name, values in scores.items()}
+    for label in which:
+        metric, positive, function = METRICS[label]
+        for name, (found, draws) in metrics.replicates_by_set(function, pairs, n=n_boot, seed=run.seed).items():
+            method, variant = (name, "") if variants is None else (name.split(" ")[0], variants[name])
+            columns = [*zip(sets, found, draws.T, strict=True), (AVERAGE, found.mean(), draws.mean(1))]
+            for ood, value, resampled in columns:
+                low, high = np.quantile(resampled, [0.025, 0.975])
+                run.result(model=bed.network, id=bed.id_name, ood=ood, group=bed.group.get(ood, ""), method=method,
+                           variant=variant, metric=metric, positive=positive, value=float(value), low=float(low),
+                           high=float(high), n_id=sizes["id"], n_ood=sizes.get(ood))
 
 
 def wide_table(results: pd.DataFrame, *, model: str, metric: str = "AUROC", sets: Sequence[str] | None = None,
@@ -72,6 +76,11 @@ def wide_table(results: pd.DataFrame, *, model: str, metric: str = "AUROC", sets
              for r in rows.itertuples()]
     table = rows.assign(cell=cells).pivot(index=index, columns="ood", values="cell")
     return table.loc[rows[index].unique(), sets or list(rows.ood.unique())].reset_index().rename_axis(columns=None)
+
+
+def judged(values: Scores, smallest_n: int) -> Scores:
+    """Scores without the OOD sets that are too small to judge a claim; their rows stay in the tables."""
+    return {k: v for k, v in values.items() if k == "id" or len(v) >= smallest_n}
 
 
 def mean_metric(values: Scores, metric: str = "AUROC") -> float:
@@ -96,8 +105,10 @@ def interval(methods: Mapping[str, Mapping[str, Scores]], statistic, *, metric: 
     value, low, high (2.5 % and 97.5 %)
     """
     function = METRICS[metric][2]
-    per_network = [metrics.replicates(function, {m: (v["id"], [v[k] for k in v if k != "id"]) for m, v in scores.items()},
-                                      n=n_boot, seed=seed) for scores in methods.values()]
+    per_network = []
+    for scores in methods.values():
+        pairs = {m: (v["id"], [v[k] for k in v if k != "id"]) for m, v in scores.items()}
+        per_network.append(metrics.replicates(function, pairs, n=n_boot, seed=seed))
     names = per_network[0]
     value = statistic({m: float(np.mean([r[m][0] for r in per_network])) for m in names})
     draws = statistic({m: np.mean([r[m][1] for r in per_network], axis=0) for m in names})

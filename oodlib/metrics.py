@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from oodlib.bank import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["aupr", "auroc", "bootstrap", "fpr_at_tpr", "paired_bootstrap", "replicates", "threshold"]
+__all__ = ["aupr", "auroc", "bootstrap", "fpr_at_tpr", "paired_bootstrap", "replicates", "replicates_by_set",
+           "threshold"]
 
 Positive = Literal["id", "ood"]
 Metric = Callable[..., float]
@@ -133,8 +134,15 @@ def replicates(metric: Metric, methods: Mapping[str, tuple[Any, Any]], *, n: int
 
     Returns
     -------
-    name -> (value, (n,) values on the resamples)
+    name -> (value, (n,) values on the resamples); averaged over the OOD sets where there are several
     """
+    return {name: (float(values.mean()), draws.mean(1))
+            for name, (values, draws) in replicates_by_set(metric, methods, n=n, seed=seed).items()}
+
+
+def replicates_by_set(metric: Metric, methods: Mapping[str, tuple[Any, Any]], *, n: int = 1000,
+                      seed: int = 0) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """`replicates` before the average: name -> (values (k,), draws (n, k)) of k OOD sets; ID resamples are shared."""
     if n < 1:
         raise OodlibError(f"bootstrap: n must be at least 1, got {n}.")
     scores = {name: (_clean(ids, "bootstrap", "id_scores"), [_clean(o, "bootstrap", "ood_scores") for o in _sets(oods)])
@@ -145,16 +153,15 @@ def replicates(metric: Metric, methods: Mapping[str, tuple[Any, Any]], *, n: int
                           f"{sorted(sizes)}. Score the same banks with each method.")
     (size,) = sizes
     evaluators = {name: [_evaluator(metric, ids, ood) for ood in oods] for name, (ids, oods) in scores.items()}
-    whole = [np.arange(m) for m in size]
 
-    def means(index: list[NDArray]) -> list[float]:
-        return [float(np.mean([evaluate(index[0], i) for evaluate, i in zip(sets, index[1:], strict=True)]))
+    def evaluate(index: list[NDArray]) -> list[list[float]]:
+        return [[on_set(index[0], i) for on_set, i in zip(sets, index[1:], strict=True)]
                 for sets in evaluators.values()]
 
-    values = means(whole)
+    values = np.array(evaluate([np.arange(m) for m in size]))
     rng = np.random.default_rng(seed)
-    draws = np.array([means([rng.integers(0, m, m) for m in size]) for _ in range(n)])
-    return {name: (value, draws[:, i]) for i, (name, value) in enumerate(zip(evaluators, values, strict=True))}
+    draws = np.array([evaluate([rng.integers(0, m, m) for m in size]) for _ in range(n)])
+    return {name: (values[i], draws[:, i]) for i, name in enumerate(evaluators)}
 
 
 # Every metric is a function of how many ID and OOD samples share each distinct score, scores ascending. A resample
