@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from oodlib.report import Run
     from oodlib.testbed import Testbed
 
-__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "judged", "mean_metric", "record", "score", "wide_table"]
+__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "judged", "mean_metric", "record",
+           "same_fonts", "score", "wide_table"]
 
 Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
 AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
@@ -67,11 +68,30 @@ def record(run: Run, bed: Testbed, scores: Mapping[str, Scores], *, variants: Ma
                            high=float(high), n_id=sizes["id"], n_ood=sizes.get(ood))
 
 
+def same_fonts(run: Run, bed: Testbed, method: str, values: Scores, *, n_boot: int = 1000) -> pd.DataFrame:
+    """AUROC of each script against the ID images in its own fonts, beside the value in all fonts.
+
+    Fonts that hold a script are few, so typeface could give OOD images away; the two columns say whether it does.
+    """
+    fonts, rows = bed.images["test"].meta.get("font"), []
+    scripts = [k for k in bed.ood if k in bed.images and "font" in bed.images[k].meta]
+    for ood in scripts if fonts is not None else []:
+        same = np.isin(fonts, bed.images[ood].meta["font"])
+        value, low, high = metrics.bootstrap(metrics.auroc, values["id"][same], values[ood], n=n_boot, seed=run.seed)
+        run.result(model=bed.network, id=bed.id_name, ood=ood, group=bed.group[ood], method=method,
+                   variant="same fonts", metric="auroc", value=value, low=low, high=high, n_id=int(same.sum()),
+                   n_ood=len(values[ood]))
+        rows.append({"OOD set": ood, "ID images in its fonts": int(same.sum()), "same fonts": 100 * value,
+                     "low": 100 * low, "high": 100 * high, "all fonts": 100 * metrics.auroc(values["id"], values[ood])})
+    return pd.DataFrame(rows)
+
+
 def wide_table(results: pd.DataFrame, *, model: str, metric: str = "AUROC", sets: Sequence[str] | None = None,
                index: str = "method", decimals: int = 1) -> pd.DataFrame:
     """Rows of results.csv as ``value [low, high]`` in per cent: one row per method (or variant), one column per set."""
     name, positive, _ = METRICS[metric]
     rows = results[(results.model == model) & (results.metric == name) & (results.positive == positive)]
+    rows = rows[(rows.variant == "") == (index == "method")]
     cells = [f"{100 * r.value:.{decimals}f} [{100 * r.low:.{decimals}f}, {100 * r.high:.{decimals}f}]"
              for r in rows.itertuples()]
     table = rows.assign(cell=cells).pivot(index=index, columns="ood", values="cell")

@@ -1,0 +1,64 @@
+"""Figures that several notebooks draw: rows of images, score histograms, metric dots with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from oodlib.report.figures import COLOURS, METHOD_COLOURS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+    from oodlib.testbed import Testbed
+
+__all__ = ["histograms", "image_rows", "interval_dots"]
+
+
+def image_rows(bed: Testbed, *, per_set: int = 9) -> Figure:
+    """One row of images per set: the ID test set, then every OOD set."""
+    names = [name for name in ["test", *bed.ood] if name in bed.images]
+    figure, axes = plt.subplots(len(names), per_set, figsize=(6.4, 0.7 * len(names)), squeeze=False)
+    for row, name in zip(axes, names, strict=True):
+        for ax in row:
+            ax.axis("off")
+        for ax, image in zip(row, bed.images[name].images, strict=False):
+            ax.imshow(image.transpose(1, 2, 0))
+        title = f"{bed.id_name} (ID)" if name == "test" else f"{name} ({bed.group[name]})"
+        row[0].set_title(title, fontsize=8, loc="left")
+    return figure
+
+
+def histograms(ax: Axes, scores: Mapping[str, ArrayLike], groups: Sequence[str], *, bins: int = 45) -> None:
+    """Densities of several score arrays over common bins that leave out 0.2 % at either end.
+
+    scores : legend label -> (n,)
+    groups : "id", "near" or "far" for each, which is its colour
+    """
+    edges = np.linspace(*np.quantile(np.concatenate([np.asarray(v) for v in scores.values()]), [0.002, 0.998]), bins)
+    for (label, values), group in zip(scores.items(), groups, strict=True):
+        ax.hist(np.asarray(values), edges, density=True, alpha=0.6, color=COLOURS[group], label=label)
+    ax.set(xlabel="score (larger = more OOD)", ylabel="density")
+
+
+def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, label: str) -> None:
+    """Values in per cent with their intervals: one line per value of ``rows``, one colour or marker per ``series``.
+
+    results : rows of results.csv with one metric
+    rows, series : columns of it; methods have fixed colours
+    """
+    names, kinds = list(results[rows].unique()), list(results[series].unique())
+    for i, kind in enumerate(kinds):
+        part = results[results[series] == kind]
+        y = np.array([names.index(name) for name in part[rows]]) + 0.7 * (i - (len(kinds) - 1) / 2) / max(len(kinds), 3)
+        spread = 100 * np.array([part.value - part.low, part.high - part.value])
+        ax.errorbar(100 * part.value, y, xerr=spread, fmt="osD^vP*X"[i % 8] if rows == "method" else "o", ms=4, lw=1,
+                    color=METHOD_COLOURS.get(kind), label=kind)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
+    ax.legend(fontsize=8, ncols=2 if len(kinds) > 4 else 1, loc="best")
