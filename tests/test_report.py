@@ -83,13 +83,20 @@ def test_bytes_repeat(root: Path) -> None:
     assert build_report("laptop").read_bytes() == report
 
 
-def test_a_forgotten_claim_is_an_error(root: Path) -> None:
+def test_a_forgotten_claim_is_an_error_in_a_headless_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_OUTPUT", str(root / "elsewhere"))
     run = Run("01_toy", profile="laptop", seed=0)
     assert list(run.claim_table()["verdict"]) == ["not judged yet", "not testable here"]
     with pytest.raises(OodlibError, match="toy/C1 must be judged at laptop"):
         run.finish()
     with pytest.raises(OodlibError, match="no claim 'toy/C9'"):
         run.claim("toy/C9", value=1.0)
+
+
+def test_by_hand_a_cell_may_be_left_out(root: Path) -> None:
+    run = Run("01_toy", profile="laptop", seed=0)
+    run.finish()
+    assert run.claim_table()["reason"][0] == "the cell that judges it was not run"
 
 
 def test_a_run_by_hand_invalidates_the_headless_one(root: Path) -> None:

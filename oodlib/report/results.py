@@ -60,7 +60,8 @@ class Run:
         output = os.environ.get("OODLIB_OUTPUT")
         self.folder = Path(output) if output else root() / "figures" / profile / notebook
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not output:      # a run by hand changes the folder, so the headless run's mark no longer holds
+        self._by_hand = not output
+        if self._by_hand:   # such a run changes the folder, so the headless run's mark no longer holds
             (self.folder / STAMP).unlink(missing_ok=True)
         self.claims = load_claims(notebook)
         self.verdicts: dict[str, Verdict] = {}
@@ -132,7 +133,8 @@ class Run:
         """Write results.csv, scores.parquet, claims.json, contents.json and provenance.json.
 
         ``weights`` and ``data`` map each network and image set to its hash. Claims without a verdict become "not
-        testable here" where this profile does not judge them; a forgotten one is an OodlibError.
+        testable here" where this profile does not judge them. One that it must judge and that no cell judged is an
+        OodlibError in a headless run; by hand, where cells may be left out, the reason says so.
         """
         verdicts = [self.verdicts.get(key) or self._untested(key) for key in self.claims]
         forgotten = [verdict.claim.id for verdict in verdicts if verdict.verdict not in VERDICTS]
@@ -154,7 +156,8 @@ class Run:
     def _untested(self, key: str) -> Verdict:
         claim = self.claims[key]
         if self.profile in claim.judged_at:
-            return Verdict(claim, self.profile, "not judged yet", "run.claim was not called")
+            word = "not testable here" if self._by_hand else "not judged yet"
+            return Verdict(claim, self.profile, word, "the cell that judges it was not run")
         return Verdict(claim, self.profile, "not testable here",
                        f"judged at {', '.join(claim.judged_at) or 'no profile yet'}")
 

@@ -1,0 +1,71 @@
+"""Every notebook runs: the solved copy as a whole, the student copy up to its open exercises and no further."""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+from oodlib.course import student_copy
+from oodlib.project import list_notebooks, root
+from oodlib.runner import Options, make_plans, run_all
+
+NOTEBOOKS = list_notebooks()
+MAX_CORE_CELLS, MAX_LINES, MAX_FIGURES = 32, 30, 8
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root of its own for what runs write: same notebooks, data and package, other figures."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("notebooks", "data", "oodlib", "requirements.lock", "pyproject.toml"):
+        (folder / name).symlink_to(root() / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_notebook_runs_headless_in_the_smoke_profile(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    options = Options(profile="smoke", seed=0, device="cpu", extra={}, jobs=1, force=False, output=None)
+    plans, _ = make_plans(None, options)
+    assert run_all(plans, options) == []
+    for plan in plans:
+        assert {"results.csv", "claims.json", "provenance.json"} <= {p.name for p in plan.folder.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_student_copy_fails_only_where_an_exercise_is_open(path: Path, project: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    monkeypatch.delenv("OODLIB_OUTPUT", raising=False)
+    notebook = nbformat.from_dict(student_copy(nbformat.read(path, as_version=4)))
+    profile = yaml.safe_load((root() / "notebooks" / "profiles" / "smoke.yaml").read_text())
+    values = {**profile["common"], **profile.get(path.stem, {})}
+    at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
+    lines = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
+    NotebookClient(notebook, timeout=600, allow_errors=True, kernel_name="python3",
+                   resources={"metadata": {"path": str(project / "notebooks")}}).execute(env=dict(os.environ))
+    errors = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
+    exercises = {tag.split(":")[1] for c in notebook.cells for tag in c.metadata.get("tags", []) if "exercise:" in tag}
+    assert {e.ename for e in errors} == {"NotImplementedError"}
+    assert {e.evalue for e in errors} == exercises
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_fits_a_lecture(path: Path) -> None:
+    cells = [c for c in nbformat.read(path, as_version=4).cells if "appendix" not in c.metadata.get("tags", [])]
+    code = [c.source for c in cells if c.cell_type == "code"]
+    assert len(code) <= MAX_CORE_CELLS and max(len(c.splitlines()) for c in code) <= MAX_LINES
+    assert sum(len(re.findall(r"run\.figure\(", c)) for c in code) <= MAX_FIGURES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_stored_bare(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code")
+    assert notebook.metadata.kernelspec["name"] == "python3"
