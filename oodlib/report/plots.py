@@ -24,14 +24,15 @@ __all__ = ["histograms", "image_rows", "interval_dots"]
 def image_rows(bed: Testbed, *, per_set: int = 9) -> Figure:
     """One row of images per set: the ID test set, then every OOD set."""
     names = [name for name in ["test", *bed.ood] if name in bed.images]
-    figure, axes = plt.subplots(len(names), per_set, figsize=(6.4, 0.7 * len(names)), squeeze=False)
+    figure, axes = plt.subplots(len(names), per_set, figsize=(6.4, 0.85 * len(names)), squeeze=False)
+    figure.get_layout_engine().set(h_pad=0.1)
     for row, name in zip(axes, names, strict=True):
         for ax in row:
             ax.axis("off")
         for ax, image in zip(row, bed.images[name].images, strict=False):
             ax.imshow(image.transpose(1, 2, 0))
         title = f"{bed.id_name} (ID)" if name == "test" else f"{name} ({bed.group[name]})"
-        row[0].set_title(title, fontsize=8, loc="left")
+        row[0].set_title(title, fontsize=8, loc="left").set_in_layout(False)     # longer than one image is wide
     return figure
 
 
