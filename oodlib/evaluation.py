@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +24,10 @@ Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
 AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
 
 # what tables call it -> (name and positive class in results.csv, metric)
-METRICS = {"AUROC": ("auroc", "", metrics.auroc),
-           "FPR95(ID+)": ("fpr95", "id", partial(metrics.fpr_at_tpr, positive="id")),
-           "FPR95(OOD+)": ("fpr95", "ood", partial(metrics.fpr_at_tpr, positive="ood"))}
+METRICS: dict[str, tuple[str, str, Callable[..., float]]] = {
+    "AUROC": ("auroc", "", metrics.auroc),
+    "FPR95(ID+)": ("fpr95", "id", partial(metrics.fpr_at_tpr, positive="id")),
+    "FPR95(OOD+)": ("fpr95", "ood", partial(metrics.fpr_at_tpr, positive="ood"))}
 
 
 def score(bed: Testbed, detectors: Sequence[str] | Mapping[str, Detector]) -> dict[str, Scores]:
@@ -73,10 +74,11 @@ def same_fonts(run: Run, bed: Testbed, method: str, values: Scores, *, n_boot: i
 
     Fonts that hold a script are few, so typeface could give OOD images away; the two columns say whether it does.
     """
-    fonts, rows = bed.images["test"].meta.get("font"), []
-    scripts = [k for k in bed.ood if k in bed.images and "font" in bed.images[k].meta]
-    for ood in scripts if fonts is not None else []:
-        same = np.isin(fonts, bed.images[ood].meta["font"])
+    ids, rows = bed.images.get("test"), []
+    for ood in bed.ood:
+        if ids is None or "font" not in ids.meta or "font" not in bed.images[ood].meta:
+            continue
+        same = np.isin(ids.meta["font"], bed.images[ood].meta["font"])
         value, low, high = metrics.bootstrap(metrics.auroc, values["id"][same], values[ood], n=n_boot, seed=run.seed)
         run.result(model=bed.network, id=bed.id_name, ood=ood, group=bed.group[ood], method=method,
                    variant="same fonts", metric="auroc", value=value, low=low, high=high, n_id=int(same.sum()),
@@ -109,8 +111,8 @@ def mean_metric(values: Scores, metric: str = "AUROC") -> float:
     return float(np.mean([function(values["id"], v) for k, v in values.items() if k != "id"]))
 
 
-def interval(methods: Mapping[str, Mapping[str, Scores]], statistic, *, metric: str = "AUROC", n_boot: int = 1000,
-             seed: int = 0) -> tuple[float, float, float]:
+def interval(methods: Mapping[str, Mapping[str, Scores]], statistic: Callable[[dict], Any], *,
+             metric: str = "AUROC", n_boot: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """A statistic of several methods' average metrics, with a paired bootstrap interval.
 
     Images are resampled, the same ones for every method; with several networks the average is over them too.
@@ -132,4 +134,5 @@ def interval(methods: Mapping[str, Mapping[str, Scores]], statistic, *, metric: 
     names = per_network[0]
     value = statistic({m: float(np.mean([r[m][0] for r in per_network])) for m in names})
     draws = statistic({m: np.mean([r[m][1] for r in per_network], axis=0) for m in names})
-    return float(value), *map(float, np.quantile(draws, [0.025, 0.975]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(value), float(low), float(high)

@@ -122,9 +122,9 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     fingerprints |= {name: _list_fingerprint(loader.dataset) for name, loader in loaders.items()}  # type: ignore
     options: dict[str, Any] = {"layers": layers, "cache": cache or root() / "data" / "cache" / "banks",
                                "model_name": network.replace(":", "-"), "device": device, "progress": progress}
-    statistics = {"mean": trained.mean or None, "std": trained.std or None}
-    banks = {name: extract(trained.model, data, fingerprint=fingerprints[name], **statistics, **options)
-             for name, data in {**sets, **loaders}.items()}
+    every: dict[str, Any] = {**sets, **loaders}
+    banks = {name: extract(trained.model, data, mean=trained.mean, std=trained.std, fingerprint=fingerprints[name],
+                           **options) for name, data in every.items()}
     banks["test"].require_accuracy(trained.provenance["expected"], what=network)
     return Testbed(network, sets["test"].name if sets else "imagenet-1k", trained.model, trained.mean, trained.std,
                    banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in group}, group, sets,

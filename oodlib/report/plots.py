@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from oodlib.report.figures import COLOURS, METHOD_COLOURS
 
@@ -24,8 +25,8 @@ __all__ = ["histograms", "image_rows", "interval_dots"]
 def image_rows(bed: Testbed, *, per_set: int = 9) -> Figure:
     """One row of images per set: the ID test set, then every OOD set."""
     names = [name for name in ["test", *bed.ood] if name in bed.images]
-    figure, axes = plt.subplots(len(names), per_set, figsize=(6.4, 0.85 * len(names)), squeeze=False)
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure, axes = plt.subplots(len(names), per_set, figsize=(6.4, 0.85 * len(names)), squeeze=False,
+                                layout=ConstrainedLayoutEngine(h_pad=0.1))
     for row, name in zip(axes, names, strict=True):
         for ax in row:
             ax.axis("off")
@@ -42,7 +43,8 @@ def histograms(ax: Axes, scores: Mapping[str, ArrayLike], groups: Sequence[str],
     scores : legend label -> (n,)
     groups : "id", "near" or "far" for each, which is its colour
     """
-    edges = np.linspace(*np.quantile(np.concatenate([np.asarray(v) for v in scores.values()]), [0.002, 0.998]), bins)
+    low, high = np.quantile(np.concatenate([np.asarray(v) for v in scores.values()]), [0.002, 0.998])
+    edges = np.linspace(low, high, bins)
     for (label, values), group in zip(scores.items(), groups, strict=True):
         ax.hist(np.asarray(values), edges, density=True, alpha=0.6, color=COLOURS[group], label=label)
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")
