@@ -1,5 +1,6 @@
 """The command line and the Makefile: errors in one line, nothing heavy when nothing is due, one call per target."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -81,11 +82,16 @@ def test_a_package_that_differs_from_the_lock_is_named(root: Path) -> None:
     assert "abc" not in problems
 
 
+# the tests themselves may be running under make, whose settings a second make would take over
+OUTSIDE_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_target_is_one_call(target: str) -> None:
     shown = subprocess.run(["make", "-n", "-o", ".venv/.installed", target, "PROFILE=smoke", "DEVICE=cpu", "SEED=1",
-                            "ARGS=--x"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+                            "ARGS=--x"], cwd=ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True,
+                           check=True).stdout.strip()
     pattern = rf"\.venv/bin/python -m oodlib {target} --profile smoke --device cpu --seed 1 --x\s*"
     assert re.fullmatch(pattern, shown.splitlines()[-1])
     assert sum(" -m oodlib " in line for line in shown.splitlines()) == 1
@@ -96,6 +102,7 @@ def test_a_failed_setup_leaves_no_stamp(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "requirements.lock").write_text("")
-    done = subprocess.run(["make", "setup", "PYTHON=false"], cwd=tmp_path, capture_output=True)
+    done = subprocess.run(["make", "setup", "PYTHON=false"], cwd=tmp_path, env=OUTSIDE_MAKE,
+                          capture_output=True)
     assert done.returncode != 0
     assert not (tmp_path / ".venv" / ".installed").exists()
