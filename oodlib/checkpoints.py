@@ -5,6 +5,7 @@ Weights are half-precision safetensors under ``data/checkpoints``, each beside a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oodlib import training
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, sha256, write_json
+from oodlib.models import networks
 from oodlib.models.networks import FastConvNet
 from oodlib.project import root
 from oodlib.training import Recipe, evaluate, normalise, train
@@ -177,10 +180,17 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
 
 
 def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
-    """The network trained here earlier, else trained now: the live route of the laptop profile."""
+    """The network trained here earlier, else trained now: the live route of the laptop profile.
+
+    One trained by another recipe, on other images or by other code is not used again.
+    """
     from filelock import FileLock
 
-    output = folder().parent / "cache" / "trained"
+    spec = _spec(name)
+    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, torch.__version__,
+               *(sha256(str(module.__file__)) for module in (networks, training))]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    output = folder().parent / "cache" / "trained" / key
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / f"{name}_s{seed}.lock"):               # two notebooks may want the same network
         if not (output / f"{name}_s{seed}.json").exists():

@@ -202,25 +202,27 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
         meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std))}
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
-    if cache is None:
-        store = _MemoryStore(n)
-        _run(model, data, store, 0, mean, std, layers, batch_size, shard_rows, where, progress, data_name)
-        arrays, head = store.arrays, store.head
-        bank = FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
-                           {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
-    else:
-        from filelock import FileLock
+    try:
+        if cache is None:
+            store = _MemoryStore(n)
+            _run(model, data, store, 0, mean, std, layers, batch_size, shard_rows, where, progress, data_name)
+            arrays, head = store.arrays, store.head
+            bank = FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
+                               {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
+        else:
+            from filelock import FileLock
 
-        path = Path(cache) / f"{name}-{data_name}-{key}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock")):           # two notebooks may want the same bank
-            if not (path / "bank.json").exists():
-                disk = _DiskStore(path.with_name(path.name + ".part"), n)
-                _run(model, data, disk, disk.done, mean, std, layers, batch_size, shard_rows, where, progress,
-                     data_name)
-                disk.finish(path, meta)
-        bank = FeatureBank.load(path)
-    model.train(was_training)
+            path = Path(cache) / f"{name}-{data_name}-{key}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(path.name + ".lock")):           # two notebooks may want the same bank
+                if not (path / "bank.json").exists():
+                    disk = _DiskStore(path.with_name(path.name + ".part"), n)
+                    _run(model, data, disk, disk.done, mean, std, layers, batch_size, shard_rows, where, progress,
+                         data_name)
+                    disk.finish(path, meta)
+            bank = FeatureBank.load(path)
+    finally:
+        model.train(was_training)
     return bank
 
 

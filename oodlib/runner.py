@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from oodlib.depends import ModuleGraph
 from oodlib.files import atomic_folder, write_text
@@ -195,37 +195,16 @@ def _environment(folder: Path, options: Options) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time run one notebook; a lock left by a dead process is taken over."""
-    path = folder.with_name(f".{folder.name}.lock")
+    """Let one process at a time run one notebook; the system frees the lock of a process that dies."""
+    path = root() / "build" / "locks" / f"{folder.parent.name}-{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = False
-    while True:
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            if _holder_is_dead(path):
-                path.unlink(missing_ok=True)
-                continue
-            if not told:
-                print(f"{folder.name}  waiting for another run of it ({path.name})", flush=True)
-                told = True
-            time.sleep(0.5)
+    lock = FileLock(path)
     try:
-        os.write(handle, str(os.getpid()).encode())
-        os.close(handle)
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"{folder.name}  waiting for another run of it", flush=True)
+        lock.acquire()
+    try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-
-
-def _holder_is_dead(path: Path) -> bool:
-    import psutil
-
-    try:
-        text = path.read_text()
-        if text:
-            return not psutil.pid_exists(int(text))
-        return time.time() - path.stat().st_mtime > 10      # its writer died before it wrote its number
-    except (FileNotFoundError, ValueError):
-        return False
+        lock.release()

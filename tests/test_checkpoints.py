@@ -35,8 +35,8 @@ def tiny(monkeypatch, tmp_path):
     """Recipe "tiny" below a root of its own; gives a function that registers it, with snapshots where asked for."""
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
 
-    def register(snapshots=()):
-        spec = Spec("tiny", lambda: FastConvNet(2, widths=(4, 4, 6)), data, RECIPE, MEAN, STD, 0.5, snapshots)
+    def register(snapshots=(), recipe=RECIPE):
+        spec = Spec("tiny", lambda: FastConvNet(2, widths=(4, 4, 6)), data, recipe, MEAN, STD, 0.5, snapshots)
         monkeypatch.setitem(checkpoints.SPECS, "tiny", spec)
     register()
     return register
@@ -137,6 +137,12 @@ def test_live_network_is_trained_once(tiny, monkeypatch):
     first = load_or_train("tiny", device="cpu")
     monkeypatch.setattr(checkpoints, "train_and_save", None)
     assert load_or_train("tiny", device="cpu").provenance == first.provenance
+
+
+def test_live_network_of_another_recipe_is_not_used_again(tiny):
+    first = load_or_train("tiny", device="cpu")
+    tiny(recipe=Recipe(epochs=1, batch_size=20, lr=0.03))
+    assert load_or_train("tiny", device="cpu").provenance["recipe"] != first.provenance["recipe"]
 
 
 def test_command_line_passes_seed_and_device(tiny, monkeypatch, capsys):

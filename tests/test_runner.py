@@ -1,7 +1,6 @@
 """Headless runs: what is done stays done, what fails leaves nothing half-made, and what is misspelt is refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_notebook
 
 from oodlib import runner
@@ -148,14 +148,18 @@ def test_parameters_agree_with_papermill(root: Path) -> None:
     assert list(Notebook.read(path).parameters()) == list(papermill.inspect_notebook(str(path)))
 
 
-def test_a_lock_of_a_dead_process_is_taken_over(root: Path) -> None:
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    lock = root / "figures" / "smoke" / ".01_good.lock"
-    lock.parent.mkdir(parents=True)
-    lock.write_text(child.stdout.strip())
-    with runner._lock(root / "figures" / "smoke" / "01_good"):
-        assert lock.read_text() == str(os.getpid())
-    assert not lock.exists()
+def test_a_lock_of_a_killed_process_is_free(root: Path) -> None:
+    folder = root / "figures" / "smoke" / "01_good"
+    hold = f"from oodlib.runner import _lock; from pathlib import Path\nwith _lock(Path({str(folder)!r})): " \
+           "print('held', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout and child.stdout.readline() == "held\n"
+    with pytest.raises(Timeout), FileLock(root / "build" / "locks" / "smoke-01_good.lock", timeout=0):
+        pass
+    child.kill()
+    child.wait()
+    with runner._lock(folder):
+        pass
 
 
 @pytest.mark.parametrize("profile", PROFILES)

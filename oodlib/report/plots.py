@@ -44,7 +44,7 @@ def histograms(ax: Axes, scores: Mapping[str, ArrayLike], groups: Sequence[str],
     groups : "id", "near" or "far" for each, which is its colour
     """
     low, high = np.quantile(np.concatenate([np.asarray(v) for v in scores.values()]), [0.002, 0.998])
-    edges = np.linspace(low, high, bins)
+    edges = np.linspace(low, high, bins).tolist()
     for (label, values), group in zip(scores.items(), groups, strict=True):
         ax.hist(np.asarray(values), edges, density=True, alpha=0.6, color=COLOURS[group], label=label)
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")

@@ -44,7 +44,7 @@ class Run:
     notebook : name of the notebook, "01_gradnorm"
     profile : smoke, laptop, benchmark or paper
     seed : seed of the run, written into every row of the results
-    device : where the networks ran, for the provenance
+    device : where the networks ran, for the provenance; "auto" is written as what it stands for
 
     Examples
     --------
@@ -141,6 +141,8 @@ class Run:
         if forgotten:
             raise OodlibError(f"Run.finish: {', '.join(forgotten)} must be judged at {self.profile}, but run.claim was "
                               f"not called. Add the call, or take {self.profile} out of judged_at.")
+        from oodlib.extraction import pick_device  # late: it imports torch
+
         with atomic_path(self.folder / "results.csv") as path:
             self.results().to_csv(path, index=False, float_format="%.10g", lineterminator="\n")
         if self._scores:
@@ -149,9 +151,9 @@ class Run:
         write_json(self.folder / "claims.json", [verdict.record() for verdict in verdicts])
         write_json(self.folder / "contents.json", self._contents)
         write_json(self.folder / "provenance.json", {
-            "notebook": self.notebook, "profile": self.profile, "seed": self.seed, "device": self.device,
-            "weights": dict(weights or {}), "data": dict(data or {}), **environment(),
-            "wall_seconds": round(time.time() - self._start, 2), "peak_memory_mib": _peak_memory()})
+            "notebook": self.notebook, "profile": self.profile, "seed": self.seed,
+            "device": str(pick_device(self.device)), "weights": dict(weights or {}), "data": dict(data or {}),
+            **environment(), "wall_seconds": round(time.time() - self._start, 2), "peak_memory_mib": _peak_memory()})
 
     def _untested(self, key: str) -> Verdict:
         claim = self.claims[key]

@@ -123,7 +123,7 @@ def _deviation(name: str, logits: Any, temperature: float, norm: float, target: 
             raise OodlibError(f'{name}: target="random" needs generator=torch.Generator().manual_seed(...).')
         count, classes = np.shape(logits)
         labels = torch.randint(classes, (count, 1), generator=generator, device=generator.device)
-        return by_rows(name, lambda z, y: _one_hot(z / temperature, y.long(), norm), logits, labels)
+        return by_rows(name, lambda z, y: _one_hot(z / temperature, y.long().to(z.device), norm), logits, labels)
     function = {"uniform": _uniform, "label_mean": _label_mean,
                 "predicted": lambda a, q: _one_hot(a, a.argmax(1, keepdim=True), q)}[target]
     return by_rows(name, lambda z: function(z / temperature, norm), logits)
