@@ -58,10 +58,11 @@ class Testbed:
     network, id_name : names for tables
     model, mean, std : to run it on more images
     fit : ID training images, for methods that learn something; None where the profile has none
-    val, test : ID images for choices and for reporting; no image is in two of the three
+    val, test : ID images for choices and for reporting; no image is in two of the three (ImageNet: val is part of test)
     ood, group : OOD test sets by name, and near or far for each
     images : the pixels behind the banks, where they fit in memory ("fit", "val", "test" and the OOD names)
     fingerprints, provenance : identity of the data, and of the weights
+    notes : what a table must say about a set: incomplete, images left out, not at hand
     """
 
     network: str
@@ -77,6 +78,7 @@ class Testbed:
     images: Mapping[str, ImageSet] = field(repr=False)
     fingerprints: dict[str, str] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
+    notes: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: int = 10_000, seed: int = 0,
@@ -101,19 +103,20 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     """
     base, _, variant = network.partition(":")
     sets: dict[str, ImageSet] = {}
+    notes: dict[str, str] = {}
     loaders: dict[str, DataLoader] = {}
     if base == "latin_fast":
         trained = load_or_train(base, seed=seed, device=device) if variant == "live" else load_trained(base)
         sets, group = _embedded(n_fit, n_test, n_ood, seed)
     elif base in SPECS:
         trained = load_trained(base, seed=int(variant or 0))
-        sets, group = _cifar10(n_fit, n_test, n_ood, seed)
+        sets, group, notes = _cifar10(n_fit, n_test, n_ood, seed)
     elif base in PUBLIC:
         model, info = public_model(base)
         accuracy, n = info.measured_accuracy
         trained = Trained(model, info.mean, info.std, {"expected": accuracy - 0.02, "sha256": info.sha256, "n_test": n,
                                                        "accuracy": accuracy, "address": info.address})
-        sets, group = _cifar10(n_fit, n_test, n_ood, seed)
+        sets, group, notes = _cifar10(n_fit, n_test, n_ood, seed)
     else:
         trained, loaders, group = _imagenet(network, n_test, n_ood, seed, imagenet)
     if sets:
@@ -128,7 +131,7 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     banks["test"].require_accuracy(trained.provenance["expected"], what=network)
     return Testbed(network, sets["test"].name if sets else "imagenet-1k", trained.model, trained.mean, trained.std,
                    banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in group}, group, sets,
-                   fingerprints, trained.provenance)
+                   fingerprints, trained.provenance, notes)
 
 
 def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str, ImageSet], dict[str, str]]:
@@ -138,16 +141,18 @@ def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str,
     return sets | ood, dict(_EMBEDDED)
 
 
-def _cifar10(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str, ImageSet], dict[str, str]]:
+def _cifar10(n_fit: int, n_test: int, n_ood: int,
+             seed: int) -> tuple[dict[str, ImageSet], dict[str, str], dict[str, str]]:
     protocol = cifar10_protocol(n_fit=n_fit, seed=seed)
     ood = {name: s.sample(n_ood, seed=seed) for name, s in (protocol.near | protocol.far).items()}
     sets = {"fit": protocol.id_fit, "val": protocol.id_val, "test": protocol.id_test.sample(n_test, seed=seed)}
-    return sets | ood, {name: "near" if name in protocol.near else "far" for name in ood}
+    group = {name: "near" if name in protocol.near else "far" for name in ood}
+    return sets | ood, group, protocol.notes | protocol.missing
 
 
 def _imagenet(network: str, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None,
               ) -> tuple[Trained, dict[str, DataLoader], dict[str, str]]:
-    """ImageNet-1k validation and the four OOD sets of the GradNorm paper; 1/20 of the ID images are for choices."""
+    """ImageNet-1k validation and the four OOD sets of the GradNorm paper."""
     if files is None:
         raise OodlibError(f"testbed: {network!r} is none of {', '.join([*SPECS, *PUBLIC])}, so it is taken as a timm "
                           "model for ImageNet-1k, which needs imagenet=ImageNetFiles(data_root, ...).")
@@ -164,7 +169,8 @@ def _imagenet(network: str, n_test: int, n_ood: int, seed: int, files: ImageNetF
                           "for choices and for reporting. Remove the repeated rows.")
     order = np.random.default_rng(seed).permutation(len(ids))
     n_val = max(1, len(order) // 20)
-    loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, order[n_val:][:n_test])}
+    # the paper tests on every validation image and chooses nothing, so "val" is a part of "test" here
+    loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, order[:n_test])}
     for name in _IMAGENET:
         images = open_paper_set(name, files.data_root, transform=transform)
         loaders[name] = loader(images, np.random.default_rng(seed).permutation(len(images))[:n_ood])

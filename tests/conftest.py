@@ -1,8 +1,11 @@
 """Fixtures that several test modules share."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from oodlib import FeatureBank
 
@@ -34,3 +37,23 @@ def blobs():
     weak = rng.uniform(0, 3, size=(400, 16)) * (rng.random((400, 16)) < 0.5)
     ood = FeatureBank.from_arrays(features(400, weak), weight=centres / 8, bias=np.full(4, -2.0))
     return train, test, ood
+
+
+# folder of each set, images in each of its two classes
+TREE = {"images_largescale/imagenet_1k/val": 12, "images_largescale/inaturalist": 3, "images_largescale/sun": 2,
+        "images_largescale/places": 2, "images_classic/texture": 2}
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise JPEGs in the layout that `make data PROFILE=paper` describes."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for folder, count in TREE.items():
+        for label in range(2):
+            (root / folder / f"n0{label}").mkdir(parents=True)
+            for i in range(count):
+                suffix = "JPEG" if "imagenet" in folder else "jpg"
+                pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / f"n0{label}" / f"{label}_{i}.{suffix}")
+    return root

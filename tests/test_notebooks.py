@@ -1,11 +1,13 @@
 """Every notebook runs: the solved copy as a whole, the student copy up to its open exercises and no further."""
 
+import json
 import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 from nbclient import NotebookClient
 
@@ -34,6 +36,22 @@ def test_every_notebook_runs_headless_in_the_smoke_profile(project: Path, monkey
     assert run_all(plans, options) == []
     for plan in plans:
         assert {"results.csv", "claims.json", "provenance.json"} <= {p.name for p in plan.folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(project: Path, tree: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_resnet.r160_in1k").state_dict(), tmp_path / "random.pth")
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    extra = {"networks": "[test_resnet.r160_in1k]", "data_root": str(tree), "weights": str(tmp_path / "random.pth"),
+             "expected_accuracy": "0.0", "n_boot": "20"}
+    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "01_gradnorm"], options)
+    assert run_all(plans, options) == []
+    verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
+    assert verdicts["gradnorm/C9"] == "reproduced"
+    assert "reproduced" not in {v for k, v in verdicts.items() if k not in ("gradnorm/C9", "gradnorm/C10")}
 
 
 @pytest.mark.slow

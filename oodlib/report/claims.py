@@ -128,12 +128,13 @@ def load_claims(notebook: str | None = None) -> dict[str, Claim]:
 
 
 def judge(claim: Claim, profile: str, value: float, low: float | None = None, high: float | None = None,
-          n: int | None = None, *, detail: str = "", network: str = "") -> Verdict:
+          n: int | None = None, *, detail: str = "", network: str = "", own: bool = True) -> Verdict:
     """Verdict of one measurement, by the rule fixed in the claim.
 
     ``value``, ``low`` and ``high`` are in the units that the metrics return (fractions, not per cent). The whole
     interval must lie on one side of the margin, otherwise "inconclusive". An identity is judged by its value.
-    "reproduced" and "not reproduced" are kept for identities and the paper's own setting.
+    "reproduced" and "not reproduced" are kept for identities and the paper's own setting; ``own=False`` says that this
+    run of such a profile used another network, other weights or fewer images.
 
     Raises
     ------
@@ -153,11 +154,12 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     if low > high:
         raise OodlibError(f"claim {claim.id}: the interval [{low}, {high}] is reversed.")
 
-    word, reason = _decide(claim, profile, float(value), low, high, n)
+    word, reason = _decide(claim, profile, float(value), low, high, n, own)
     return Verdict(claim, profile, word, reason, float(value), low, high, n, detail, network)
 
 
-def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n: int | None) -> tuple[str, str]:
+def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n: int | None,
+            own: bool) -> tuple[str, str]:
     if profile not in claim.judged_at:
         return "not testable here", f"judged at {', '.join(claim.judged_at) or 'no profile yet'}"
     if n is not None and n < claim.smallest_n:
@@ -179,6 +181,6 @@ def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n
         reason = f"{where} lies {side} {claim.show(claim.margin)}"
     if not inside and not outside:
         return "inconclusive", reason
-    if claim.kind == "identity" or profile in claim.own_setting:
+    if claim.kind == "identity" or (own and profile in claim.own_setting):
         return ("reproduced" if inside else "not reproduced"), reason
     return ("trend holds" if inside else "trend absent"), reason

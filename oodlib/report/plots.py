@@ -29,7 +29,8 @@ def image_rows(bed: Testbed, *, per_set: int = 9) -> Figure:
                                 layout=ConstrainedLayoutEngine(h_pad=0.1))
     for row, name in zip(axes, names, strict=True):
         for ax in row:
-            ax.axis("off")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(visible=True, color=COLOURS["chance"], linewidth=0.5)     # a white image stays visible
         for ax, image in zip(row, bed.images[name].images, strict=False):
             ax.imshow(image.transpose(1, 2, 0))
         title = f"{bed.id_name} (ID)" if name == "test" else f"{name} ({bed.group[name]})"
