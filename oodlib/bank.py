@@ -30,10 +30,12 @@ class Head:
     """The linear classifier behind the features: ``logits = features @ weight.T + bias``.
 
     weight : (C, D); bias : (C,)
+    mask : (C, D) bool where pruning has removed weights: which ones are left
     """
 
     weight: NDArray[np.floating]
     bias: NDArray[np.floating]
+    mask: NDArray[np.bool_] | None = None
 
     def __call__(self, features: ArrayLike) -> NDArray[np.float64]:
         """(n, D) -> (n, C), float64."""
@@ -42,6 +44,11 @@ class Head:
     @property
     def num_classes(self) -> int:
         return len(self.weight)
+
+    def masked(self, mask: NDArray[np.bool_]) -> Head:
+        """The head without the weights where ``mask`` (C, D) is False, beside those removed before; a copy."""
+        mask = np.asarray(mask, dtype=bool) if self.mask is None else mask & self.mask
+        return Head(self.weight * mask, self.bias, mask)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,27 @@ def test_targets_equal_autograd(batch, norm):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("norm", [0.5, 1, 2])
+def test_removed_weights_have_no_gradient(batch, norm):
+    h, w, b, _ = batch
+    mask = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) > 0.3
+    expected = []
+    for x in h:
+        kept = w[mask].clone().requires_grad_()
+        pruned = torch.zeros_like(w).masked_scatter(mask, kept)
+        (-(pruned @ x + b).log_softmax(0).mean()).backward()
+        expected.append(torch.linalg.vector_norm(kept.grad, norm))
+    z = h @ (w * mask).T + b
+    close(-gradnorm(h, z, norm=norm, mask=mask), torch.stack(expected), rtol=1e-10, atol=0)
+
+
+def test_mask_of_another_shape_is_refused(batch):
+    h, w, _, z = batch
+    with pytest.raises(OodlibError, match=r"mask must be \(C, D\)"):
+        gradnorm(h, z, mask=torch.ones(w.T.shape))
+
+
+@pytest.mark.oracle
 def test_a_column_of_ones_includes_the_bias(batch):
     h, w, b, z = batch
     with_one = gradnorm(torch.cat([h, torch.ones(20, 1)], 1), z)

@@ -176,6 +176,23 @@ def test_react_clips_before_gradnorm(blobs):
     np.testing.assert_allclose(detector.score(test), scores.gradnorm(h.astype(np.float64), test.head(h)), rtol=1e-10)
 
 
+def test_every_shaper_of_a_chain_learns_from_the_unshaped_bank(blobs):
+    train, test, _ = blobs
+    alone = fitted("dice", {"sparsity": 30}, train)
+    chain = fitted("react", {"percentile": 60, "then": oodlib.create("dice", sparsity=30)}, train)
+    np.testing.assert_array_equal(chain.then_.mask_, alone.mask_)
+    h = np.minimum(test.features, chain.threshold_)
+    np.testing.assert_allclose(chain.score(test), scores.energy(test.head.masked(alone.mask_)(h)), rtol=1e-10)
+
+
+def test_masks_of_a_chain_multiply(blobs):
+    train, test, _ = blobs
+    first, second = oodlib.create("dice", sparsity=40), oodlib.create("dice", sparsity=20)
+    chain = oodlib.create("dice", sparsity=40, then=second).fit(train)
+    both = first.fit(train).mask_ & second.fit(train).mask_
+    np.testing.assert_allclose(chain.score(test), scores.energy(test.head.masked(both)(test.features)), rtol=1e-10)
+
+
 def test_ash_by_hand():
     h = np.array([[4.0, 1, 3, 2]])
     np.testing.assert_allclose(scores.ash(h, percentile=50, variant="p"), [[4, 0, 3, 0]])

@@ -57,7 +57,7 @@ class DICE(Shaper):
 
     def _learn(self, bank: FeatureBank) -> None:
         mean = bank.features.mean(0, dtype=np.float64)
-        self.weight_ = dice(bank.head.weight, mean, sparsity=self.sparsity)
+        self.mask_ = dice(bank.head.weight, mean, sparsity=self.sparsity) != 0
 
     def _shape(self, bank: FeatureBank) -> FeatureBank:
-        return shaped_bank(bank, bank.features, self.weight_)
+        return shaped_bank(bank, bank.features, self.mask_)

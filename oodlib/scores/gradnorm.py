@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 
 from oodlib.bank import FeatureBank
 from oodlib.errors import OodlibError
-from oodlib.scores.arrays import by_rows, check_rows, check_temperature
+from oodlib.scores.arrays import by_rows, check_rows, check_temperature, tensor64
 from oodlib.scores.base import Detector, Info, register
 
 Target = Literal["uniform", "predicted", "label_mean", "random"]
@@ -21,7 +21,7 @@ _TARGETS = ("uniform", "predicted", "label_mean", "random")
 
 
 def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: float = 1, target: Target = "uniform",
-             generator: torch.Generator | None = None) -> Any:
+             generator: torch.Generator | None = None, mask: Any = None) -> Any:
     r"""GradNorm from the last linear layer, without autograd; larger = more OOD.
 
     S = -||h||_q ||p - t||_q / T,   p = softmax(logits / T),   q = norm,   t = 1/C for the uniform target
@@ -37,6 +37,8 @@ def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: floa
     target : "uniform" (the paper), "predicted" (one-hot at the arg-max), "random" (one-hot at a random label), or
         "label_mean" (mean over all labels of the norms for each label)
     generator : of the random labels; only for target="random"
+    mask : (C, D) bool, of a pruned head: a removed weight has no gradient. Then
+        S = -(sum over kept (j, i) of |p_j - 1/C|^q |h_i|^q)^(1/q) / T, uniform target and finite q only
 
     Returns
     -------
@@ -44,7 +46,8 @@ def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: floa
 
     Raises
     ------
-    OodlibError : row counts differ, features are maps instead of pooled vectors, unknown target, q or T out of range
+    OodlibError : row counts differ, features are maps instead of pooled vectors, unknown target, q or T out of range,
+        a mask of another shape or with another target
 
     References
     ----------
@@ -64,6 +67,8 @@ def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: floa
     _check("gradnorm", norm, temperature)
     check_rows("gradnorm", features, logits)
     scale = temperature * np.shape(logits)[-1]
+    if mask is not None:
+        return _masked(features, logits, temperature, norm, target, mask)
     v = _deviation("gradnorm", logits, temperature, norm, target, generator)
     return by_rows("gradnorm", lambda h, v: -vector_norm(h, norm, dim=1) * v[:, 0] / scale, features, v)
 
@@ -105,6 +110,19 @@ def gradnorm_limit(features: Any, logits: Any, *, norm: float = 1) -> Any:
     _check("gradnorm_limit", norm)
     return by_rows("gradnorm_limit", lambda h, z: -vector_norm(h, norm, dim=1)
                    * vector_norm(z - z.mean(1, keepdim=True), norm, dim=1) / z.shape[1], features, logits)
+
+
+def _masked(features: Any, logits: Any, temperature: float, norm: float, target: str, mask: Any) -> Any:
+    kept, size = tensor64(mask), (np.shape(logits)[-1], np.shape(features)[-1])
+    if tuple(kept.shape) != size or target != "uniform" or math.isinf(norm):
+        raise OodlibError(f'gradnorm: mask must be (C, D) = {size}, with target="uniform" and a finite norm, got '
+                          f"{tuple(kept.shape)}, {target!r} and {norm}.")
+
+    def function(h: Tensor, z: Tensor) -> Tensor:
+        d = ((z / temperature).softmax(1) - 1 / size[0]).abs().pow(norm)
+        return -((d @ kept.to(d.device)) * h.abs().pow(norm)).sum(1).pow(1 / norm) / temperature
+
+    return by_rows("gradnorm", function, features, logits)
 
 
 def _check(name: str, norm: float, temperature: float = 1.0) -> None:
@@ -162,8 +180,7 @@ def _label_mean(a: Tensor, norm: float) -> Tensor:
 @register(Info("gradnorm", "On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
                "Huang, Geng, Li", 2021, "2110.00218", "id",
                deviations=("closed form instead of a backward pass per image; equal to rounding",
-                           "the paper's scale; the released code is C times larger, same ranking",
-                           "after dice the gradient of the removed weights is counted too")))
+                           "the paper's scale; the released code is C times larger, same ranking")))
 @dataclass(kw_only=True, eq=False)
 class GradNorm(Detector):
     """Detector of `gradnorm`; ``seed`` draws the labels of target="random"."""
@@ -176,4 +193,4 @@ class GradNorm(Detector):
     def _score(self, bank: FeatureBank) -> Any:
         generator = torch.Generator().manual_seed(self.seed) if self.target == "random" else None
         return gradnorm(bank.features, bank.logits, temperature=self.temperature, norm=self.norm, target=self.target,
-                        generator=generator)
+                        generator=generator, mask=bank.head.mask)

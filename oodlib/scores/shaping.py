@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from oodlib.bank import FeatureBank, Head
+from oodlib.bank import FeatureBank
 from oodlib.scores.base import Detector, create
 
 
@@ -16,7 +16,8 @@ from oodlib.scores.base import Detector, create
 class Shaper(Detector):
     """A detector that changes features or head and scores the result with ``then``.
 
-    A new one defines ``_shape(bank) -> FeatureBank`` and, where it learns, ``_learn(bank)``.
+    In a chain each shaper learns from the bank as it was, as its authors do alone; the detector at the end is fitted on
+    the shaped bank. A new shaper defines ``_shape(bank) -> FeatureBank`` and, where it learns, ``_learn(bank)``.
     """
 
     then: str | Detector = "energy"
@@ -29,9 +30,17 @@ class Shaper(Detector):
         return self.info.needs != "none" or self._detector().needs_fit
 
     def _fit(self, bank: FeatureBank) -> None:
+        self._fit_chain(bank, bank)
+
+    def _fit_chain(self, bank: FeatureBank, shaped: FeatureBank) -> None:
+        """``shaped`` is the bank as the shapers before this one leave it."""
         self._learn(bank)
         self.then_ = self._detector()
-        self.then_.fit(self._shape(bank) if self.then_.needs_fit else bank)
+        self.num_features_, self.num_classes_ = bank.features.shape[1], bank.head.num_classes
+        if isinstance(self.then_, Shaper):
+            self.then_._fit_chain(bank, self._shape(shaped))
+        else:
+            self.then_.fit(self._shape(shaped) if self.then_.needs_fit else bank)
 
     def _score(self, bank: FeatureBank) -> Any:
         then = getattr(self, "then_", None) or self._detector()
@@ -45,7 +54,7 @@ class Shaper(Detector):
         raise NotImplementedError
 
 
-def shaped_bank(bank: FeatureBank, features: Any, weight: Any = None) -> FeatureBank:
-    """The bank with other features, or another weight of the head, and the logits that follow."""
-    head = bank.head if weight is None else Head(weight, bank.head.bias)
+def shaped_bank(bank: FeatureBank, features: Any, mask: Any = None) -> FeatureBank:
+    """The bank with other features, or with the weights outside ``mask`` (C, D) removed, and the logits that follow."""
+    head = bank.head if mask is None else bank.head.masked(mask)
     return FeatureBank(features, head(features), bank.labels, head, meta=bank.meta)
