@@ -20,7 +20,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, write_json
 from oodlib.training import normalise
 
-__all__ = ["extract", "find_head", "pick_device", "weights_hash"]
+__all__ = ["batches", "extract", "find_head", "pick_device", "weights_hash"]
 
 Stats = Sequence[float]
 Batch = tuple[Tensor, Tensor]
@@ -121,9 +121,9 @@ def _read_head(module: nn.Module) -> Head:
     return Head(weight, bias)
 
 
-def _batches(data: ImageSet | Iterable[Batch], start: int, batch_size: int,
-             mean: Stats | None, std: Stats | None) -> Iterator[Batch]:
-    """Batches of network input and labels, from row ``start`` on."""
+def batches(data: ImageSet | Iterable[Batch], *, batch_size: int = 250, mean: Stats | None = None,
+            std: Stats | None = None, start: int = 0) -> Iterator[Batch]:
+    """Batches of network input and labels, from row ``start`` on; arguments as in `extract`."""
     if isinstance(data, ImageSet):
         if mean is None or std is None:
             raise OodlibError("extract: an ImageSet holds raw pixels, so mean= and std= of the network are needed "
@@ -234,7 +234,7 @@ def _run(model: nn.Module, data: Any, store: _MemoryStore | _DiskStore, start: i
     head_name: str | None = None
     bar = tqdm(total=store.rows, initial=start, desc=title, unit="img", disable=None if progress else True)
     waiting = 0
-    for x, y in _batches(data, start, batch_size, mean, std):
+    for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
         x = x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
         if head_name is None:
             head_name = find_head(model, x[:2])

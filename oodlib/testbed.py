@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from oodlib.bank import FeatureBank
 from oodlib.checkpoints import SPECS, Trained, load_or_train, load_trained
-from oodlib.data import ImageSet, assert_disjoint, embedded
+from oodlib.data import ImageSet, assert_disjoint, embedded, patch_shuffled
 from oodlib.data.image_lists import ImageList, image_loader, open_paper_set
-from oodlib.data.protocol import cifar10_protocol
+from oodlib.data.protocol import cifar_protocol
 from oodlib.errors import OodlibError
-from oodlib.extraction import extract
+from oodlib.extraction import batches, extract
 from oodlib.models.public import PUBLIC, paper_model, public_model
 from oodlib.project import root
 
@@ -30,6 +31,8 @@ _EMBEDDED = {"greek": "near", "cyrillic": "near", "armenian": "near", "georgian"
              "math": "near", "digits": "far", "textures": "far", "unit_tests": "far"}
 _DISTINCT = {"digits": 537}      # handwritten drawings there are; more images would repeat them with other jitter
 _IMAGENET = {"inaturalist": "far", "sun": "far", "places": "far", "textures": "far"}
+OPENOOD_SETS = {"ssb-hard": "near", "ninco": "near", "inaturalist": "far", "textures": "far", "openimage-o": "far"}
+N_VAL = 1000                     # images at most of a validation set, ID or OOD
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class ImageNetFiles:
     """Where a user keeps ImageNet-scale data and weights (the ``paper`` profile).
 
     data_root : folder laid out as `oodlib.data.describe_paper_sets` prints
+    ood : the OOD sets to test, with the group of each; by default those of the GradNorm paper
+    ood_val : OOD validation sets, by default one whose source the default does not test
+    train : gather training images too, as ``fit``, and keep the images for choices out of the test
     weights : file of the network; without it timm downloads the tag's own, or leaves them random if not ``pretrained``
     id_list : list with the checkpoint's own class order, such as MOS's ``imagenet2012_val_list.txt``
     expected_accuracy : asserted on the ID images before any score
@@ -47,6 +53,9 @@ class ImageNetFiles:
     id_list: str | None = None
     expected_accuracy: float = 0.7
     pretrained: bool = True
+    ood: Mapping[str, str] = field(default_factory=lambda: dict(_IMAGENET))
+    ood_val: tuple[str, ...] = ("openimage-o-val",)
+    train: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +67,11 @@ class Testbed:
     network, id_name : names for tables
     model, mean, std : to run it on more images
     fit : ID training images, for methods that learn something; None where the profile has none
-    val, test : ID images for choices and for reporting; no image is in two of the three (ImageNet: val is part of test)
+    val, test : ID images for choices and for reporting; no image is in two of the three (ImageNet
+        without training images: val is part of test)
     ood, group : OOD test sets by name, and near or far for each
+    ood_val : OOD sets for choosing hyper-parameters, by name; never tested
+    leaks : the sets of ``ood_val`` whose source is tested too -> that tested set; `clean_val` leaves them out
     images : the pixels behind the banks, where they fit in memory ("fit", "val", "test" and the OOD names)
     fingerprints, provenance : identity of the data, and of the weights
     notes : what a table must say about a set: incomplete, images left out, not at hand
@@ -75,10 +87,29 @@ class Testbed:
     test: FeatureBank
     ood: dict[str, FeatureBank]
     group: dict[str, str]
+    ood_val: dict[str, FeatureBank]
+    leaks: dict[str, str]
     images: Mapping[str, ImageSet] = field(repr=False)
     fingerprints: dict[str, str] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
     notes: dict[str, str] = field(default_factory=dict, repr=False)
+    loaders: Mapping[str, DataLoader] = field(default_factory=dict, repr=False)
+
+    @property
+    def clean_val(self) -> dict[str, FeatureBank]:
+        """The OOD validation sets that share no source with a tested set."""
+        return {name: bank for name, bank in self.ood_val.items() if name not in self.leaks}
+
+    def batches(self, name: str, *, batch_size: int = 250) -> Iterable[tuple[Tensor, Tensor]]:
+        """Network inputs and labels of a set ("fit", "val", "test" or an OOD name), for one more pass over it.
+
+        OodlibError for a set that is not there.
+        """
+        data: Any = self.images.get(name, self.loaders.get(name))
+        if data is None:
+            known = ", ".join({**self.images, **self.loaders})
+            raise OodlibError(f"batches: {self.network} has no set {name!r}. It has {known}.")
+        return batches(data, batch_size=batch_size, mean=self.mean, std=self.std)
 
 
 def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: int = 10_000, seed: int = 0,
@@ -88,9 +119,10 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
 
     Parameters
     ----------
-    network : ``latin_fast`` (embedded data, shipped weights; ``latin_fast:live`` trains it on the spot under ``seed``),
-        ``cifar10_fast:<training seed>``, a public CIFAR-10 network (``resnet20_cifar10``, ``resnet56_cifar10``,
-        ``densenet100_cifar10``), or a timm name with its tag, for ImageNet-1k
+    network : ``latin_fast`` (embedded data, shipped weights; ``latin_fast:live`` trains it on the spot under ``seed``,
+        ``latin_fast:epoch3`` is the shipped network after three epochs), ``cifar10_fast:<training seed>``, a public
+        CIFAR network (``resnet20_cifar10``, ``densenet100_cifar100``, ...), or for ImageNet-1k a timm name with its tag
+        or ``torchvision/<name>``
     n_fit, n_test, n_ood : images at most for fitting, for the ID test and for each OOD set
     seed : of every subsample
     layers : earlier layers to keep, by name
@@ -102,80 +134,123 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     OodlibError : unknown network, an ID accuracy below the expected one, ID splits that share an image
     """
     base, _, variant = network.partition(":")
-    sets: dict[str, ImageSet] = {}
-    notes: dict[str, str] = {}
     loaders: dict[str, DataLoader] = {}
     if base == "latin_fast":
-        trained = load_or_train(base, seed=seed, device=device) if variant == "live" else load_trained(base)
-        sets, group = _embedded(n_fit, n_test, n_ood, seed)
+        trained = load_or_train(base, seed=seed, device=device) if variant == "live" else _snapshot(base, variant)
+        parts = _embedded(n_fit, n_test, n_ood, seed)
     elif base in SPECS:
         trained = load_trained(base, seed=int(variant or 0))
-        sets, group, notes = _cifar10(n_fit, n_test, n_ood, seed)
+        parts = _cifar("cifar10", n_fit, n_test, n_ood, seed)
     elif base in PUBLIC:
         model, info = public_model(base)
         accuracy, n = info.measured_accuracy
         trained = Trained(model, info.mean, info.std, {"expected": accuracy - 0.02, "sha256": info.sha256, "n_test": n,
                                                        "accuracy": accuracy, "address": info.address})
-        sets, group, notes = _cifar10(n_fit, n_test, n_ood, seed)
+        parts = _cifar(info.id_set, n_fit, n_test, n_ood, seed)
     else:
-        trained, loaders, group = _imagenet(network, n_test, n_ood, seed, imagenet)
+        trained, parts, loaders = _imagenet(network, n_fit, n_test, n_ood, seed, imagenet)
+    sets = parts.sets
     if sets:
-        assert_disjoint(sets["fit"], sets["val"], sets["test"])
+        assert_disjoint(*sets.values())
     fingerprints = {name: s.fingerprint for name, s in sets.items()}
     fingerprints |= {name: _list_fingerprint(loader.dataset) for name, loader in loaders.items()}  # type: ignore
     options: dict[str, Any] = {"layers": layers, "cache": cache or root() / "data" / "cache" / "banks",
-                               "model_name": network.replace(":", "-"), "device": device, "progress": progress}
+                               "model_name": network.replace(":", "-").replace("/", "-"), "device": device,
+                               "progress": progress}
     every: dict[str, Any] = {**sets, **loaders}
     banks = {name: extract(trained.model, data, mean=trained.mean, std=trained.std, fingerprint=fingerprints[name],
                            **options) for name, data in every.items()}
-    banks["test"].require_accuracy(trained.provenance["expected"], what=network)
+    for name in {"fit", "test"} & banks.keys():        # "fit" too: its labels may come from another list
+        banks[name].require_accuracy(trained.provenance["expected"], what=network)
     return Testbed(network, sets["test"].name if sets else "imagenet-1k", trained.model, trained.mean, trained.std,
-                   banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in group}, group, sets,
-                   fingerprints, trained.provenance, notes)
+                   banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in parts.group},
+                   parts.group, {name: banks[name] for name in parts.ood_val}, parts.leaks, sets, fingerprints,
+                   trained.provenance, parts.notes, loaders)
 
 
-def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> tuple[dict[str, ImageSet], dict[str, str]]:
-    sets = {"fit": embedded("latin", "train", n=n_fit), "val": embedded("latin", "val", n=min(n_test, 1000)),
+@dataclass(frozen=True)
+class _Parts:
+    """The image sets of a test bed ("fit", "val", "test" and OOD names), and the role of each OOD set."""
+
+    sets: dict[str, ImageSet]
+    group: dict[str, str]
+    ood_val: tuple[str, ...]
+    leaks: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def _snapshot(name: str, variant: str) -> Trained:
+    if not variant:
+        return load_trained(name)
+    epoch = variant.removeprefix("epoch")
+    if not epoch.isdecimal():
+        raise OodlibError(f"testbed: {name} knows no variant {variant!r}. Use {name}, {name}:live or {name}:epoch<k>.")
+    found = load_trained(name, epoch=int(epoch))
+    return Trained(found.model, found.mean, found.std, found.provenance | {"expected": 0.0})   # untrained ones too
+
+
+def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
+    n_val = min(n_test, N_VAL)
+    sets = {"fit": embedded("latin", "train", n=n_fit), "val": embedded("latin", "val", n=n_val),
             "test": embedded("latin", "test", n=n_test)}
     ood = {name: embedded(name, n=min(n_ood, _DISTINCT.get(name, n_ood)), seed=seed) for name in _EMBEDDED}
-    return sets | ood, dict(_EMBEDDED)
+    val = {"patch_shuffled": patch_shuffled(sets["val"], seed=seed),
+           "arabic": embedded("arabic", "val", n=n_val, seed=seed),
+           "greek-val": embedded("greek", "val", n=n_val, seed=seed)}
+    return _Parts(sets | ood | val, dict(_EMBEDDED), tuple(val), {"greek-val": "greek"})
 
 
-def _cifar10(n_fit: int, n_test: int, n_ood: int,
-             seed: int) -> tuple[dict[str, ImageSet], dict[str, str], dict[str, str]]:
-    protocol = cifar10_protocol(n_fit=n_fit, seed=seed)
+def _cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
+    protocol = cifar_protocol(id_name, n_fit=n_fit, n_val=N_VAL, seed=seed)
     ood = {name: s.sample(n_ood, seed=seed) for name, s in (protocol.near | protocol.far).items()}
-    sets = {"fit": protocol.id_fit, "val": protocol.id_val, "test": protocol.id_test.sample(n_test, seed=seed)}
+    sets = {"val": protocol.id_val, "test": protocol.id_test.sample(n_test, seed=seed)}
+    if protocol.id_fit is not None:
+        sets = {"fit": protocol.id_fit, **sets}
+    val = {"patch_shuffled": patch_shuffled(protocol.id_val, seed=seed), **protocol.ood_val}
     group = {name: "near" if name in protocol.near else "far" for name in ood}
-    return sets | ood, group, protocol.notes | protocol.missing
+    return _Parts(sets | ood | val, group, tuple(val), protocol.leaks, protocol.notes | protocol.missing)
 
 
-def _imagenet(network: str, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None,
-              ) -> tuple[Trained, dict[str, DataLoader], dict[str, str]]:
-    """ImageNet-1k validation and the four OOD sets of the GradNorm paper."""
+def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None,
+              ) -> tuple[Trained, _Parts, dict[str, DataLoader]]:
+    """ImageNet-1k validation images, the OOD sets of ``files``, and the training images where asked for."""
     if files is None:
         raise OodlibError(f"testbed: {network!r} is none of {', '.join([*SPECS, *PUBLIC])}, so it is taken as a timm "
-                          "model for ImageNet-1k, which needs imagenet=ImageNetFiles(data_root, ...).")
+                          "or torchvision model for ImageNet-1k, which needs imagenet=ImageNetFiles(data_root, ...).")
     model, transform = paper_model(network, files.weights, pretrained=files.pretrained,
-                                   preprocessing="gradnorm" if "_bit" in network else "timm")
+                                   preprocessing="gradnorm" if "_bit" in network else "own")
+    opened = partial(open_paper_set, data_root=files.data_root, transform=transform)
 
     def loader(images: ImageList, rows: NDArray) -> DataLoader:
         chosen = [(images.paths[i], int(images.labels[i])) for i in np.sort(rows)]
         return image_loader(ImageList(images.root, chosen, transform=images.transform, name=images.name))
 
-    ids = open_paper_set("imagenet-1k", files.data_root, transform=transform, list_file=files.id_list)
+    def sampled(images: ImageList, n: int) -> DataLoader:
+        return loader(images, np.random.default_rng(seed).permutation(len(images))[:n])
+
+    ids = opened("imagenet-1k", list_file=files.id_list)
     if len(set(ids.paths)) < len(ids):
         raise OodlibError(f"testbed: {files.id_list or ids.root} names an image more than once, so it could be used "
                           "for choices and for reporting. Remove the repeated rows.")
     order = np.random.default_rng(seed).permutation(len(ids))
     n_val = max(1, len(order) // 20)
-    # the paper tests on every validation image and chooses nothing, so "val" is a part of "test" here
-    loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, order[:n_test])}
-    for name in _IMAGENET:
-        images = open_paper_set(name, files.data_root, transform=transform)
-        loaders[name] = loader(images, np.random.default_rng(seed).permutation(len(images))[:n_ood])
-    provenance = {"expected": files.expected_accuracy, "weights": files.weights or f"timm {network}"}
-    return Trained(model, (), (), provenance), loaders, dict(_IMAGENET)
+    # GradNorm's authors test on every validation image and choose nothing, so "val" is then a part of "test"
+    reported = order[n_val:] if files.train else order
+    loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, reported[:n_test])}
+    if files.train:
+        loaders["fit"] = sampled(opened("imagenet-1k-train"), n_fit)
+    notes: dict[str, str] = {}
+    for name in files.ood:
+        loaders[name] = sampled(opened(name), n_ood)
+    for name in files.ood_val:
+        try:
+            loaders[name] = sampled(opened(name), N_VAL)
+        except OodlibError as error:
+            notes[name] = str(error)
+    val = tuple(name for name in files.ood_val if name in loaders)
+    leaks = {name: name.removesuffix("-val") for name in val if name.removesuffix("-val") in files.ood}
+    provenance = {"expected": files.expected_accuracy, "weights": files.weights or f"{network}, as published"}
+    return Trained(model, (), (), provenance), _Parts({}, dict(files.ood), val, leaks, notes), loaders
 
 
 def _list_fingerprint(images: ImageList) -> str:

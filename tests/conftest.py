@@ -41,7 +41,10 @@ def blobs():
 
 # folder of each set, images in each of its two classes
 TREE = {"images_largescale/imagenet_1k/val": 12, "images_largescale/inaturalist": 3, "images_largescale/sun": 2,
-        "images_largescale/places": 2, "images_classic/texture": 2}
+        "images_largescale/places": 2, "images_classic/texture": 2, "images_largescale/imagenet_1k/train": 8,
+        "images_largescale/ninco": 2, "images_largescale/ssb_hard": 2, "images_largescale/openimage_o": 4}
+# OpenImage-O holds its validation images in the same folder: lists tell them apart
+LISTS = {"test_openimage_o.txt": (2, 3), "val_openimage_o.txt": (0, 1)}
 
 
 @pytest.fixture(scope="session")
@@ -56,4 +59,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 suffix = "JPEG" if "imagenet" in folder else "jpg"
                 pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / folder / f"n0{label}" / f"{label}_{i}.{suffix}")
+    lists = root / "benchmark_imglist" / "imagenet"
+    lists.mkdir(parents=True)
+    for name, numbers in LISTS.items():
+        rows = [f"openimage_o/n0{label}/{label}_{i}.jpg -1\n" for label in range(2) for i in numbers]
+        (lists / name).write_text("".join(rows))
     return root

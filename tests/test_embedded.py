@@ -32,7 +32,7 @@ def test_changed_bytes_name_the_set_and_the_library(tmp_path):
         check_bytes(tmp_path / "embedded.json")
 
 
-@pytest.mark.parametrize("name", ["latin", *OOD_SCRIPTS, "unicode"])
+@pytest.mark.parametrize("name", ["latin", *OOD_SCRIPTS, "arabic", "unicode"])
 def test_every_font_draws_every_character_differently(name):
     for font in FONTS:
         drawn = [glyph_mask(font, c).tobytes() for c in alphabet(name) if has_real_glyph(font, c)]
@@ -54,7 +54,7 @@ def test_font_counts():
     assert {len(fonts_with(c)) for c in alphabet("hebrew")} == {4}
 
 
-@pytest.mark.parametrize("name", OOD_SCRIPTS)
+@pytest.mark.parametrize("name", [*OOD_SCRIPTS, "arabic"])
 def test_no_look_alike_of_a_latin_letter_is_left(name):
     for font in FONTS:
         left = tuple(c for c in alphabet(name) if has_real_glyph(font, c))
@@ -71,7 +71,8 @@ def test_the_rendering_rule_finds_the_obvious_ones_by_itself():
 
 
 def test_scripts_keep_enough_classes():
-    least = {"greek": 10, "cyrillic": 15, "armenian": 30, "georgian": 50, "hebrew": 15, "math": 150, "unicode": 600}
+    least = {"greek": 10, "cyrillic": 15, "armenian": 30, "georgian": 50, "hebrew": 15, "math": 150, "arabic": 50,
+             "unicode": 600}
     assert {name: EMBEDDED[name].classes >= n for name, n in least.items()} == dict.fromkeys(least, True)
 
 
@@ -158,7 +159,7 @@ def test_textures_vary():
 def test_records_are_complete():
     for name, info in EMBEDDED.items():
         assert info.name == name and info.licence and (info.citation or name == "textures")
-        assert info.kind in {"id", "near", "far", "unit_test", "pretraining"}
+        assert info.kind in {"id", "near", "far", "unit_test", "pretraining", "validation"}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -183,6 +183,13 @@ def test_paper_model_with_a_safetensors_file(timm, tmp_path):
     torch.testing.assert_close(model(x), source(x))
 
 
+def test_torchvision_model_comes_with_its_own_transform():
+    model, transform = paper_model("torchvision/resnet18", pretrained=False)
+    assert transform(Image.new("RGB", (300, 400))).shape == (3, 224, 224) and not model.training
+    with refuses("torchvision has no classifier 'resnet1'"):
+        paper_model("torchvision/resnet1")
+
+
 def test_gradnorm_preprocessing_is_480_without_crop(timm):
     _, transform = paper_model("test_resnet", pretrained=False, preprocessing="gradnorm")
     x = transform(Image.new("RGB", (30, 90), (255, 0, 255)))

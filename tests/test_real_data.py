@@ -20,7 +20,7 @@ from oodlib.data import prepare as prepare_module
 from oodlib.data import sources
 from oodlib.data.images import ImageSet, assert_disjoint
 from oodlib.data.prepare import load, pixel_checksum, prepare, prepared_info
-from oodlib.data.protocol import cifar10_protocol, split_test, tiny_imagenet_classes, tiny_imagenet_ood
+from oodlib.data.protocol import cifar_protocol, split_test, tiny_imagenet_classes, tiny_imagenet_ood
 from oodlib.data.registry import SETS, SetInfo, Split
 from oodlib.errors import OodlibError
 
@@ -336,10 +336,10 @@ def test_truncated_prepared_data_is_noticed(toy, tmp_path):
 @pytest.mark.parametrize("info", SETS.values(), ids=SETS)
 def test_registry_entry_is_complete(info):
     assert info.terms and re.search(r"\b(19|20)\d\d\b", info.citation) and info.folders
-    assert info.torchvision or info.archive
+    assert info.torchvision or info.archive or info.note.startswith("from a mirror only")
     for split in info.splits.values():
         assert split.count > 0 and (split.checksum is None or re.fullmatch("[0-9a-f]{64}", split.checksum))
-        assert split.torchvision or info.archive
+        assert split.torchvision or info.archive or split.idx
 
 
 def test_registry_s_torchvision_classes_and_files_exist():
@@ -361,6 +361,8 @@ def test_excluded_tiny_imagenet_classes():
     assert excluded["bullfrog"] == "frog" and excluded["limousine"] == "automobile" and excluded["tractor"] == "truck"
     assert "lion" not in excluded and "gazelle" not in excluded
     assert set(excluded.values()) <= set(SETS["cifar10"].class_names)
+    wide = {c.words.split(",")[0]: c.cifar100_class for c in classes if c.cifar100_class}
+    assert len(wide) == 48 and wide["lampshade"] == "lamp" and wide["school bus"] == "bus" and "abacus" not in wide
 
 
 def tiny_like(per_class=2):
@@ -374,6 +376,16 @@ def test_near_and_validation_classes_are_disjoint():
     overlap = {i for i, c in enumerate(tiny_imagenet_classes()) if c.cifar10_class}
     assert len(np.unique(near.labels)) == 154 and len(np.unique(val.labels)) == 20
     assert not (set(near.labels) & set(val.labels)) and not (overlap & {*near.labels, *val.labels})
+
+
+def test_classes_left_out_depend_on_the_id_set():
+    near, val = tiny_imagenet_ood(tiny_like(), id_name="cifar100")
+    assert len(np.unique(near.labels)) == 132 and len(np.unique(val.labels)) == 20
+
+
+def test_set_that_only_a_mirror_holds(tmp_path):
+    with refuses("notmnist/test is not at hand", "no library downloads it", "under notmnist/"):
+        load("notmnist", "test", mirror=tmp_path, data_dir=tmp_path)
 
 
 def test_tiny_imagenet_without_wordnet_ids_is_refused():
@@ -400,13 +412,14 @@ def test_uneven_validation_is_refused():
 @pytest.mark.mirror
 @pytest.mark.slow
 @needs_mirror
-def test_cifar10_protocol_on_the_mirror(tmp_path):
-    p = cifar10_protocol(download=False, data_dir=tmp_path)
+def test_cifar_protocol_on_the_mirror(tmp_path):
+    p = cifar_protocol(download=False, data_dir=tmp_path)
     assert (len(p.id_fit), len(p.id_val), len(p.id_test)) == (10_000, 1_000, 9_000)
     assert (np.bincount(p.id_fit.labels) == 1000).all() and (np.bincount(p.id_test.labels) == 900).all()
     ood = {**p.near, **p.far}
     assert all(s.images.shape[1:] == (3, 32, 32) for s in ood.values())
-    assert_disjoint(p.id_fit, p.id_val, p.id_test, p.ood_val, *ood.values())
+    assert_disjoint(p.id_fit, p.id_val, p.id_test, *p.ood_val.values(), *ood.values())
+    assert "notmnist" in p.ood_val and p.leaks == {"tiny-imagenet-incomplete-val": "tiny-imagenet-incomplete"}
     assert all(name in p.notes for name in ood if name.endswith("-incomplete"))
 
 

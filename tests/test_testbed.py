@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import oodlib.testbed as module
 from oodlib import OodlibError, checkpoints, evaluation
@@ -48,6 +49,21 @@ def test_paper_path_scores_what_needs_no_training_images(paper):
 def test_paper_path_limits_each_set(paper):
     bed = paper(n_test=7, n_ood=3)
     assert len(bed.test) == 7 and {len(bank) for bank in bed.ood.values()} == {3}
+
+
+def test_training_images_of_the_paper_path_come_with_a_disjoint_validation(tree, tmp_path, in_process):
+    files = ImageNetFiles(data_root=str(tree), pretrained=False, expected_accuracy=0.0, train=True,
+                          ood={"ninco": "near"})
+    bed = module.testbed(TAG, imagenet=files, cache=tmp_path / "banks", device="cpu", progress=False, n_fit=5)
+    assert (len(bed.fit), len(bed.val), len(bed.test)) == (5, 1, 23)
+    assert not set(bed.loaders["val"].dataset.paths) & set(bed.loaders["test"].dataset.paths)
+    assert len(bed.clean_val["openimage-o-val"]) == 4 and not bed.leaks
+
+
+def test_validation_part_of_a_tested_set_leaks(tree, tmp_path, in_process):
+    files = ImageNetFiles(data_root=str(tree), pretrained=False, expected_accuracy=0.0, ood={"openimage-o": "far"})
+    bed = module.testbed(TAG, imagenet=files, cache=tmp_path / "banks", device="cpu", progress=False)
+    assert bed.leaks == {"openimage-o-val": "openimage-o"} and not bed.clean_val
 
 
 def test_low_id_accuracy_stops_the_paper_path(paper):
@@ -98,9 +114,25 @@ def test_embedded_path(tiny):
     bed = tiny()
     assert (len(bed.fit), len(bed.val), len(bed.test)) == (52, 40, 40)
     assert set(bed.ood) == set(bed.group) and {len(bank) for bank in bed.ood.values()} == {10}
-    assert set(bed.images) == {"fit", "val", "test", *bed.ood}
+    assert set(bed.images) == {"fit", "val", "test", *bed.ood, *bed.ood_val}
+    assert set(bed.clean_val) == {"patch_shuffled", "arabic"} and bed.leaks == {"greek-val": "greek"}
     np.testing.assert_array_equal(bed.test.labels, bed.images["test"].labels)
     assert bed.fit.meta["fingerprint"] == bed.fingerprints["fit"] == bed.images["fit"].fingerprint
+
+
+def test_batches_give_the_inputs_behind_a_bank(tiny):
+    bed = tiny()
+    head = bed.model(torch.cat([x for x, _ in bed.batches("greek", batch_size=4)]))
+    torch.testing.assert_close(head, torch.from_numpy(np.array(bed.ood["greek"].logits)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(OodlibError, match=r"no set 'klingon'\. It has fit, val, test, greek"):
+        bed.batches("klingon")
+
+
+def test_snapshot_along_training():
+    bed = module.testbed("latin_fast:epoch0", n_fit=30, n_test=30, n_ood=5, device="cpu", progress=False)
+    assert bed.test.accuracy < 0.5
+    with pytest.raises(OodlibError, match="no variant 'best'"):
+        module.testbed("latin_fast:best")
 
 
 def test_embedded_splits_share_no_image(tiny):

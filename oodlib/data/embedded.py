@@ -45,7 +45,7 @@ class EmbeddedInfo:
 
     Attributes
     ----------
-    kind : id, near, far, unit_test or pretraining
+    kind : id, near, far, unit_test, pretraining, or validation (OOD for choices, never tested)
     default_n : images per split where the caller does not say
     """
 
@@ -66,10 +66,11 @@ def _records() -> dict[str, EmbeddedInfo]:
     ood = {"train": 2000, "val": 1000, "test": 2000}
     titles = {"greek": "Greek letters", "cyrillic": "Cyrillic letters", "armenian": "Armenian letters",
               "georgian": "Georgian letters (Asomtavruli and Mkhedruli)", "hebrew": "Hebrew letters",
-              "math": "mathematical operators"}
+              "math": "mathematical operators", "arabic": "Arabic letters (isolated forms)"}
     out = [EmbeddedInfo("latin", "id", "26 Latin capitals", {"train": 12000, "val": 1000, "test": 2000}, FONT_TERMS,
                         FONT_SOURCE)]
-    out += [EmbeddedInfo(name, "near", f"{title}, look-alikes of Latin letters removed", ood, FONT_TERMS, FONT_SOURCE)
+    out += [EmbeddedInfo(name, "validation" if name == "arabic" else "near",
+                         f"{title}, look-alikes of Latin letters removed", ood, FONT_TERMS, FONT_SOURCE)
             for name, title in titles.items()]
     out += [
         EmbeddedInfo("digits", "far", "handwritten digits whose printed form is no look-alike of a Latin letter", ood,

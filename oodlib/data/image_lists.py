@@ -32,6 +32,7 @@ class PaperSet:
     counts : image counts that a correct copy may have, with the protocol each belongs to
     list_name : OpenOOD's list below ``benchmark_imglist/imagenet/``, "" if it has none
     size : on disk, "unknown" where our sources do not say
+    needs_list : its folder holds other sets' images too, so it exists through its list only
     """
 
     name: str
@@ -44,6 +45,7 @@ class PaperSet:
     list_name: str = ""
     size: str = "unknown"
     root: str = "images_largescale"
+    needs_list: bool = False
 
 
 _MOS = "sampled for MOS (arXiv 2105.01879): pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/"
@@ -51,6 +53,9 @@ PAPER_SETS: dict[str, PaperSet] = {entry.name: entry for entry in (
     PaperSet("imagenet-1k", "ImageNet-1k (ILSVRC 2012) validation", "ID", "image-net.org, on registration",
              "ImageNet terms: non-commercial research", "images_largescale/imagenet_1k/val/<WordNet id>/*.JPEG",
              {"GradNorm": 50_000, "OpenOOD test": 45_000}, "test_imagenet.txt"),
+    PaperSet("imagenet-1k-train", "ImageNet-1k training images", "for methods that are fitted",
+             "image-net.org, on registration", "ImageNet terms: non-commercial research",
+             "images_largescale/imagenet_1k/train/<WordNet id>/*.JPEG", {"ImageNet": 1_281_167}, "train_imagenet.txt"),
     PaperSet("inaturalist", "iNaturalist, 10,000 plant images", "far-OOD", _MOS + "iNaturalist.tar.gz", "unknown",
              "images_largescale/inaturalist/**/*.jpg", {"GradNorm": 10_000, "OpenOOD": 10_000}, "test_inaturalist.txt"),
     PaperSet("sun", "SUN, 10,000 images", "OOD of the GradNorm paper", _MOS + "SUN.tar.gz", "unknown",
@@ -66,6 +71,9 @@ PAPER_SETS: dict[str, PaperSet] = {entry.name: entry for entry in (
              "images_largescale/ssb_hard/<WordNet id>/*", {"OpenOOD": 49_000}, "test_ssb_hard.txt"),
     PaperSet("openimage-o", "OpenImage-O", "far-OOD", "OpenOOD v1.5 (arXiv 2306.09301)", "unknown",
              "images_largescale/openimage_o/**/*.jpg", {"OpenOOD": 15_869}, "test_openimage_o.txt"),
+    PaperSet("openimage-o-val", "OpenImage-O, OpenOOD's validation part", "OOD validation", "OpenOOD v1.5 "
+             "(arXiv 2306.09301)", "unknown", "images_largescale/openimage_o/**/*.jpg", {"OpenOOD": 1_763},
+             "val_openimage_o.txt", needs_list=True),
 )}
 
 
@@ -218,6 +226,9 @@ def open_paper_set(name: str, data_root: str | os.PathLike[str], *, transform: C
     if list_file is not None:
         return ImageList(root / entry.root, list_file, transform=transform, name=name)
     folder = _folder(entry, root)
+    if entry.needs_list:
+        raise OodlibError(f"{name}: the list {default} is missing; its folder alone does not say which images belong "
+                          f"to it. Source: {entry.source}.")
     if not folder.is_dir():
         raise OodlibError(f"{name}: the folder {folder} is missing. Expected tree: {entry.tree}; "
                           f"source: {entry.source}.")

@@ -128,6 +128,10 @@ def _read(info: SetInfo, split: str, mirror: str | os.PathLike[str] | None, down
             return raw
         tried = "the mirror does not hold it"
     remedy = f"Put {info.folders[0]}/{entry.mirror or split}-*.parquet under OODLIB_MIRROR, or allow the download."
+    if not (info.torchvision or info.archive):
+        files = ", ".join(entry.idx or ())
+        raise NotAtHand(f"{info.name}/{split} is not at hand: {tried}, and no library downloads it. Put {files} under "
+                        f"{info.folders[0]}/ of OODLIB_MIRROR.")
     if not download:
         raise NotAtHand(f"{info.name}/{split} is not at hand: {tried}, and downloads are off. {remedy}")
     try:

@@ -1,18 +1,22 @@
-"""Who plays which part in the CIFAR-10 benchmark: fit, validation and test images, near and far OOD sets.
+"""Who plays which part in the CIFAR benchmarks: fit, validation and test images, near and far OOD sets.
 
 It follows OpenOOD v1.5 (Zhang et al., arXiv 2306.09301) in shape, but not image by image: OpenOOD's lists are not
 available here. Ours differs in these points, which a table must state:
 
 - ID validation (1,000) and ID test (9,000) are another class-balanced split of the 10,000 test images.
 - Of Tiny-ImageNet we leave out other classes (rule below), so near-OOD and OOD validation hold other images.
-- The test images of CIFAR-100 are near-OOD (OpenOOD: 9,000), except two that are pixel by pixel CIFAR-10 images.
+- The test images of the other CIFAR set are near-OOD, except those that are pixel by pixel images of the ID set.
+- OOD validation: OpenOOD's is 20 classes of Tiny-ImageNet, whose other classes it tests on; such a set is named in
+  ``leaks`` here. Beside it stand sets of a source that is not tested: notMNIST and Kuzushiji-MNIST.
 - The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000), Fashion-MNIST takes the place of Places365.
 
 **Tiny-ImageNet classes left out** (column ``cifar10_class`` of ``data/manifests/tiny_imagenet_classes.csv``), 26 of
 200: a class whose WordNet words contain one of the search terms under which CIFAR-10 was collected (the terms are
 its original file names: "bullfrog", "tabby", "station wagon", ...), or which is by its WordNet definition a kind of
 airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer, dog, frog, horse,
-ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle, go-kart.
+ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle, go-kart. For CIFAR-100 (column
+``cifar100_class``), 48: a class whose words name a CIFAR-100 class or a kind, part or next of kin of one (lampshade,
+seashore, freight car, bison).
 """
 
 from __future__ import annotations
@@ -29,17 +33,21 @@ from oodlib.data.prepare import PROJECT, NotAtHand, load
 from oodlib.data.registry import set_info
 from oodlib.errors import OodlibError
 
-__all__ = ["Protocol", "TinyClass", "cifar10_protocol", "split_test", "tiny_imagenet_classes", "tiny_imagenet_ood"]
+__all__ = ["Protocol", "TinyClass", "cifar_protocol", "split_test", "tiny_imagenet_classes", "tiny_imagenet_ood"]
 
 
 @dataclass(frozen=True)
 class TinyClass:
-    """One Tiny-ImageNet class: WordNet id and words, and the CIFAR-10 class it overlaps with ("" if none)."""
+    """One Tiny-ImageNet class: WordNet id and words, and the CIFAR classes it overlaps with ("" if none).
+
+    reason : for the CIFAR-10 class
+    """
 
     wnid: str
     words: str
     cifar10_class: str
     reason: str
+    cifar100_class: str
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,19 @@ class Protocol:
 
     Attributes
     ----------
-    id_fit, id_val, id_test, ood_val : for fitting, for choosing hyper-parameters (two), for reporting
+    id_fit, id_val, id_test : for fitting (None without the training images), for choices, for reporting
+    ood_val : OOD sets for choosing hyper-parameters, by name
+    leaks : the sets of ``ood_val`` whose source is tested too -> the tested set
     near, far : OOD test sets by name
     notes : what a table must say about a set, by name
     missing : why a set is not there, by name
     """
 
-    id_fit: ImageSet
+    id_fit: ImageSet | None
     id_val: ImageSet
     id_test: ImageSet
-    ood_val: ImageSet | None
+    ood_val: dict[str, ImageSet]
+    leaks: dict[str, str]
     near: dict[str, ImageSet]
     far: dict[str, ImageSet]
     notes: dict[str, str]
@@ -71,13 +82,14 @@ def tiny_imagenet_classes() -> tuple[TinyClass, ...]:
         return tuple(TinyClass(**row) for row in csv.DictReader(file))
 
 
-def tiny_imagenet_ood(tiny: ImageSet, *, n_val_classes: int = 20) -> tuple[ImageSet, ImageSet]:
-    """Split Tiny-ImageNet into (near-OOD test, OOD validation) for CIFAR-10; they share no class.
+def tiny_imagenet_ood(tiny: ImageSet, *, id_name: str = "cifar10",
+                      n_val_classes: int = 20) -> tuple[ImageSet, ImageSet]:
+    """Split Tiny-ImageNet into (near-OOD test, OOD validation) for a CIFAR set; they share no class.
 
-    The classes that overlap with CIFAR-10 are left out. Every so many-th of the remaining ones, in the order of
+    The classes that overlap with the ID set are left out. Every so many-th of the remaining ones, in the order of
     WordNet ids (which puts relatives side by side), goes to validation, so that it spans animals, things and food.
     """
-    kept = [c.wnid for c in tiny_imagenet_classes() if not c.cifar10_class]
+    kept = [c.wnid for c in tiny_imagenet_classes() if not getattr(c, f"{id_name}_class")]
     unknown = set(tiny.class_names) - {c.wnid for c in tiny_imagenet_classes()}
     if unknown or not tiny.class_names:
         raise OodlibError(f"tiny_imagenet_ood: class names must be Tiny-ImageNet's WordNet ids, got "
@@ -102,30 +114,30 @@ def split_test(test: ImageSet, *, n_val: int, seed: int = 0) -> tuple[ImageSet, 
     return test.subset(np.sort(val), split="val"), test.subset(rest)
 
 
-def cifar10_protocol(*, n_fit: int = 10_000, seed: int = 0, mirror: str | os.PathLike[str] | None = None,
-                     download: bool = True, data_dir: str | os.PathLike[str] | None = None) -> Protocol:
-    """The sets of the CIFAR-10 benchmark (see the module's text for where it departs from OpenOOD's).
+def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int = 1_000, seed: int = 0,
+                   mirror: str | os.PathLike[str] | None = None, download: bool = True,
+                   data_dir: str | os.PathLike[str] | None = None) -> Protocol:
+    """The sets of a CIFAR benchmark (see the module's text for where it departs from OpenOOD's).
 
     Parameters
     ----------
+    id_name : "cifar10" or "cifar100"
     n_fit : training images, stratified, for methods that are fitted
+    n_val : images of the ID validation set, and of each OOD validation set at most
     seed : of the draw of ``id_fit`` and of the validation / test split
-    mirror, download, data_dir : as for ``load``; an OOD set that is not at hand goes to ``missing``, CIFAR-10 must be
+    mirror, download, data_dir : as for ``load``; an OOD set that is not at hand goes to ``missing``, as do the training
+        images; the ID test images must be there
     """
-    def get(name: str, split: str) -> ImageSet:
-        return load(name, split, mirror=mirror, download=download, data_dir=data_dir)
-
-    train, test = get("cifar10", "train"), get("cifar10", "test")
-    id_val, id_test = split_test(test, n_val=1_000, seed=seed)
-    known = {*train.image_hashes(), *test.image_hashes()}
-    near: dict[str, ImageSet] = {}
-    far: dict[str, ImageSet] = {}
+    if id_name not in ("cifar10", "cifar100"):
+        raise OodlibError(f'cifar_protocol: id_name must be "cifar10" or "cifar100", got {id_name!r}.')
     notes: dict[str, str] = {}
     missing: dict[str, str] = {}
+    known: set[str] = set()
 
     def attempt(name: str, split: str) -> ImageSet | None:
+        """The set without images that the ID set holds too; None, with the reason in ``missing``, if not at hand."""
         try:
-            found = get(name, split)
+            found = load(name, split, mirror=mirror, download=download, data_dir=data_dir)
         except NotAtHand as error:
             missing[name] = str(error)
             return None
@@ -136,20 +148,31 @@ def cifar10_protocol(*, n_fit: int = 10_000, seed: int = 0, mirror: str | os.Pat
         shared = np.array([h in known for h in found.image_hashes()])
         if shared.any():
             found = found.subset(~shared)
-            remarks.append(f"left out because CIFAR-10 holds the same image: {shared.sum()}")
+            remarks.append(f"left out because {id_name} holds the same image: {shared.sum()}")
         if remarks:
             notes[found.name] = "; ".join(remarks)
-        return found
+        return found.resized(32) if name != "tiny-imagenet" else found
 
-    ood_val = None
-    tiny = attempt("tiny-imagenet", "valid")
-    if tiny is not None:
-        tiny_near, ood_val = (part.resized(32) for part in tiny_imagenet_ood(tiny))
+    test = load(id_name, "test", mirror=mirror, download=download, data_dir=data_dir)
+    id_val, id_test = split_test(test, n_val=n_val, seed=seed)
+    train = attempt(id_name, "train")
+    known.update(test.image_hashes(), train.image_hashes() if train else ())
+    near: dict[str, ImageSet] = {}
+    far: dict[str, ImageSet] = {}
+    ood_val: dict[str, ImageSet] = {}
+    leaks: dict[str, str] = {}
+    for name in ("notmnist", "kmnist"):
+        if found := attempt(name, "test"):
+            ood_val[name] = found.sample(n_val, seed=seed)
+    if tiny := attempt("tiny-imagenet", "valid"):
+        tiny_near, tiny_val = (part.resized(32) for part in tiny_imagenet_ood(tiny, id_name=id_name))
         near[tiny_near.name] = tiny_near
-    for group, name, split in ((near, "cifar100", "test"), (far, "mnist", "test"), (far, "fashion-mnist", "test"),
+        ood_val[f"{tiny_val.name}-val"] = tiny_val.sample(n_val, seed=seed)
+        leaks[f"{tiny_val.name}-val"] = tiny_near.name
+    other = "cifar100" if id_name == "cifar10" else "cifar10"
+    for group, name, split in ((near, other, "test"), (far, "mnist", "test"), (far, "fashion-mnist", "test"),
                                (far, "dtd", "all"), (far, "svhn", "test")):
-        found = attempt(name, split)
-        if found is not None:
-            group[found.name] = found.resized(32)
-    id_fit = train.sample(n_fit, seed=seed, stratified=True)
-    return Protocol(id_fit, id_val, id_test, ood_val, near, far, notes, missing)
+        if found := attempt(name, split):
+            group[found.name] = found
+    id_fit = train.sample(n_fit, seed=seed, stratified=True) if train else None
+    return Protocol(id_fit, id_val, id_test, ood_val, leaks, near, far, notes, missing)

@@ -131,6 +131,22 @@ _ENTRIES = (
                  "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
                  "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}),
     SetInfo(
+        name="kmnist", title="Kuzushiji-MNIST", terms="CC BY-SA 4.0",
+        citation="Clanuwat, Bober-Irizar, Kitamoto, Lamb, Yamamoto, Ha, Deep Learning for Classical Japanese "
+                 "Literature, arXiv 1812.01718, 2018",
+        size=(1, 28, 28), folders=("KMNIST", "kmnist"), torchvision="KMNIST",
+        splits=_train_test(60_000, 10_000, idx=True),
+        raw_md5={"train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+                 "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+                 "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+                 "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134"}),
+    SetInfo(
+        name="notmnist", title="notMNIST, glyphs A to J of many fonts", terms="the author states no licence",
+        citation="Bulatov, notMNIST dataset, 2011",
+        size=(1, 28, 28), folders=("notmnist",), class_names=tuple("ABCDEFGHIJ"),
+        splits={"test": Split(10_000, idx=("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"))},
+        note="from a mirror only: no library downloads it"),
+    SetInfo(
         name="dtd", title="Describable Textures", terms="research use (Oxford VGG)",
         citation="Cimpoi, Maji, Kokkinos, Mohamed, Vedaldi, Describing Textures in the Wild, CVPR 2014",
         size=(3, 48, 48), folders=("dtd", "dtd-48px"), torchvision="DTD", partial=True,

@@ -40,6 +40,7 @@ _BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {       # candidates, both end
     "georgian": ((0x10A0, 0x10C5), (0x10D0, 0x10F0)),
     "hebrew": ((0x5D0, 0x5EA),),
     "math": ((0x2200, 0x22FF),),
+    "arabic": ((0x621, 0x64A), (0x671, 0x6D5)),
     "digits_rendered": ((ord("0"), ord("9")),),
     "unicode": ((0x41, 0x2AF), (0x621, 0x6D5), (0x7CA, 0x7EA), (0xE81, 0xEC4), (0x1401, 0x1676), (0x1681, 0x169A),
                 (0x1D00, 0x1DBF), (0x2C60, 0x2C7F), (0x2D30, 0x2D65), (0xA4D0, 0xA4F7), (0xA720, 0xA7FF)),
@@ -53,6 +54,7 @@ CONFUSABLE: dict[str, str] = {      # listed whatever the rendering says; letter
     "georgian": "ႽS Ⴝs Ⴙh Ⴌh",
     "hebrew": "סo ןl וl יI ץY",
     "math": "∣l ∨v ∪u ⋁V ⋃U ⊤T ∘o ∈E ∊E ⊂C ∆A ⋀A ⋂n ⊍u ⋿E",
+    "arabic": "اl ٱl هo ہo ەo",
     "digits_rendered": "0O 1l",
 }
 

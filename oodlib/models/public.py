@@ -259,18 +259,19 @@ def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_clas
 
 
 def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = None, *,
-                preprocessing: Literal["timm", "gradnorm"] = "timm", pretrained: bool = True,
+                preprocessing: Literal["own", "gradnorm"] = "own", pretrained: bool = True,
                 num_classes: int | None = None) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    """A timm classifier in evaluation mode and its image transform.
+    """A timm or torchvision classifier in evaluation mode and its image transform.
 
     Parameters
     ----------
-    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k"
+    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k"; or torchvision's, for example
+        "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
     weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint in timm's names or
         in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm downloads the tag's
         weights, or leaves them random if ``pretrained`` is False
-    preprocessing : "timm" is what the tag states; "gradnorm" is the paper's: both sides to 480, no crop, mean and
-        std 0.5
+    preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both sides to 480, no crop,
+        mean and std 0.5
     num_classes : of the weights file, where it is not the tag's own
 
     Raises
@@ -282,11 +283,13 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     The GradNorm checkpoint's outputs are in MOS's class order: pass the images with ``imagenet2012_val_list.txt``
     (same order) or use ``oodlib.data.class_remap``. OOD scores do not depend on it, accuracy does.
     """
+    if weights_file is not None and not Path(weights_file).is_file():
+        raise OodlibError(f"paper_model: the weights file {weights_file} is missing. Check its path.")
+    if timm_name.startswith("torchvision/"):
+        return _torchvision_model(timm_name.removeprefix("torchvision/"), weights_file, pretrained, num_classes)
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    if weights_file is not None and not Path(weights_file).is_file():
-        raise OodlibError(f"paper_model: the weights file {weights_file} is missing. Check its path.")
     native = weights_file is not None and Path(weights_file).suffix in (".npz", ".safetensors")
     overlay = {"file": str(weights_file), "custom_load": Path(weights_file).suffix == ".npz"} if native else None
     head = {} if num_classes is None else {"num_classes": num_classes}
@@ -309,6 +312,25 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     else:
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return model.eval(), transform
+
+
+def _torchvision_model(name: str, weights_file: str | os.PathLike[str] | None, pretrained: bool,
+                       num_classes: int | None) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise OodlibError(f"paper_model: torchvision has no classifier {name!r}. See torchvision.models.list_models().")
+    weights = models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        model = models.get_model(name, weights=weights if pretrained and weights_file is None else None,
+                                 **({} if num_classes is None else {"num_classes": num_classes}))
+    except Exception as error:                   # urllib and hash errors have no common base
+        raise OodlibError(f"paper_model: torchvision's weights of {name} could not be had "
+                          f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
+                          "weights_file.") from error
+    if weights_file is not None:
+        _fill(model, _state_dict(weights_file), weights_file)
+    return model.eval(), weights.transforms()
 
 
 def _bit_name(key: str) -> str:
