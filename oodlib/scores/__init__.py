@@ -14,9 +14,10 @@ from oodlib.scores.mahalanobis import mahalanobis, relative_mahalanobis, whiteni
 from oodlib.scores.max_logit import max_logit
 from oodlib.scores.msp import msp
 from oodlib.scores.odin import odin
+from oodlib.scores.opnp import opnp, opnp_neurons, opnp_sensitivity
 from oodlib.scores.react import react
 from oodlib.scores.vim import vim
 
 __all__ = ["Detector", "Info", "ash", "create", "dice", "energy", "gradnorm", "gradnorm_factors", "gradnorm_limit",
-           "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin", "react", "relative_mahalanobis",
-           "vim", "whitening"]
+           "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin", "opnp", "opnp_neurons",
+           "opnp_sensitivity", "react", "relative_mahalanobis", "vim", "whitening"]
