@@ -84,8 +84,8 @@ def reliability(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins =
         edges = np.r_[[c[which == b].min() for b in range(bins)], c.max()]
     count = np.bincount(which, minlength=bins)
     some = count > 0
-    sums = [np.bincount(which, weights=v, minlength=bins)[some] / count[some] for v in (c, right)]
-    return Reliability(edges[:-1][some], edges[1:][some], *sums, count[some])
+    mean, accuracy = (np.bincount(which, weights=v, minlength=bins)[some] / count[some] for v in (c, right))
+    return Reliability(edges[:-1][some], edges[1:][some], mean, accuracy, count[some])
 
 
 def ece(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width") -> float:

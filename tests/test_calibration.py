@@ -19,10 +19,10 @@ def calibrated():
 
 
 def test_ece_by_hand():
-    # two bins hold images: (0.6, 0.65) with 1 of 2 right, and 0.95 with 1 of 1 right: (2 |0.625 - 0.5| + 0.05) / 3
-    assert ece([0.6, 0.65, 0.95], [1, 0, 1], bins=10) == pytest.approx((2 * 0.125 + 0.05) / 3)
+    # two bins hold images: (0.61, 0.65) with 1 of 2 right, and 0.95 with 1 of 1 right: (2 |0.63 - 0.5| + 0.05) / 3
+    assert ece([0.61, 0.65, 0.95], [1, 0, 1], bins=10) == pytest.approx((2 * 0.13 + 0.05) / 3)
     # two bins of 2 and 1 images: the same grouping here
-    assert ece([0.6, 0.65, 0.95], [1, 0, 1], bins=2, equal="mass") == pytest.approx((2 * 0.125 + 0.05) / 3)
+    assert ece([0.61, 0.65, 0.95], [1, 0, 1], bins=2, equal="mass") == pytest.approx((2 * 0.13 + 0.05) / 3)
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
