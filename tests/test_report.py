@@ -173,7 +173,7 @@ def test_verify_tells_each_difference(root: Path) -> None:
 
 def test_references_have_a_size_limit(root: Path) -> None:
     folder = toy_run().folder
-    (folder / "big.png").write_bytes(bytes(7_000_000))
+    (folder / "big.md").write_bytes(bytes(7_000_000))
     with pytest.raises(OodlibError, match="limit is 6"):
         update_reference("laptop")
     assert not (root / "figures" / "reference" / "laptop").exists()

@@ -18,7 +18,7 @@ COLOURS = {"id": _BLUE, "near": _ORANGE, "far": _VERMILION, "threshold": _BLACK,
 METHOD_COLOURS = {
     "gradnorm": _VERMILION, "opnp": _GREEN, "grood": _PURPLE, "msp": _GREY, "odin": "#B8860B", "max_logit": _ORANGE,
     "energy": _BLUE, "mahalanobis": _SKY, "relative_mahalanobis": "#004C6D", "knn": _BLACK, "vim": "#8C564B",
-    "react": "#A6761D", "ash": "#5E4FA2", "dice": "#66A61E"}
+    "react": "#A6761D", "ash": "#5E4FA2", "dice": "#66A61E", "gen": "#B2182B", "kl_matching": "#80B1D3"}
 
 
 def use_style() -> None:

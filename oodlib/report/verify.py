@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,25 @@ def update_reference(profile: str) -> list[str]:
                            if path.name in _KEPT or path.suffix in (".md", ".tex", ".png")] for folder in folders}
     others = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()
                  and not (path.parent.parent.name == profile and path.parent.name in files))
-    size = (others + sum(path.stat().st_size for kept in files.values() for path in kept)) / 1e6
+    content = {path: _content(path) for kept in files.values() for path in kept}
+    size = (others + sum(map(len, content.values()))) / 1e6
     if size > LIMIT_MB:
         raise OodlibError(f"The references would take {size:.1f} MB, the limit is {LIMIT_MB:g}. "
                           "Save fewer or smaller figures.")
     for name, kept in files.items():
         with atomic_folder(target / profile / name) as folder:
             for path in kept:
-                shutil.copyfile(path, folder / path.name)
+                (folder / path.name).write_bytes(content[path])
     return list(files)
+
+
+def _content(path: Path) -> bytes:
+    """The file's bytes; a PNG is reduced to 256 colours, which is a third of the size and looks the same."""
+    if path.suffix != ".png":
+        return path.read_bytes()
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(out, "PNG", optimize=True)
+    return out.getvalue()
