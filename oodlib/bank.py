@@ -144,7 +144,8 @@ class FeatureBank:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder of ``.npy`` files and ``bank.json`` with their checksums; whole or not at all."""
-        arrays = {"features": self.features, "logits": self.logits, "weight": self.head.weight, "bias": self.head.bias}
+        arrays: dict[str, NDArray] = {
+            "features": self.features, "logits": self.logits, "weight": self.head.weight, "bias": self.head.bias}
         if self.labels is not None:
             arrays["labels"] = self.labels
         arrays |= {f"layer.{name}": value for name, value in self.layers.items()}

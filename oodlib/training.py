@@ -132,7 +132,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
     if steps_per_epoch == 0:
         raise OodlibError(f"train: {n} images do not fill one batch of {recipe.batch_size}. Use a smaller batch_size.")
     total = math.ceil(recipe.epochs * steps_per_epoch)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)      # type: ignore[call-overload]
     optimiser = _optimiser(model, recipe)
     slow = copy.deepcopy(model.state_dict()) if recipe.lookahead else None
     history: list[dict[str, Any]] = []

@@ -82,7 +82,7 @@ def read_parquet(shards: Sequence[Path], size: tuple[int, int, int]) -> Raw:
                 for batch in file.iter_batches(_CHUNK, columns=["image", "label"]):
                     rows = batch.column("image").to_pylist()
                     jobs = [(row["bytes"], f"{shard}, image {row['path']}") for row in rows]
-                    for i, image in enumerate(pool.map(lambda job: _decode(*job, size), jobs)):
+                    for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], size), jobs)):
                         images[done + i] = image
                     labels[done:done + len(rows)] = batch.column("label").to_numpy(zero_copy_only=False)
                     done += len(rows)

@@ -88,7 +88,7 @@ class FastConvNet(nn.Module):
         """Set the whitening layer from normalised training images (n, c, h, w)."""
         with torch.no_grad():
             self.whiten.weight.copy_(whitening_filters(images))
-            self.whiten.bias.zero_()
+            self.whiten.bias.zero_()                                   # type: ignore[union-attr]
             self.head.weight.div_(9)
 
     def features(self, x: Tensor) -> Tensor:

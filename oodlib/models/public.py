@@ -144,8 +144,9 @@ class DenseNetBC(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.trans2(self.block2(self.trans1(self.block1(self.conv1(x)))))
-        return self.fc(relu(self.bn1(self.block3(x))).mean((2, 3)))
+        for name in ("conv1", "block1", "trans1", "block2", "trans2", "block3", "bn1"):
+            x = self.get_submodule(name)(x)
+        return self.fc(relu(x).mean((2, 3)))
 
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -290,9 +291,10 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    native = weights_file is not None and Path(weights_file).suffix in (".npz", ".safetensors")
-    overlay = {"file": str(weights_file), "custom_load": Path(weights_file).suffix == ".npz"} if native else None
-    head = {} if num_classes is None else {"num_classes": num_classes}
+    suffix = "" if weights_file is None else Path(weights_file).suffix
+    native = suffix in (".npz", ".safetensors")
+    overlay: Any = {"file": str(weights_file), "custom_load": suffix == ".npz"} if native else None
+    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if overlay is not None:
         overlay |= head                          # else timm would take the file's head for another task's and drop it
     try:
