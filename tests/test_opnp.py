@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 import oodlib
 from oodlib import FeatureBank, OodlibError, scores
 from oodlib.scores import opnp, opnp_neurons, opnp_sensitivity
-from oodlib.scores.opnp import kept, tails
+from oodlib.scores.opnp import kept, ranks
 
 close = torch.testing.assert_close
 NOTHING = {"weight_low": 0.0, "weight_high": 0.0, "neuron_low": 0.0, "neuron_high": 0.0}
@@ -116,8 +116,9 @@ def test_scope_class_removes_the_same_share_of_every_class():
     assert (~kept(values, low=0.1, high=0.04)).sum(1).tolist() == [20, 0, 0, 8]
 
 
-def test_tails_say_which_end():
-    assert tails(np.array([3.0, 1.0, 2.0, 0.0]), low=0.5, high=0.25).tolist() == [1, -1, 0, -1]
+def test_ranks_keep_the_order_of_equal_values():
+    rank, n = ranks(np.array([[3.0, 1.0, 1.0, 0.0], [5.0, 5.0, 4.0, 6.0]]), scope="class")
+    assert rank.tolist() == [[3, 1, 2, 0], [1, 2, 0, 3]] and n == 4
 
 
 def test_a_removed_neuron_is_a_zero_column(batch):

@@ -122,31 +122,36 @@ def kept(values: Any, *, low: float = 0.0, high: float = 0.0, scope: Scope = "gl
     ------
     OodlibError : a ratio outside [0, 1), ratios that together remove everything, an unknown scope, NaN
     """
-    return tails(values, scope=scope, low=low, high=high) == 0
-
-
-def tails(values: Any, *, low: float, high: float, scope: Scope = "global") -> NDArray[np.int8]:
-    """-1 for the entries of the low tail, +1 for those of the high tail, 0 for the rest; arguments as in `kept`."""
     for name, ratio in {"low": low, "high": high}.items():
         if not 0 <= ratio < 1:
             raise OodlibError(f"opnp: {name} must be a share in [0, 1), got {ratio}. Ten per cent is 0.1.")
     if low + high >= 1:
         raise OodlibError(f"opnp: low + high must be below 1, got {low} + {high}: nothing would be left.")
+    rank, n = ranks(values, scope=scope)
+    return (rank >= tail_size(low, n)) & (rank < n - tail_size(high, n))
+
+
+def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], int]:
+    """Place of each entry in ascending order, ties in order of index, and how many entries are ranked together.
+
+    Raises
+    ------
+    OodlibError : an unknown scope, NaN
+    """
     if scope not in _SCOPES:
         raise OodlibError(f"opnp: scope must be one of {', '.join(_SCOPES)}, got {scope!r}.")
     values = to_numpy(values)
     if np.isnan(values).any():
         raise OodlibError("opnp: sensitivities hold NaN. Check the features and logits they were made from.")
     rows = values.reshape(1, -1) if scope == "global" else values.reshape(len(values), -1)
-    order, n = np.argsort(rows, axis=1, kind="stable"), rows.shape[1]
-    found = np.zeros(rows.shape, np.int8)
-    np.put_along_axis(found, order[:, :_count(low, n)], -1, 1)
-    np.put_along_axis(found, order[:, n - _count(high, n):], 1, 1)
-    return found.reshape(values.shape)
+    rank, n = np.empty(rows.shape, np.int64), rows.shape[1]
+    np.put_along_axis(rank, np.argsort(rows, axis=1, kind="stable"), np.arange(n)[None], 1)
+    return rank.reshape(values.shape), n
 
 
-def _count(ratio: float, n: int) -> int:
-    return math.floor(ratio * n + 1e-9)                      # 0.29 * 100 is 28.999999999999996
+def tail_size(ratio: float, n: int) -> int:
+    """floor(ratio n), and not one less where ``ratio n`` is rounded down: 0.29 * 100 is 28.999999999999996."""
+    return math.floor(ratio * n + 1e-9)
 
 
 def opnp(weight: Any, sensitivity: Any, neurons: Any = None, *, weight_low: float = 0.0, weight_high: float = 0.0,
