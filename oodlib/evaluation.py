@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from oodlib.report import Run
     from oodlib.testbed import Testbed
 
-__all__ = ["AVERAGE", "METRICS", "Scores", "interval", "judged", "mean_metric", "record",
-           "same_fonts", "score", "wide_table"]
+__all__ = ["AVERAGE", "METRICS", "Scores", "font_control", "interval", "judged", "mean_metric", "record", "score",
+           "wide_table"]
 
 Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
 AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
@@ -69,7 +69,7 @@ def record(run: Run, bed: Testbed, scores: Mapping[str, Scores], *, variants: Ma
                            high=float(high), n_id=sizes["id"], n_ood=sizes.get(ood))
 
 
-def same_fonts(run: Run, bed: Testbed, method: str, values: Scores, *, n_boot: int = 1000) -> pd.DataFrame:
+def font_control(run: Run, bed: Testbed, method: str, values: Scores, *, n_boot: int = 1000) -> pd.DataFrame:
     """AUROC of each script against the ID images in its own fonts, beside the value in all fonts.
 
     Fonts that hold a script are few, so typeface could give OOD images away; the two columns say whether it does.
