@@ -31,7 +31,8 @@ def test_the_baselines_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_info(name):
     info = oodlib.names()[name]
-    assert info.key == name and re.fullmatch(r"\d{4}\.\d{5}", info.arxiv) and 2015 < info.year < 2027
+    assert info.key == name and re.fullmatch(r"\d{4}\.\d{5}", info.arxiv or "0000.00000") and 2015 < info.year < 2027
+    assert bool(info.arxiv) != bool(info.url) and info.link.startswith("https://")
     assert info.paper_larger_means in ("id", "ood") and info.needs in ("none", "features", "labels")
 
 

@@ -95,7 +95,7 @@ def _methods() -> str:
     from oodlib.scores import names
 
     learns = {"none": "nothing", "features": "training features", "labels": "training features and labels"}
-    rows = [[f"`{key}`", f"{info.authors}: [{info.title}](https://arxiv.org/abs/{info.arxiv}), {info.year}",
+    rows = [[f"`{key}`", f"{info.authors}: [{info.title}]({info.link}), {info.year}",
              learns[info.needs], "<br>".join(info.deviations)] for key, info in names().items()]
     return _table(["name", "paper", "learns from", "where ours differs"], rows)
 

@@ -8,7 +8,9 @@ from oodlib.scores.ash import ash
 from oodlib.scores.base import Detector, Info, create, load_detector, names
 from oodlib.scores.dice import dice
 from oodlib.scores.energy import energy
+from oodlib.scores.gen import gen
 from oodlib.scores.gradnorm import gradnorm, gradnorm_factors, gradnorm_limit
+from oodlib.scores.kl_matching import kl_matching
 from oodlib.scores.knn import knn
 from oodlib.scores.mahalanobis import mahalanobis, relative_mahalanobis, whitening
 from oodlib.scores.max_logit import max_logit
@@ -18,6 +20,6 @@ from oodlib.scores.opnp import opnp, opnp_neurons, opnp_sensitivity
 from oodlib.scores.react import react
 from oodlib.scores.vim import vim
 
-__all__ = ["Detector", "Info", "ash", "create", "dice", "energy", "gradnorm", "gradnorm_factors", "gradnorm_limit",
-           "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin", "opnp", "opnp_neurons",
-           "opnp_sensitivity", "react", "relative_mahalanobis", "vim", "whitening"]
+__all__ = ["Detector", "Info", "ash", "create", "dice", "energy", "gen", "gradnorm", "gradnorm_factors",
+           "gradnorm_limit", "kl_matching", "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin",
+           "opnp", "opnp_neurons", "opnp_sensitivity", "react", "relative_mahalanobis", "vim", "whitening"]

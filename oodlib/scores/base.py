@@ -25,6 +25,7 @@ __all__ = ["Detector", "Info", "create", "load_detector", "names", "register"]
 class Info:
     """Facts about one method; README tables are generated from these.
 
+    arxiv : its number there; empty where the paper is not on arXiv, and ``url`` is its address
     needs : what ``fit`` reads: nothing (``score`` works at once), features, or features and labels
     deviations : ours against the paper and its released code
     """
@@ -37,6 +38,11 @@ class Info:
     paper_larger_means: Literal["id", "ood"]
     needs: Literal["none", "features", "labels"] = "none"
     deviations: tuple[str, ...] = ()
+    url: str = ""
+
+    @property
+    def link(self) -> str:
+        return self.url or f"https://arxiv.org/abs/{self.arxiv}"
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

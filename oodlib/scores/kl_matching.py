@@ -1,0 +1,59 @@
+"""KL matching: the softmax output against the mean output of each predicted class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from oodlib.bank import FeatureBank
+from oodlib.errors import OodlibError
+from oodlib.scores.arrays import by_rows, tensor64
+from oodlib.scores.base import Detector, Info, register
+
+
+def kl_matching(logits: Any, *, log_templates: Any) -> Any:
+    r"""Divergence from the nearest template; larger = more OOD.
+
+    S = min_k KL(p || d_k),   p = softmax(logits)
+
+    Parameters
+    ----------
+    logits : (N, C)
+    log_templates : (K, C), logarithms of the mean outputs d_k of ID images predicted as class k
+
+    Returns
+    -------
+    (N,) float64, nats
+
+    References
+    ----------
+    Hendrycks et al., ICML 2022, arXiv 1911.11132
+    """
+    log_d = tensor64(log_templates)
+    if log_d.ndim != 2 or log_d.shape[1] != np.shape(logits)[-1]:
+        raise OodlibError(f"kl_matching: logits (N, C) and log_templates (K, C) need the same C, got "
+                          f"{tuple(np.shape(logits))} and {tuple(log_d.shape)}.")
+
+    def score(z: Any) -> Any:
+        log_p, p = z.log_softmax(1), z.softmax(1)
+        return ((p * log_p).sum(1, keepdim=True) - p @ log_d.T.to(p.device)).amin(1)
+    return by_rows("kl_matching", score, logits)
+
+
+@register(Info("kl_matching", "Scaling Out-of-Distribution Detection for Real-World Settings", "Hendrycks, Basart, "
+               "Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song", 2022, "1911.11132", "ood", needs="features",
+               deviations=("templates from the bank that it is fitted on; the paper takes ID validation images",)))
+@dataclass(kw_only=True, eq=False)
+class KLMatching(Detector):
+    """Detector of `kl_matching`; a class that is predicted for no image has no template."""
+
+    def _fit(self, bank: FeatureBank) -> None:
+        predicted = np.asarray(bank.logits).argmax(1)
+        groups = [tensor64(bank.logits[predicted == k]).log_softmax(1) for k in np.unique(predicted)]
+        self.log_templates_ = np.stack([(g.logsumexp(0) - math.log(len(g))).numpy() for g in groups])
+
+    def _score(self, bank: FeatureBank) -> Any:
+        return kl_matching(bank.logits, log_templates=self.log_templates_)
