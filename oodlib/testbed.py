@@ -42,7 +42,9 @@ class ImageNetFiles:
     data_root : folder laid out as `oodlib.data.describe_paper_sets` prints
     ood : the OOD sets to test, with the group of each; by default those of the GradNorm paper
     ood_val : OOD validation sets, by default one whose source the default does not test
-    train : gather training images too, as ``fit``, and keep the images for choices out of the test
+    train, train_list : gather training images too, as ``fit`` (by a list of the user's, else OpenOOD's, else all of the
+        folder), and keep the images for choices out of the test
+    num_classes : of the weights file, where it is not 1000 (ImageNet-200, with lists of its own)
     weights : file of the network; without it timm downloads the tag's own, or leaves them random if not ``pretrained``
     id_list : list with the checkpoint's own class order, such as MOS's ``imagenet2012_val_list.txt``
     expected_accuracy : asserted on the ID images before any score
@@ -56,6 +58,8 @@ class ImageNetFiles:
     ood: Mapping[str, str] = field(default_factory=lambda: dict(_IMAGENET))
     ood_val: tuple[str, ...] = ("openimage-o-val",)
     train: bool = False
+    train_list: str | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +221,7 @@ def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, file
     if files is None:
         raise OodlibError(f"testbed: {network!r} is none of {', '.join([*SPECS, *PUBLIC])}, so it is taken as a timm "
                           "or torchvision model for ImageNet-1k, which needs imagenet=ImageNetFiles(data_root, ...).")
-    model, transform = paper_model(network, files.weights, pretrained=files.pretrained,
+    model, transform = paper_model(network, files.weights, pretrained=files.pretrained, num_classes=files.num_classes,
                                    preprocessing="gradnorm" if "_bit" in network else "own")
     opened = partial(open_paper_set, data_root=files.data_root, transform=transform)
 
@@ -238,7 +242,7 @@ def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, file
     reported = order[n_val:] if files.train else order
     loaders = {"val": loader(ids, order[:n_val]), "test": loader(ids, reported[:n_test])}
     if files.train:
-        loaders["fit"] = sampled(opened("imagenet-1k-train"), n_fit)
+        loaders["fit"] = sampled(opened("imagenet-1k-train", list_file=files.train_list), n_fit)
     notes: dict[str, str] = {}
     for name in files.ood:
         loaders[name] = sampled(opened(name), n_ood)
