@@ -166,7 +166,7 @@ def test_the_callers_weights_stay_untouched(blobs):
     detector.score(test)
     for array, old in zip((train.head.weight, test.head.weight, test.features), before, strict=True):
         np.testing.assert_array_equal(array, old)
-    pruned = detector._shape(test).head.weight
+    pruned = detector.shape(test).head.weight
     np.testing.assert_array_equal(pruned[detector.mask_], test.head.weight[detector.mask_])      # bit by bit
     assert (pruned[~detector.mask_] == 0).all()
 
@@ -192,6 +192,14 @@ def test_masks_of_dice_and_opnp_multiply_and_gradnorm_counts_what_is_left(blobs)
     chain = oodlib.create("dice", sparsity=30, then=pruner).fit(train)
     mask, h = chain.mask_ & chain.then_.mask_, test.features * chain.then_.neurons_
     np.testing.assert_allclose(chain.score(test), scores.gradnorm(h, test.head.masked(mask)(h), mask=mask), rtol=1e-10)
+
+
+def test_the_shaped_bank_of_a_chain_is_what_the_end_scores(blobs):
+    train, test, _ = blobs
+    chain = oodlib.create("react", percentile=80, then=oodlib.create("dice", then="opnp")).fit(train)
+    shaped = chain.shape(test)
+    np.testing.assert_allclose(chain.score(test), scores.energy(shaped.logits), rtol=1e-12)
+    np.testing.assert_array_equal(shaped.head.mask, chain.then_.mask_ & chain.then_.then_.mask_)
 
 
 def test_react_before_and_after_pruning_is_the_same_on_relu_features(blobs):

@@ -38,9 +38,21 @@ class Shaper(Detector):
         self.then_ = self._detector()
         self.num_features_, self.num_classes_ = bank.features.shape[1], bank.head.num_classes
         if isinstance(self.then_, Shaper):
-            self.then_._fit_chain(bank, self._shape(shaped))
+            self.then_._fit_chain(bank, self._shape(shaped) if self.then_._end_needs_fit else shaped)
         else:
             self.then_.fit(self._shape(shaped) if self.then_.needs_fit else bank)
+
+    @property
+    def _end_needs_fit(self) -> bool:
+        """Whether the detector at the end learns; where it does not, no copy of the whole bank is shaped for it."""
+        then = self._detector()
+        return then._end_needs_fit if isinstance(then, Shaper) else then.needs_fit
+
+    def shape(self, bank: FeatureBank) -> FeatureBank:
+        """The bank as the detector at the end of the chain sees it, once fitted: features, logits and head."""
+        shaped = self._shape(bank)
+        then = getattr(self, "then_", None) or self._detector()
+        return then.shape(shaped) if isinstance(then, Shaper) else shaped
 
     def _score(self, bank: FeatureBank) -> Any:
         then = getattr(self, "then_", None) or self._detector()
