@@ -331,7 +331,7 @@ def _torchvision_model(name: str, weights_file: str | os.PathLike[str] | None, p
                           f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
                           "weights_file.") from error
     if weights_file is not None:
-        state = {k.replace(".shortcut.", ".downsample."): v for k, v in _state_dict(weights_file).items()}    # OpenOOD's
+        state = {k.replace(".shortcut.", ".downsample."): v for k, v in _state_dict(weights_file).items()}
         _fill(model, state, weights_file)
     return model.eval(), weights.transforms()
 
