@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from oodlib.bank import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["Moments", "class_moments", "stream_moments"]
+__all__ = ["Moments", "class_moments", "stream_means", "stream_moments"]
 
 _ROWS = 16384
 
@@ -55,11 +56,7 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
     counts = np.zeros(num_classes, dtype=np.int64)
     for batch_features, batch_labels in batches:
         features, labels = to_numpy(batch_features), to_numpy(batch_labels)
-        if len(features) != len(labels):
-            raise OodlibError(f"stream_moments: a batch has {len(features)} features but {len(labels)} labels.")
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise OodlibError(f"stream_moments: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. "
-                              f"{labels.max()}. Leave unlabelled images out.")
+        _check_labels("stream_moments", features, labels, num_classes)
         if not counts.any():
             shift = features[:_ROWS].mean(0, dtype=np.float64)
             scatter, sums = np.zeros((len(shift), len(shift))), np.zeros((num_classes, len(shift)))
@@ -69,13 +66,8 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
             scatter += x.T @ x
             np.add.at(sums, y, x)                                    # a one-hot product costs C / D times the scatter
             counts += np.bincount(y, minlength=num_classes)
+    _check_counts("stream_moments", counts)
     n = int(counts.sum())
-    if n == 0:
-        raise OodlibError("stream_moments: there was no batch. Check the loader.")
-    if (counts == 0).any():
-        empty = np.flatnonzero(counts == 0)
-        raise OodlibError(f"stream_moments: every class needs a sample, class {empty[0]} has none "
-                          f"({len(empty)} of {num_classes} classes are empty). Check the split.")
     centred = sums.sum(0) / n                                        # mean - shift
     means = sums / counts[:, None]                                   # class means - shift
     total = scatter / n - np.outer(centred, centred)
@@ -84,6 +76,43 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
     return Moments(shift + centred, shift + means, counts, (within + within.T) / 2, (total + total.T) / 2)
 
 
+def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArray[np.float64]:
+    """Class means (C, d) of features (n, ...) that arrive in batches, flattened to d; memory C x d only.
+
+    Arguments and errors as in `stream_moments`; the order of the samples does not matter (up to rounding).
+    """
+    sums, counts = np.empty((0, 0)), np.zeros(num_classes, dtype=np.int64)
+    for batch_features, batch_labels in batches:
+        features, labels = to_numpy(batch_features), to_numpy(batch_labels)
+        _check_labels("stream_means", features, labels, num_classes)
+        if not counts.any():
+            sums = np.zeros((num_classes, math.prod(features.shape[1:])))
+        rows = max(1, 2**24 // sums.shape[1])
+        for start in range(0, len(features), rows):
+            x, y = features[start:start + rows], labels[start:start + rows]
+            np.add.at(sums, y, x.reshape(len(x), -1).astype(np.float64))
+        counts += np.bincount(labels, minlength=num_classes)
+    _check_counts("stream_means", counts)
+    return sums / counts[:, None]
+
+
 def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
     """`stream_moments` of arrays or tensors that are at hand (memory-mapped ones are read in pieces)."""
     return stream_moments([(features, labels)], num_classes)
+
+
+def _check_labels(name: str, features: NDArray, labels: NDArray, num_classes: int) -> None:
+    if len(features) != len(labels):
+        raise OodlibError(f"{name}: a batch has {len(features)} features but {len(labels)} labels.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise OodlibError(f"{name}: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}. "
+                          "Leave unlabelled images out.")
+
+
+def _check_counts(name: str, counts: NDArray[np.int64]) -> None:
+    if not counts.any():
+        raise OodlibError(f"{name}: there was no batch. Check the loader.")
+    if (counts == 0).any():
+        empty = np.flatnonzero(counts == 0)
+        raise OodlibError(f"{name}: every class needs a sample, class {empty[0]} has none ({len(empty)} of "
+                          f"{len(counts)} classes are empty). Check the split.")

@@ -10,6 +10,7 @@ from oodlib.scores.dice import dice
 from oodlib.scores.energy import energy
 from oodlib.scores.gen import gen
 from oodlib.scores.gradnorm import gradnorm, gradnorm_factors, gradnorm_limit
+from oodlib.scores.grood import grood, grood_gradient, grood_polar
 from oodlib.scores.kl_matching import kl_matching
 from oodlib.scores.knn import knn
 from oodlib.scores.mahalanobis import mahalanobis, relative_mahalanobis, whitening
@@ -21,5 +22,6 @@ from oodlib.scores.react import react
 from oodlib.scores.vim import vim
 
 __all__ = ["Detector", "Info", "ash", "create", "dice", "energy", "gen", "gradnorm", "gradnorm_factors",
-           "gradnorm_limit", "kl_matching", "knn", "load_detector", "mahalanobis", "max_logit", "msp", "names", "odin",
-           "opnp", "opnp_neurons", "opnp_sensitivity", "react", "relative_mahalanobis", "vim", "whitening"]
+           "gradnorm_limit", "grood", "grood_gradient", "grood_polar", "kl_matching", "knn", "load_detector",
+           "mahalanobis", "max_logit", "msp", "names", "odin", "opnp", "opnp_neurons", "opnp_sensitivity", "react",
+           "relative_mahalanobis", "vim", "whitening"]

@@ -86,7 +86,7 @@ class Detector:
             raise OodlibError(f"{self.info.key}.score: fitted on {self.num_features_} features and {self.num_classes_} "
                               f"classes, got a bank of {shape[0]} and {shape[1]}. Use one network for both.")
         scores = np.asarray(self._score(bank), dtype=np.float64)
-        self.overflows_ = int(np.isinf(scores).sum())
+        self.overflows_ = int(np.isposinf(scores).sum())
         return scores
 
     def _fit(self, bank: FeatureBank) -> None:
