@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -44,6 +45,14 @@ class Head:
     @property
     def num_classes(self) -> int:
         return len(self.weight)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of weight and bias in float32: whose head it is."""
+        digest = hashlib.sha256(str(self.weight.shape).encode())
+        for values in (self.weight, self.bias):
+            digest.update(np.ascontiguousarray(values, "<f4").tobytes())
+        return digest.hexdigest()
 
     def masked(self, mask: NDArray[np.bool_]) -> Head:
         """The head without the weights where ``mask`` (C, D) is False, beside those removed before; a copy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, write_json
 from oodlib.training import normalise
 
-__all__ = ["batches", "extract", "find_head", "pick_device", "weights_hash"]
+__all__ = ["batches", "extract", "find_head", "pick_device", "stream", "weights_hash"]
 
 Stats = Sequence[float]
 Batch = tuple[Tensor, Tensor]
@@ -92,20 +93,33 @@ class _Taps:
                               f"{', '.join(n for n, _ in model.named_children())}.")
         self.features = torch.empty(0)
         self.layers: dict[str, Tensor] = {}
-        self._handles = [modules[head].register_forward_pre_hook(self._keep_features)]
+        self._aspect = 0.0
+        self._handles = [model.register_forward_pre_hook(self._keep_aspect)]
+        self._handles += [modules[head].register_forward_pre_hook(self._keep_features)]
         self._handles += [modules[name].register_forward_hook(self._keep_layer(name)) for name in layers]
 
     def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.features = inputs[0].flatten(1)
 
+    def _keep_aspect(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].ndim == 4:
+            self._aspect = math.log(inputs[0].shape[2] / inputs[0].shape[3])
+
     def _keep_layer(self, name: str):
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if output.ndim == 4:                    # (n, channels, h, w): mean over positions
-                output = output.mean((2, 3))
+            if output.ndim == 4:                    # (n, channels, h, w), or Swin's (n, h, w, channels)
+                output = output.mean((1, 2) if self._channels_last(output) else (2, 3))
             elif output.ndim == 3:                  # (n, tokens, width): mean over tokens
                 output = output.mean(1)
             self.layers[name] = output
         return hook
+
+    def _channels_last(self, output: Tensor) -> bool:
+        """Whether the first two of its dimensions fit the picture's shape better than the last two."""
+        def misfit(height: int, width: int) -> float:
+            return abs(math.log(height / width) - self._aspect)
+        _, a, b, c = output.shape
+        return misfit(a, b) < misfit(b, c)
 
     def __enter__(self) -> _Taps:
         return self
@@ -187,10 +201,7 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
     ------
     OodlibError : no linear head, a shuffled loader, an unknown layer, features that do not give the logits
     """
-    where = pick_device(device)
     n = _count(data)
-    was_training = model.training
-    model.eval().to(where)
     name = model_name or type(model).__name__
     data_name = f"{data.name}-{data.split}" if isinstance(data, ImageSet) else "loader"
     meta = {"model": name, "data": data_name, "layers": list(layers), "rows": n}
@@ -202,61 +213,83 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
         meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std))}
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
-    try:
-        if cache is None:
-            store = _MemoryStore(n)
-            _run(model, data, store, 0, mean, std, layers, batch_size, shard_rows, where, progress, data_name)
-            arrays, head = store.arrays, store.head
-            bank = FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
-                               {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
-        else:
-            from filelock import FileLock
+    options: Any = {"mean": mean, "std": std, "layers": layers, "batch_size": batch_size, "shard_rows": shard_rows,
+                    "device": device, "progress": progress}
+    if cache is None:
+        store = _MemoryStore(n)
+        for shard in stream(model, data, **options):
+            store.write(shard)
+        arrays = store.arrays
+        return FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], store.head,
+                           {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
+    from filelock import FileLock
 
-            path = Path(cache) / f"{name}-{data_name}-{key}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(path.name + ".lock")):           # two notebooks may want the same bank
-                if not (path / "bank.json").exists():
-                    disk = _DiskStore(path.with_name(path.name + ".part"), n)
-                    _run(model, data, disk, disk.done, mean, std, layers, batch_size, shard_rows, where, progress,
-                         data_name)
-                    disk.finish(path, meta)
-            bank = FeatureBank.load(path)
+    path = Path(cache) / f"{name}-{data_name}-{key}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):                   # two notebooks may want the same bank
+        if not (path / "bank.json").exists():
+            disk = _DiskStore(path.with_name(path.name + ".part"), n)
+            for shard in stream(model, data, start=disk.done, **options):
+                disk.write(shard)
+            disk.finish(path, meta)
+    return FeatureBank.load(path)
+
+
+def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | None = None, std: Stats | None = None,
+           layers: Sequence[str] = (), batch_size: int = 250, shard_rows: int = 10_000,
+           device: str | torch.device = "auto", progress: bool = True, start: int = 0) -> Iterator[FeatureBank]:
+    """The same pass, bank by bank in the order of the data, from row ``start`` on: memory for one bank is all it takes.
+
+    Parameters as in `extract`; ``shard_rows`` is the size of a bank, rounded up to whole batches (the last is smaller).
+
+    Raises
+    ------
+    OodlibError : as `extract`, and where the data hold other than the announced number of rows
+    """
+    where, rows = pick_device(device), _count(data)
+    title = f"{data.name}-{data.split}" if isinstance(data, ImageSet) else "images"
+    parts: list[dict[str, np.ndarray]] = []
+    done, waiting = start, 0
+    head, head_name = Head(np.empty((0, 0)), np.empty(0)), None
+    was_training = model.training
+    model.eval().to(where)
+
+    def bank() -> FeatureBank:
+        arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        return FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
+                           {layer: arrays[f"layer.{layer}"] for layer in layers})
+
+    try:
+        with tqdm(total=rows, initial=start, desc=title, unit="img", disable=None if progress else True) as bar:
+            for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
+                x = x.to(where, memory_format=torch.channels_last) if x.ndim == 4 else x.to(where)
+                if head_name is None:
+                    head_name = find_head(model, x[:2])
+                    head = _read_head(model.get_submodule(head_name))
+                with _Taps(model, head_name, layers) as taps, torch.inference_mode():
+                    values = {"logits": model(x), "features": taps.features, "labels": y,
+                              **{f"layer.{k}": v for k, v in taps.layers.items()}}
+                arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in values.items()}
+                check_head(head, arrays["features"], arrays["logits"], rows=16)
+                parts.append(arrays)
+                waiting += len(x)
+                bar.update(len(x))
+                if waiting >= shard_rows:
+                    yield bank()
+                    done, parts, waiting = done + waiting, [], 0
+        if parts:
+            yield bank()
+        if done + waiting != rows:
+            raise OodlibError(f"extract: {title} announced {rows} rows but gave {done + waiting}. "
+                              "Check the loader's length and drop_last.")
     finally:
         model.train(was_training)
-    return bank
 
 
-def _run(model: nn.Module, data: Any, store: _MemoryStore | _DiskStore, start: int, mean: Stats | None,
-         std: Stats | None, layers: Sequence[str], batch_size: int, shard_rows: int, device: torch.device,
-         progress: bool, title: str) -> None:
-    """The pass itself, from row ``start`` on; whole shards go to the store."""
-    shard: list[dict[str, np.ndarray]] = []
-    head_name: str | None = None
-    bar = tqdm(total=store.rows, initial=start, desc=title, unit="img", disable=None if progress else True)
-    waiting = 0
-    for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
-        x = x.to(device, memory_format=torch.channels_last) if x.ndim == 4 else x.to(device)
-        if head_name is None:
-            head_name = find_head(model, x[:2])
-            store.head = _read_head(model.get_submodule(head_name))
-        with _Taps(model, head_name, layers) as taps, torch.inference_mode():
-            logits = model(x)
-            rows = {"features": taps.features, "logits": logits, "labels": y,
-                    **{f"layer.{k}": v for k, v in taps.layers.items()}}
-        arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in rows.items()}
-        check_head(store.head, arrays["features"], arrays["logits"], rows=16)
-        shard.append(arrays)
-        waiting += len(x)
-        bar.update(len(x))
-        if waiting >= shard_rows:
-            store.write({k: np.concatenate([part[k] for part in shard]) for k in shard[0]})
-            shard, waiting = [], 0
-    if shard:
-        store.write({k: np.concatenate([part[k] for part in shard]) for k in shard[0]})
-    bar.close()
-    if store.done != store.rows:
-        raise OodlibError(f"extract: {title} announced {store.rows} rows but gave {store.done}. "
-                          "Check the loader's length and drop_last.")
+def _arrays(bank: FeatureBank) -> dict[str, np.ndarray]:
+    assert bank.labels is not None                                        # every batch brings them
+    return {"features": bank.features, "logits": bank.logits, "labels": bank.labels,
+            **{f"layer.{name}": value for name, value in bank.layers.items()}}
 
 
 class _MemoryStore:
@@ -267,9 +300,9 @@ class _MemoryStore:
         self.arrays: dict[str, np.ndarray] = {}
         self.head = Head(np.empty((0, 0)), np.empty(0))
 
-    def write(self, shard: dict[str, np.ndarray]) -> None:
-        stop = self.done + len(shard["labels"])
-        for name, value in shard.items():
+    def write(self, shard: FeatureBank) -> None:
+        stop, self.head = self.done + len(shard), shard.head
+        for name, value in _arrays(shard).items():
             if name not in self.arrays:
                 self.arrays[name] = np.empty((self.rows, *value.shape[1:]), value.dtype)
             self.arrays[name][self.done:stop] = value
@@ -281,14 +314,13 @@ class _DiskStore:
 
     def __init__(self, folder: Path, rows: int):
         self.folder, self.rows = folder, rows
-        self.head = Head(np.empty((0, 0)), np.empty(0))
         folder.mkdir(exist_ok=True)
         progress = folder / "progress.json"
         self.done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
 
-    def write(self, shard: dict[str, np.ndarray]) -> None:
-        stop = self.done + len(shard["labels"])
-        for name, value in shard.items():
+    def write(self, shard: FeatureBank) -> None:
+        stop = self.done + len(shard)
+        for name, value in _arrays(shard).items():
             path = self.folder / f"{name}.npy"
             # opened for each shard, so that mapped pages do not pile up in memory
             if self.done == 0:
@@ -298,8 +330,8 @@ class _DiskStore:
             array[self.done:stop] = value
             array.flush()
         self.done = stop
-        np.save(self.folder / "weight.npy", self.head.weight)
-        np.save(self.folder / "bias.npy", self.head.bias)
+        np.save(self.folder / "weight.npy", shard.head.weight)
+        np.save(self.folder / "bias.npy", shard.head.bias)
         write_json(self.folder / "progress.json", {"rows": stop})
 
     def finish(self, path: Path, meta: dict[str, Any]) -> None:

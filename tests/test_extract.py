@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from oodlib import FeatureBank, OodlibError, extract
 from oodlib.data import ImageSet
-from oodlib.extraction import find_head, weights_hash
+from oodlib.extraction import find_head, stream, weights_hash
 from oodlib.models import FastConvNet
 
 STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
@@ -200,3 +200,35 @@ def test_weights_hash_sees_one_changed_value(model):
     with torch.no_grad():
         model.head.weight[0, 0] += 1e-6
     assert weights_hash(model) != before
+
+
+class ChannelsLast(nn.Module):
+    """As Swin: its first layer gives (n, h, w, channels)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.fc = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.fc(self.stem(x.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (6, 5)])
+def test_layers_of_channels_last_networks_are_averaged_over_positions(size):
+    bank = extract(ChannelsLast(), [(torch.randn(4, 3, *size), torch.zeros(4).long())], layers=["stem"], device="cpu")
+    np.testing.assert_allclose(bank.layers["stem"], bank.features, rtol=1e-5, atol=1e-6)
+
+
+def test_timm_swin_stages_have_their_widths():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, img_size=64, window_size=2, embed_dim=12,
+                              depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    bank = extract(model, [(torch.randn(2, 3, 64, 64), torch.arange(2))], layers=["layers.0", "layers.3"], device="cpu")
+    assert [bank.layers[name].shape[1] for name in ("layers.0", "layers.3")] == [12, 96]
+
+
+def test_stream_gives_the_same_rows_in_banks_of_bounded_size(model, images):
+    whole = extract(model, images, **STATS, batch_size=4, device="cpu")
+    parts = list(stream(model, images, **STATS, batch_size=4, shard_rows=8, start=2, device="cpu", progress=False))
+    assert [len(part) for part in parts] == [8, 8, 8, 4]
+    np.testing.assert_allclose(np.concatenate([part.features for part in parts]), whole.features[2:], rtol=1e-5)

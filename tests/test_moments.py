@@ -54,6 +54,11 @@ def test_bad_labels_are_named(data, labels, message):
         class_moments(data[0], labels, CLASSES)
 
 
+def test_an_empty_batch_is_an_error():
+    with pytest.raises(OodlibError, match="at least one, got 0 and 0"):
+        class_moments(np.empty((0, 4)), np.empty(0, int), 3)
+
+
 def test_no_batch_is_an_error():
     with pytest.raises(OodlibError, match="no batch"):
         stream_moments([], CLASSES)

@@ -227,6 +227,25 @@ def test_fit_leaves_the_bank_and_the_parameters_alone(blobs):
     np.testing.assert_array_equal(train.features, before)
 
 
+@pytest.mark.parametrize("name", ["knn", "mahalanobis", "kl_matching", "react"])
+def test_a_bank_of_another_network_of_the_same_size_is_refused(blobs, tmp_path, name):
+    train, test, _ = blobs
+    fitted(name, {}, train).save(tmp_path / "d")
+    other = FeatureBank.from_arrays(test.features, weight=test.head.weight[::-1], bias=test.head.bias)
+    with pytest.raises(OodlibError, match=f"{name}.score: fitted on a bank of another network"):
+        oodlib.load_detector(tmp_path / "d").score(other)
+
+
+def test_weights_behind_the_same_head_tell_networks_apart(blobs):
+    def with_weights(bank, weights):
+        return dataclasses.replace(bank, meta={"weights": weights})
+    train, test, _ = blobs
+    detector = fitted("knn", {}, with_weights(train, "3f9c"))
+    with pytest.raises(OodlibError, match="another network"):
+        detector.score(with_weights(test, "a1b2"))
+    assert len(detector.score(test)) == len(test)                     # this bank does not know its weights
+
+
 def without_labels(bank):
     return FeatureBank.from_arrays(bank.features, weight=bank.head.weight, bias=bank.head.bias)
 

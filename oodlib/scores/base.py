@@ -70,6 +70,7 @@ class Detector:
                               "FeatureBank.from_arrays.")
         self._fit(bank)
         self.num_features_, self.num_classes_ = bank.features.shape[1], bank.head.num_classes
+        self.fitted_on_ = _network(bank)
         return self
 
     def score(self, bank: FeatureBank) -> NDArray[np.float64]:
@@ -77,7 +78,7 @@ class Detector:
 
         Raises
         ------
-        OodlibError : not fitted, or fitted on features or classes of another size
+        OodlibError : not fitted, or fitted on another network
         """
         if self.needs_fit and not hasattr(self, "num_features_"):
             raise OodlibError(f"{self.info.key}.score: not fitted. Call fit(bank) with ID training data first.")
@@ -85,6 +86,10 @@ class Detector:
         if self.needs_fit and shape != (self.num_features_, self.num_classes_):
             raise OodlibError(f"{self.info.key}.score: fitted on {self.num_features_} features and {self.num_classes_} "
                               f"classes, got a bank of {shape[0]} and {shape[1]}. Use one network for both.")
+        other = _network(bank)
+        if self.needs_fit and any(other[k] and v and other[k] != v for k, v in getattr(self, "fitted_on_", {}).items()):
+            raise OodlibError(f"{self.info.key}.score: fitted on a bank of another network: the sizes agree, the weights "
+                              "do not. Fit it again on training data of this network, or use the old weights.")
         scores = np.asarray(self._score(bank), dtype=np.float64)
         self.overflows_ = int(np.isposinf(scores).sum())
         return scores
@@ -101,6 +106,11 @@ class Detector:
         record = _pack(self, arrays, "")
         with atomic_path(path) as temporary:
             save_file(arrays, temporary, metadata={"oodlib": json.dumps(record, sort_keys=True)})
+
+
+def _network(bank: FeatureBank) -> dict[str, str]:
+    """What tells the networks behind two banks apart: the head, and all weights where the bank knows them."""
+    return {"head": bank.head.digest, "weights": bank.meta.get("weights", "")}
 
 
 _REGISTRY: dict[str, type[Detector]] = {}
