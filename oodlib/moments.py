@@ -102,8 +102,9 @@ def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
 
 
 def _check_labels(name: str, features: NDArray, labels: NDArray, num_classes: int) -> None:
-    if len(features) != len(labels):
-        raise OodlibError(f"{name}: a batch has {len(features)} features but {len(labels)} labels.")
+    if len(features) != len(labels) or len(features) == 0:
+        raise OodlibError(f"{name}: a batch has {len(features)} features but {len(labels)} labels; as many are needed, "
+                          "and at least one. Check the loader or the filter before it.")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise OodlibError(f"{name}: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}. "
                           "Leave unlabelled images out.")

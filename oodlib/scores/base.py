@@ -88,8 +88,8 @@ class Detector:
                               f"classes, got a bank of {shape[0]} and {shape[1]}. Use one network for both.")
         other = _network(bank)
         if self.needs_fit and any(other[k] and v and other[k] != v for k, v in getattr(self, "fitted_on_", {}).items()):
-            raise OodlibError(f"{self.info.key}.score: fitted on a bank of another network: the sizes agree, the weights "
-                              "do not. Fit it again on training data of this network, or use the old weights.")
+            raise OodlibError(f"{self.info.key}.score: fitted on a bank of another network: the sizes agree, the "
+                              "weights do not. Fit it again on training data of this network, or use the old weights.")
         scores = np.asarray(self._score(bank), dtype=np.float64)
         self.overflows_ = int(np.isposinf(scores).sum())
         return scores
