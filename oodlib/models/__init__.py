@@ -1,6 +1,17 @@
 """Networks of the suite, and public checkpoints."""
 
 from oodlib.models.networks import FastConvNet
+from oodlib.models.prototypes import (
+    EarlyPrototypes,
+    OodFeatures,
+    early_prototypes,
+    noise_features,
+    noise_images,
+    split_forward,
+    synthetic_features,
+)
 from oodlib.models.public import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
-__all__ = ["PUBLIC", "FastConvNet", "ModelInfo", "assert_accuracy", "paper_model", "public_model", "resnet18_32x32"]
+__all__ = ["PUBLIC", "EarlyPrototypes", "FastConvNet", "ModelInfo", "OodFeatures", "assert_accuracy",
+           "early_prototypes", "noise_features", "noise_images", "paper_model", "public_model", "resnet18_32x32",
+           "split_forward", "synthetic_features"]
