@@ -79,7 +79,7 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
     sensitivity = to_numpy(sensitivity)
     if sensitivity.shape not in (head.weight.shape, head.weight.shape[1:]):
         raise OodlibError(f"sweep: sensitivity must be (C, D) = {head.weight.shape} or (D,), got {sensitivity.shape}.")
-    weight = np.asarray(head.weight if keep is None else head.weight * keep, dtype=np.float32)
+    weight = np.array(head.weight if keep is None else head.weight * keep, dtype=np.float32)
     if not all(0 <= ratio < 1 for ratio in (*low, *high)):
         raise OodlibError(f"sweep: ratios must be shares in [0, 1), got low {list(low)} and high {list(high)}.")
     rank, n = ranks(sensitivity, scope=scope if sensitivity.ndim == 2 else "global")
@@ -88,7 +88,7 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
     valid = np.add.outer(np.asarray(low), np.asarray(high)) < 1
     scores = {name: np.full((*valid.shape, len(bank)), np.nan) for name, bank in banks.items()}
     right = np.where(valid & (labels is not None), 0.0, np.nan)
-    base, bias = torch.from_numpy(weight), torch.from_numpy(np.asarray(head.bias, dtype=np.float32))
+    base, bias = torch.from_numpy(weight), torch.from_numpy(np.array(head.bias, dtype=np.float32))
     rows = max(1, arrays.BLOCK // (2 * max(weight.shape)))
     for name, bank in banks.items():
         for start in range(0, len(bank), rows):

@@ -42,8 +42,15 @@ def test_every_pair_equals_pruning_it_alone(parts, kind, score):
                     assert found.accuracy[i, j] == (z.argmax(1) == bank.labels).mean()
 
 
-def test_no_pruning_is_energy(parts):
+@pytest.mark.filterwarnings("error")
+def test_no_pruning_is_energy_on_read_only_arrays_as_of_a_bank_on_disk(parts, tmp_path):
     banks, m, _ = parts
+    for name, bank in banks.items():
+        FeatureBank.from_arrays(bank.features, weight=np.float32(bank.head.weight),
+                                bias=np.float32(bank.head.bias)).save(tmp_path / name)
+    banks = {name: FeatureBank.load(tmp_path / name) for name in banks}
+    for array in (banks["id"].head.weight, banks["id"].head.bias):
+        array.setflags(write=False)
     found = sweep(banks, m, low=[0], high=[0])
     np.testing.assert_allclose(found.scores["weak"][0, 0], scores.energy(banks["weak"].logits), rtol=1e-5)
 
