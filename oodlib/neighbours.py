@@ -146,18 +146,21 @@ class PolarSearch:
     def _candidates(self, log_norm: Array, unit: Array, k: int, count: int, kind: torch.dtype) -> tuple[Array, Array]:
         """Log distance to the k-th of ``count`` candidates, and a lower bound of the log distance to all others."""
         single = kind == torch.float32
-        error = math.sqrt(unit.shape[1]) * 2.0**(-22 if single else -50)            # of a cosine
+        error, slack = math.sqrt(unit.shape[1]) * 2.0**(-22 if single else -50), 2.0**(-18 if single else -46)
         q, l = torch.from_numpy(unit).to(kind), torch.from_numpy(log_norm)[:, None]
-        best, where = torch.empty(len(q), 0, dtype=torch.float64), torch.empty(len(q), 0, dtype=torch.int64)
-        for j in range(0, len(self.log_norm), 16384):
-            rows = slice(j, j + 16384)
+        best, where = torch.empty(len(q), 0, dtype=kind), torch.empty(len(q), 0, dtype=torch.int64)
+        for j in range(0, len(self.log_norm), 4096):
+            rows = slice(j, j + 4096)
             block = torch.from_numpy(self.unit[rows] if single else self.directions(rows))
-            other = torch.from_numpy(self.log_norm[rows])
-            gap = -(l - other).abs()
-            bound = (1 - error - (q @ block.T).double()).clamp_(min=0).mul_(2 * gap.exp()).add_(gap.expm1().square())
-            bound = torch.maximum(l, other).add_(bound.log_(), alpha=0.5)
-            best, where = _smallest(best, where, bound, j, count)
-        last = best[:, -1].numpy() if count < len(self.log_norm) else np.full(len(q), np.inf)
+            above = (torch.from_numpy(self.log_norm[rows]) - l).clamp_(-1e30, 1e30).to(kind)      # l' - l
+            gap = above.abs().neg_()
+            bound = (q @ block.T).neg_().add_(1 - error).clamp_(min=0).mul_(gap.exp().mul_(2))
+            bound = bound.add_(gap.expm1_().square_()).log_().mul_(0.5).add_(above.clamp_(min=0))
+            best, where = _smallest(best, where, bound, j, count)                     # relative to l
+        last = np.full(len(q), np.inf)
+        if count < len(self.log_norm):
+            last = best[:, -1].double().numpy()
+            last += log_norm - slack * (1 + np.abs(last))
         return self._measure(log_norm, unit, where.numpy(), k), last
 
     def _some(self, log_norm: Array, unit: Array, k: int) -> Array:
@@ -192,8 +195,8 @@ class PolarSearch:
 def _smallest(best: torch.Tensor, where: torch.Tensor, values: torch.Tensor, start: int,
               count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` smallest of each row so far, ascending, and their columns; ``values`` begin at column ``start``."""
-    columns = torch.arange(start, start + values.shape[1]).expand(len(values), -1)
-    both, columns = torch.cat([best, values], 1), torch.cat([where, columns], 1)
+    found, columns = values.topk(min(count, values.shape[1]), largest=False)
+    both, columns = torch.cat([best, found], 1), torch.cat([where, columns + start], 1)
     best, order = both.topk(min(count, both.shape[1]), largest=False)
     return best, columns.gather(1, order)
 
