@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from oodlib.bank import FeatureBank, Head, check_head, seal, to_numpy
 from oodlib.data.images import ImageSet

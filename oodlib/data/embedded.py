@@ -170,7 +170,7 @@ def _class_names(name: str) -> tuple[str, ...]:
 def _draw(masks: Callable[[int], NDArray[np.uint8]], raw: NDArray[np.uint64], style: render.Style,
           size: int) -> NDArray[np.uint8]:
     """Warp and colour ``masks(i)`` for every row of ``raw``, in chunks; a progress bar from 20,000 images on."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     n = len(raw)
     chunk = max(8, CHUNK * 1024 // size ** 2)

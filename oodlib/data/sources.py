@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from oodlib.data.images import ImageSet
 from oodlib.data.registry import SetInfo, Split
