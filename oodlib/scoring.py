@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
+import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,123 +19,172 @@ import numpy as np
 from torch import nn
 
 from oodlib.bank import FeatureBank
-from oodlib.data.image_lists import SUFFIXES, ImageList, image_loader
+from oodlib.data.image_lists import image_loader
 from oodlib.errors import OodlibError
-from oodlib.extraction import extract, weights_hash
-from oodlib.files import sha256, write_json, write_text
+from oodlib.extraction import extract, stream, weights_hash
+from oodlib.files import sha256, write_json
 from oodlib.metrics import threshold
+from oodlib.own import FEATURE_SUFFIXES, FeatureFile, Transform, check_classes, load_network, open_images
 from oodlib.project import root
 from oodlib.scores import Detector, create, load_detector, names
 
-__all__ = ["load_network", "main", "open_images"]
+__all__ = ["Images", "main", "write_scores"]
+
+SHARD = 500                # on a CPU, 500 large images are minutes of work that an interruption may cost
+OF_LOGITS = {"energy", "gen", "kl_matching", "max_logit", "msp", "odin"}
 
 
-def load_network(name: str, *, weights: str | None = None, num_classes: int | None = None,
-                 ) -> tuple[nn.Module, Callable[[Any], Any]]:
-    """A classifier in evaluation mode and the transform of PIL images that goes with it.
+class Images:
+    """Images on disk behind a network: the counterpart of `FeatureFile`."""
 
-    Parameters
-    ----------
-    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1, ``latin_fast``), a
-        public CIFAR network (``resnet20_cifar10``), or a timm model, best with its tag
-    weights, num_classes : for timm only: a file to use instead of timm's download, and its number of classes where
-        that is not the model's own
-    """
-    from oodlib.checkpoints import SPECS, load_trained
-    from oodlib.models.public import PUBLIC, paper_model, public_model
+    def __init__(self, path: str, model: nn.Module, transform: Transform, given: argparse.Namespace):
+        self.list, self.model, self.given = open_images(path, transform), model, given
 
-    base, _, variant = name.partition(":")
-    if base not in SPECS and base not in PUBLIC:
-        return paper_model(name, weights, num_classes=num_classes)
-    if weights is not None or num_classes is not None:
-        raise OodlibError(f"score: {base} comes with its own weights; --weights and --num-classes are for timm models.")
-    if variant and (base in PUBLIC or not variant.isdecimal()):
-        raise OodlibError(f"score: there is no network {name!r}. The suite's own take a training seed, as in "
-                          "cifar10_fast:1; public ones take none.")
-    if base in SPECS:
-        trained = load_trained(base, seed=int(variant or 0))
-        model, mean, std = trained.model, trained.mean, trained.std
-    else:
-        model, info = public_model(base)
-        mean, std = info.mean, info.std
-    from torchvision import transforms
+    def __len__(self) -> int:
+        return len(self.list)
 
-    return model, transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), transforms.ToTensor(),
-                                      transforms.Normalize(mean, std)])
+    def _loader(self) -> Any:
+        return image_loader(self.list, batch_size=self.given.batch_size, workers=self.given.workers)
+
+    def bank(self) -> FeatureBank:
+        """All of it from one pass; a finished one is read from the cache, an interrupted one goes on."""
+        with _plain_errors():
+            return extract(self.model, self._loader(), cache=self.given.cache or root() / "data" / "cache" / "banks",
+                           shard_rows=SHARD, device=self.given.device,
+                           model_name="".join(c if c.isalnum() or c in "._-" else "-" for c in self.given.model))
+
+    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        with _plain_errors():
+            yield from stream(self.model, self._loader(), start=start, shard_rows=rows, device=self.given.device)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return [str(self.list.root / path) for path in self.list.paths[start:stop]]
+
+    @property
+    def made_by(self) -> str:
+        return repr(self.list.transform)
+
+    def stamp(self, start: int, stop: int) -> str:
+        """What tells these rows from changed ones."""
+        stats = [(self.list.root / path).stat() for path in self.list.paths[start:stop]]
+        return "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
+                       for name, stat in zip(self.names(start, stop), stats, strict=True))
 
 
-def open_images(path: str | Path, transform: Callable[[Any], Any]) -> ImageList:
-    """The images of a folder (all below it; label = rank of the first-level folder), of a list file, or one image.
-
-    A list holds one path per line, relative to the list's own folder, alone or followed by a space and a label.
-
-    Raises
-    ------
-    OodlibError : nothing there, no image in it, or a listed file is missing
-    """
-    path = Path(path)
-    if path.is_dir():
-        return ImageList(path, transform=transform)
-    if not path.is_file():
-        raise OodlibError(f"score: {path} is neither a folder nor a file. Give a folder of images, or a text file with "
-                          "one path per line.")
-    if path.suffix.lower() in SUFFIXES:
-        return ImageList(path.parent, [(path.name, -1)], transform=transform)
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """One line, also for an error that comes from a worker process wrapped in that process's traceback."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise OodlibError(f"score: {path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with "
-                          "one path per line.") from error
-    return ImageList(path.parent, [_list_row(path.parent, line) for line in lines], transform=transform, name=path.stem)
-
-
-def _list_row(folder: Path, line: str) -> tuple[str, int]:
-    before, _, last = line.rpartition(" ")
-    if before and last.removeprefix("-").isdecimal() and not (folder / line).is_file():
-        return before, int(last)
-    return line, -1
-
-
-def _bank(model: nn.Module, images: ImageList, given: argparse.Namespace) -> FeatureBank:
-    """One pass over the images; a finished one is read from the cache, an interrupted one goes on."""
-    try:
-        # small shards: on a CPU, 500 large images are minutes of work that an interruption may cost
-        return extract(model, image_loader(images, batch_size=given.batch_size, workers=given.workers),
-                       cache=given.cache or root() / "data" / "cache" / "banks", shard_rows=500, device=given.device,
-                       model_name=given.model.replace(":", "-").replace("/", "-"))
-    except OodlibError as error:      # from a worker process it comes wrapped in that process's traceback
+        yield
+    except OodlibError as error:
         raise OodlibError(str(error).strip().splitlines()[-1].removeprefix("oodlib.errors.OodlibError: ")) from error
 
 
-def _require_classes(detector: Detector, bank: FeatureBank, where: str) -> None:
-    found, classes = np.unique(bank.labels), bank.head.num_classes      # type: ignore[arg-type]
-    if detector.info.needs == "labels" and not np.array_equal(found, np.arange(classes)):
-        raise OodlibError(f"score: {detector.info.key} learns from classes, so {where} needs one folder for each of "
-                          f"the model's {classes} classes, in the model's order by name; it holds "
-                          f"{(found >= 0).sum()}.")
+def write_scores(source: Images | FeatureFile, detector: Detector, limit: float | None, output: str | Path, *,
+                 made_by: str) -> tuple[int, int]:
+    """Score the rows of ``source`` shard by shard into a CSV file: path, score, decision.
+
+    Memory holds one shard, whatever the number of images (and their paths). The rows go to ``<output>.part`` with a
+    record of how many are safe beside it; the finished file takes the name ``output``. Interrupted, the same call goes
+    on behind the safe rows, unless ``made_by`` (what identifies network and detector), the threshold or an image that
+    was scored has changed: then it starts again.
+
+    Returns
+    -------
+    (images scored, images called OOD)
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part, record = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.part.json")
+    start, size, flagged, key = _resume(source, part, record, f"{made_by} {source.made_by} {limit}")
+    try:
+        with open(part, "r+b" if start else "wb") as file:
+            file.truncate(size)
+            file.seek(size)
+            if not start:
+                file.write(b"path,score,decision\n")
+            for bank in source.banks(start, SHARD):
+                scores, stop = detector.score(bank).tolist(), start + len(bank)
+                decisions = ["" if limit is None else "OOD" if score > limit else "ID" for score in scores]
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows(
+                    zip(source.names(start, stop), scores, decisions, strict=True))
+                file.write(_bytes(text.getvalue()))
+                file.flush()
+                os.fsync(file.fileno())
+                key.update(_bytes(source.stamp(start, stop)))
+                start, flagged = stop, flagged + decisions.count("OOD")
+                write_json(record, {"rows": stop, "bytes": file.tell(), "flagged": flagged, "key": key.hexdigest()})
+    finally:
+        if not start:                                      # no row is safe: there is nothing to go on from
+            part.unlink(missing_ok=True)
+    os.replace(part, output)
+    record.unlink(missing_ok=True)
+    return start, flagged
 
 
-def _fitted(model: nn.Module, transform: Callable[[Any], Any], given: argparse.Namespace) -> Detector:
-    """The detector named on the command line, fitted where it learns something."""
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")           # file names need not be UTF-8
+
+
+def _resume(source: Images | FeatureFile, part: Path, record: Path, made_by: str) -> tuple[int, int, int, Any]:
+    """Rows and bytes that are safe, OOD rows among them, and the running hash of what they depend on."""
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))
+        rows, size, flagged, expected = (known[name] for name in ("rows", "bytes", "flagged", "key"))
+        if rows <= len(source) and part.stat().st_size >= size:
+            key = hashlib.sha256(_bytes(made_by))
+            for start in range(0, rows, SHARD):
+                key.update(_bytes(source.stamp(start, min(start + SHARD, rows))))
+            if key.hexdigest() == expected:
+                print(f"Going on behind {rows} rows that {part} holds.")
+                return rows, size, flagged, key
+    except (OSError, KeyError, json.JSONDecodeError):
+        pass                                               # there is nothing to go on from
+    return 0, 0, 0, hashlib.sha256(_bytes(made_by))
+
+
+def _source(path: str, network: tuple[nn.Module, Transform] | None, given: argparse.Namespace) -> Images | FeatureFile:
+    if Path(path).suffix.lower() in FEATURE_SUFFIXES:
+        if network is not None:
+            raise OodlibError(f"score: {path} holds features and brings its own head. Leave --model away, and give "
+                              "feature files for all sets.")
+        return FeatureFile(path)
+    if network is None:
+        raise OodlibError(f"score: {path} is not a file of features ({', '.join(sorted(FEATURE_SUFFIXES))}), so "
+                          "--model is needed.")
+    return Images(path, *network, given)
+
+
+def _fitted(fit: Images | FeatureFile | None, given: argparse.Namespace) -> tuple[Detector, str]:
+    """The detector named on the command line, fitted where it learns something, and what it was made from."""
     name = given.detector or "msp"
     detector = create(name, **{key: _literal(value) for key, value in given.parameter or []})
     if not detector.needs_fit:
-        if given.fit_images:
+        if fit is not None:
             print(f"{name} learns nothing: --fit-images is not read.")
-        return detector
-    if not given.fit_images:
+        return detector, repr(detector)
+    if fit is None:
         raise OodlibError(f"score: {name} learns from ID training images. Give them with --fit-images, or a "
                           "detector saved earlier with --detector-file.")
-    bank = _bank(model, open_images(given.fit_images, transform), given)
-    _require_classes(detector, bank, given.fit_images)
-    print(f"Fitted on {len(bank)} images{_accuracy(bank)}.")
-    return detector.fit(bank)
+    bank = fit.bank()
+    if detector.info.needs == "labels" and check_classes(bank) is None:
+        found = 0 if bank.labels is None else int((np.unique(bank.labels) >= 0).sum())
+        raise OodlibError(f"score: {name} learns from classes, so {given.fit_images} needs one folder for each of the "
+                          f"model's {bank.head.num_classes} classes, in the model's order by name (a feature file: "
+                          f"labels); it holds {found}.")
+    print(f"Fitted on {len(bank)} images{_accuracy(bank, given.fit_images)}.")
+    return detector.fit(bank), f"{detector!r} {fit.made_by} {fit.stamp(0, len(fit))}"
 
 
-def _accuracy(bank: FeatureBank) -> str:
+def _accuracy(bank: FeatureBank, where: str) -> str:
     """The model's accuracy, where the labels can be its classes: wrong weights or a wrong transform show here first."""
-    known = np.array_equal(np.unique(bank.labels), np.arange(bank.head.num_classes))    # type: ignore[arg-type]
-    return f", accuracy {bank.accuracy:.1%}" if known else ""
+    check = check_classes(bank)
+    if check is None:
+        return "" if bank.labels is None or (bank.labels < 0).all() else ", accuracy unknown: not one folder per class"
+    if check.hint:
+        print(f"warning: {where}: {check.hint}", file=sys.stderr)
+    return f", accuracy {check.accuracy:.1%}"
 
 
 def _literal(value: str) -> Any:
@@ -165,10 +218,13 @@ def _load(path: str, weights: str) -> tuple[Detector, float | None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m oodlib score", allow_abbrev=False, description="Write an OOD "
                                      "score for each image into a CSV file (path, score, decision). Larger scores "
-                                     "mean further from the training data.")
+                                     "mean further from the training data. Images may be replaced by a file of "
+                                     "features and head, or of logits (.npz, .safetensors), in all three places.")
     add = parser.add_argument
-    add("--model", required=True, help="timm name with its tag, or cifar10_fast, latin_fast, resnet20_cifar10, ...")
-    add("--images", required=True, help="folder, list file (one path per line) or image to score")
+    add("--model", help="your function, as package.module:function or path/to/file.py:function, that returns (model, "
+        "transform); a timm name with its tag; or cifar10_fast, latin_fast, resnet20_cifar10, ...")
+    add("--images", required=True, help="folder, list file (one path per line), image or feature "
+        "file to score")
     add("--output", default="scores.csv", help="CSV file to write (default: scores.csv)")
     add("--weights", help="weights of a timm model (.safetensors, .pth, .npz); without it timm downloads the tag's")
     add("--num-classes", type=int, help="of the file given by --weights, where not the timm model's own")
@@ -180,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tpr", type=float, default=0.95, help="share of the ID images to be called ID (default: 0.95)")
     add("--save-detector", metavar="FILE", help="keep the fitted detector and its threshold")
     add("--detector-file", metavar="FILE", help="use a kept one instead of --detector and --fit-images")
-    add("--cache", help="folder for features, so that an interrupted run goes on (default: data/cache/banks)")
+    add("--cache", help="folder for features of fit and ID images (default: data/cache/banks)")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--batch-size", type=int, default=64)
     add("--workers", type=int, help="processes that decode images (default: one per core)")
@@ -193,31 +249,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError("score: --detector-file brings a fitted detector; --detector, -p and --fit-images would "
                           "make another one. Give one or the other.")
-    model, transform = load_network(given.model, weights=given.weights, num_classes=given.num_classes)
-    images = open_images(given.images, transform)          # before the work, so that a wrong path costs no time
-    ids = open_images(given.id_images, transform) if given.id_images else None
-    weights, limit = weights_hash(model), None
+    network, weights = None, ""
+    if given.model:
+        network = load_network(given.model, weights=given.weights, num_classes=given.num_classes)
+        weights = weights_hash(network[0])
+    # all are opened before the work, so that a wrong path costs no time
+    images, ids, fit = (_source(path, network, given) if path else None
+                        for path in (given.images, given.id_images, given.fit_images))
+    assert images is not None                              # argparse has seen to it
+    if isinstance(images, FeatureFile):
+        weights = _one_head([x for x in (images, ids, fit) if isinstance(x, FeatureFile)])
+    limit = None
     if given.detector_file:
         detector, limit = _load(given.detector_file, weights)
+        made_by = sha256(given.detector_file)
     else:
-        detector = _fitted(model, transform, given)
+        detector, made_by = _fitted(fit, given)
+    if isinstance(images, FeatureFile) and images.only_logits and detector.info.key not in OF_LOGITS:
+        raise OodlibError(f"score: {detector.info.key} needs features; {images.path} holds logits alone. Add features, "
+                          f"weight and bias, or use one of {', '.join(sorted(OF_LOGITS))}.")
     if ids is not None:
-        bank = _bank(model, ids, given)
+        bank = ids.bank()
         limit = threshold(detector.score(bank), tpr=given.tpr)
-        print(f"Threshold {limit:.6g}: {given.tpr:.0%} of {len(bank)} ID images score at most this{_accuracy(bank)}.")
+        print(f"Threshold {limit:.6g}: {given.tpr:.0%} of {len(bank)} ID images score at most this"
+              f"{_accuracy(bank, given.id_images)}.")
     if given.save_detector:
         detector.save(given.save_detector)
         write_json(_sidecar(given.save_detector), {
             "detector": detector.info.key, "model": given.model, "weights": weights, "threshold": limit,
             "tpr": given.tpr, "sha256": sha256(given.save_detector)})
-    scores = detector.score(_bank(model, images, given))
-    flagged = None if limit is None else scores > limit
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "score", "decision"])
-    for i, (path, score) in enumerate(zip(images.paths, scores.tolist(), strict=True)):
-        writer.writerow([images.root / path, score, "" if flagged is None else "OOD" if flagged[i] else "ID"])
-    write_text(given.output, text.getvalue())
-    verdict = "no threshold: give --id-images" if flagged is None else f"{int(flagged.sum())} called OOD"
-    print(f"{len(scores)} images scored with {detector.info.key}, {verdict}. Written: {given.output}")
+    n, flagged = write_scores(images, detector, limit, given.output, made_by=f"{weights} {made_by}")
+    verdict = "no threshold: give --id-images" if limit is None else f"{flagged} called OOD"
+    print(f"{n} images scored with {detector.info.key}, {verdict}. Written: {given.output}")
     return 0
+
+
+def _one_head(files: Sequence[FeatureFile]) -> str:
+    """The hash of the head that all files share, in the place of the network's weights."""
+    heads = [file.bank(0, 1).head.digest for file in files]
+    for file, digest in zip(files, heads, strict=True):
+        if digest != heads[0]:
+            raise OodlibError(f"score: {file.path} and {files[0].path} hold the heads of two networks. Write all "
+                              "feature files with one network.")
+    return heads[0]

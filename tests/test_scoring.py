@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from oodlib import OodlibError, checkpoints, create, scoring
-from oodlib.extraction import extract
+from oodlib import FeatureBank, OodlibError, checkpoints, create, scoring
+from oodlib.extraction import extract, stream
+from oodlib.files import write_json
 from oodlib.metrics import threshold
 from oodlib.models import FastConvNet
 
@@ -113,13 +116,85 @@ def test_one_image(made, score):
     assert len(score(images=made / "new" / "im 0.png")) == 1
 
 
-def test_second_run_reads_features_from_the_cache(made, score, monkeypatch):
-    first = score()
+def test_second_run_reads_features_of_fit_and_id_images_from_the_cache(made, score, monkeypatch):
+    arguments = "--detector", "knn", "-p", "k", "3", "--fit-images", made / "fit", "--id-images", made / "id"
+    first, passes = score(*arguments), []
 
-    def refuse(*_):
-        raise AssertionError("the network ran again")
-    monkeypatch.setattr("oodlib.extraction._run", refuse)
-    assert score() == first
+    def count(*arguments, **options):
+        passes.append(arguments)
+        return stream(*arguments, **options)
+    monkeypatch.setattr("oodlib.extraction.stream", count)
+    assert score(*arguments) == first and not passes
+
+
+def test_memory_holds_two_shards_whatever_the_number_of_images(made, score, tmp_path, monkeypatch):
+    """Rows of all banks that are alive while a shard is scored."""
+    monkeypatch.setattr(scoring, "SHARD", 3)
+    original, alive, held = FeatureBank.__init__, weakref.WeakSet(), []
+
+    def remember(self, *arguments, **values):
+        original(self, *arguments, **values)
+        alive.add(self)
+    monkeypatch.setattr(FeatureBank, "__init__", remember)
+    original_score = scoring.Detector.score
+
+    def measure(self, bank):
+        held.append(sum(len(b) for b in alive))
+        return original_score(self, bank)
+    monkeypatch.setattr(scoring.Detector, "score", measure)
+    most = {}
+    for n in (12, 48):
+        (tmp_path / "list.txt").write_text(f"{made / 'new' / 'im 0.png'}\n" * n)
+        held.clear()
+        assert len(score("--batch-size", 3, images=tmp_path / "list.txt")) == n
+        most[n] = max(held)
+    assert 3 <= most[12] == most[48] <= 6
+
+
+def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, monkeypatch, capsys):
+    arguments = {"images": made / "fit"}                              # 18 images
+    monkeypatch.setattr(scoring, "SHARD", 4)
+    whole = score("--batch-size", 4, **arguments)
+    (tmp_path / "out" / "scores.csv").unlink()
+    original, seen = scoring.Detector.score, []
+
+    def interrupt(self, bank):
+        seen.append(len(bank))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return original(self, bank)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.Detector, "score", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score("--batch-size", 4, **arguments)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scores.csv.part", "scores.csv.part.json"]
+    with open(tmp_path / "out" / "scores.csv.part", "ab") as file:
+        file.write(b"half a row")                                     # what a kill in the middle of a write leaves
+    monkeypatch.setattr(scoring.Detector, "score", lambda self, bank: (seen.append(len(bank)), original(self, bank))[1])
+    seen.clear()
+    assert score("--batch-size", 4, **arguments) == whole
+    assert "Going on behind 8 rows" in capsys.readouterr().out and sum(seen) == 18 - 8
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scores.csv"]
+
+
+@pytest.mark.parametrize("change", ["detector", "image"])
+def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path, monkeypatch, capsys, change):
+    shutil.copytree(made / "fit", tmp_path / "some")
+    monkeypatch.setattr(scoring, "SHARD", 4)
+    original = write_json
+
+    def interrupt(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score("--batch-size", 4, images=tmp_path / "some")
+    if change == "image":
+        shutil.copy(made / "new" / "im 1.png", tmp_path / "some" / "a" / "im 1.png")
+    detector = "energy" if change == "detector" else "msp"
+    rows = score("--batch-size", 4, "--detector", detector, images=tmp_path / "some")
+    assert len(rows) == 18 and "Going on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -141,7 +216,7 @@ def test_damaged_image_is_named_in_one_line_and_no_csv_is_left(made, score, tmp_
     with pytest.raises(OodlibError, match=r"cut\.jpg: the image cannot be decoded") as caught:
         score("--workers", workers, images=tmp_path / "bad")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_file_that_is_no_list(tmp_path):
