@@ -7,7 +7,15 @@ from torch import nn
 from torch.nn.functional import relu
 
 from oodlib.errors import OodlibError
-from oodlib.models import FastConvNet, early_prototypes, noise_features, noise_images, split_forward, synthetic_features
+from oodlib.models import (
+    FastConvNet,
+    early_layers,
+    early_prototypes,
+    noise_features,
+    noise_images,
+    split_forward,
+    synthetic_features,
+)
 from oodlib.models.public import DenseNetBC, ResNetA
 
 
@@ -48,6 +56,13 @@ def test_the_split_reproduces_the_logits_whatever_image_comes_before_it(network)
         _, features_after, resumed = split_forward(model, layer, torch.zeros_like(x), early)
         torch.testing.assert_close(resumed, logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(features_after, features, rtol=1e-4, atol=1e-5)
+
+
+def test_known_early_layers_carry_all_information(network):
+    model, layers, x = network
+    if isinstance(model, FastConvNet | ResNetA | DenseNetBC) or "layer1" in layers:
+        assert set(layers) & set(early_layers(model))
+        early_prototypes(model, early_layers(model), [(x, torch.arange(3))], 3)         # refuses a path around one
 
 
 @pytest.fixture
@@ -143,6 +158,7 @@ class Twice(nn.Module):
     (lambda m, x, y: split_forward(m, "stem", x), "has no layer 'stem'. Its top-level layers are whiten, blocks"),
     (lambda m, x, y: split_forward(Twice(), "shared", x), "'shared' ran 2 times in one pass"),
     (lambda m, x, y: early_prototypes(ResNetA(3, 7), ["layer1.1.conv1"], [(x, y)], 7), "a path leads around layer"),
+    (lambda m, x, y: early_layers(m.blocks), "no early modules are known for Sequential"),
     (lambda m, x, y: early_prototypes(m, [], [(x, y)], 7), "name at least one layer"),
     (lambda m, x, y: early_prototypes(m, ["blocks.0"], [], 7), "there was no batch"),
     (lambda m, x, y: early_prototypes(m, ["blocks.0"], [(x, y)], 8), "class 7 has none"),

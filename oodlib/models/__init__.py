@@ -4,6 +4,7 @@ from oodlib.models.networks import FastConvNet
 from oodlib.models.prototypes import (
     EarlyPrototypes,
     OodFeatures,
+    early_layers,
     early_prototypes,
     noise_features,
     noise_images,
@@ -12,6 +13,6 @@ from oodlib.models.prototypes import (
 )
 from oodlib.models.public import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
-__all__ = ["PUBLIC", "EarlyPrototypes", "FastConvNet", "ModelInfo", "OodFeatures", "assert_accuracy",
+__all__ = ["PUBLIC", "EarlyPrototypes", "FastConvNet", "ModelInfo", "OodFeatures", "assert_accuracy", "early_layers",
            "early_prototypes", "noise_features", "noise_images", "paper_model", "public_model", "resnet18_32x32",
            "split_forward", "synthetic_features"]

@@ -22,7 +22,7 @@ from oodlib.errors import OodlibError
 from oodlib.extraction import find_head
 from oodlib.moments import stream_means
 
-__all__ = ["EarlyPrototypes", "OodFeatures", "early_prototypes", "noise_features", "noise_images", "split_forward",
+__all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images", "split_forward",
            "synthetic_features"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -42,6 +42,30 @@ class OodFeatures:
 
     features: NDArray[np.float32]
     forwards: int
+
+
+# three stages of known networks that all information goes through, early to late
+_EARLY = (("layer1", "layer2", "layer3", "layer4"), ("bn1", "layer1", "layer2"), ("whiten", "blocks.0", "blocks.1"),
+          ("block1", "trans1", "trans2"), tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8)),
+          ("features.1", "features.3", "features.5"), ("blocks.2", "blocks.5", "blocks.8"),
+          ("stages.0", "stages.1", "stages.2"))
+
+
+def early_layers(model: nn.Module) -> list[str]:
+    """Names of three early modules of a known kind of network, early to late; the last is the usual place to mix.
+
+    ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm), Swin, BiT and ConvNeXt.
+
+    Raises
+    ------
+    OodlibError : another kind of network: name a layer yourself
+    """
+    known = {name for name, _ in model.named_modules()}
+    for names in _EARLY:
+        if known.issuperset(names):
+            return list(names[:3])
+    raise OodlibError(f"early_layers: no early modules are known for {type(model).__name__}. Name a stage that all "
+                      "information goes through, see model.named_modules().")
 
 
 @torch.inference_mode()
