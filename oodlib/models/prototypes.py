@@ -22,8 +22,8 @@ from oodlib.errors import OodlibError
 from oodlib.extraction import find_head
 from oodlib.moments import stream_means
 
-__all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images", "split_forward",
-           "synthetic_features"]
+__all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images",
+           "split_forward", "synthetic_features"]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
