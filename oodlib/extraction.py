@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +44,16 @@ def weights_hash(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _code_hash(model: nn.Module) -> str:
+    """SHA-256 over the module tree and, where Python can read it, the source of every class that is not torch's."""
+    digest = hashlib.sha256(repr(model).encode())
+    for kind in sorted({type(m) for m in model.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}"):
+        if not kind.__module__.startswith("torch."):
+            with contextlib.suppress(OSError, TypeError):
+                digest.update(inspect.getsource(kind).encode())
     return digest.hexdigest()
 
 
@@ -211,6 +223,8 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
             raise OodlibError("extract: a cache needs fingerprint=, a string that names the data behind the loader "
                               "(for example the checksum of its image list).")
         meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std))}
+        if type(model).__module__.partition(".")[0] not in ("oodlib", "timm", "torchvision"):
+            meta["code"] = _code_hash(model)                # those have a name that stands for their code; yours has not
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
     options: Any = {"mean": mean, "std": std, "layers": layers, "batch_size": batch_size, "shard_rows": shard_rows,

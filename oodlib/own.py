@@ -25,6 +25,7 @@ __all__ = ["FEATURE_SUFFIXES", "ClassCheck", "FeatureFile", "check_classes", "lo
 
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
 Transform = Callable[[Any], Any]
+_OWN: set[str] = set()                                     # modules that were loaded from a user's file
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def _from_function(module_name: str, function: str) -> tuple[nn.Module, Transfor
             raise OodlibError(f"score: there is no file {path}. Give path/to/file.py:function.")
         sys.path.insert(0, str(path.resolve().parent))     # so that worker processes and its own imports find it
         module_name = path.stem
+        if module_name in _OWN:                            # an earlier version, or a file of the same name elsewhere
+            sys.modules.pop(module_name, None)
+        importlib.invalidate_caches()
+        if module_name not in sys.modules:
+            _OWN.add(module_name)
     try:
         module = importlib.import_module(module_name)
         result = getattr(module, function)()

@@ -232,3 +232,14 @@ def test_stream_gives_the_same_rows_in_banks_of_bounded_size(model, images):
     parts = list(stream(model, images, **STATS, batch_size=4, shard_rows=8, start=2, device="cpu", progress=False))
     assert [len(part) for part in parts] == [8, 8, 8, 4]
     np.testing.assert_allclose(np.concatenate([part.features for part in parts]), whole.features[2:], rtol=1e-5)
+
+
+def test_another_architecture_with_the_same_weights_is_another_bank(tmp_path):
+    def net(activation):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), activation, nn.Linear(5, 2))
+    data = [(torch.randn(4, 3, 2, 2), torch.zeros(4).long())]
+    banks = [extract(net(activation), data, cache=tmp_path, fingerprint="x", device="cpu")
+             for activation in (nn.ReLU(), nn.Tanh(), nn.ReLU())]
+    assert banks[0].meta["weights"] == banks[1].meta["weights"] and banks[0].meta == banks[2].meta
+    assert not np.allclose(banks[0].features, banks[1].features)

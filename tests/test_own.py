@@ -75,7 +75,6 @@ def test_a_function_in_an_importable_module(own, monkeypatch):
 
 def test_the_transform_is_known_by_the_same_name_in_every_run_until_its_file_changes(own):
     first = repr(load_network(f"{own}:make")[1])
-    sys.modules.pop(own.stem)
     assert repr(load_network(f"{own}:make")[1]) == first
     own.write_text(CODE.format(seed=1))
     assert repr(load_network(f"{own}:make")[1]) != first
@@ -103,6 +102,14 @@ def test_another_module_of_the_same_name_is_not_mistaken_for_the_file(tmp_path, 
     (tmp_path / "csv.py").write_text("def reader():\n    pass\n")
     with pytest.raises(OodlibError, match=r"Python knows another module|failed"):
         load_network(f"{tmp_path / 'csv.py'}:reader")
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_model(own, tmp_path):
+    (tmp_path / "second").mkdir()
+    second = tmp_path / "second" / own.name
+    second.write_text(CODE.format(seed=1))
+    weights = [load_network(f"{file}:make")[0][1].weight for file in (own, second, own)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
 
 
 def test_a_head_that_is_not_linear_is_one_clear_error(own, tmp_path):
