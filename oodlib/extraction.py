@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from tqdm import tqdm
 
-from oodlib.bank import FeatureBank, Head, check_head, seal, to_numpy
+from oodlib.bank import FeatureBank, Head, check_head, to_numpy
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, write_json
+from oodlib.stores import DiskStore, MemoryStore
 from oodlib.training import normalise
 
 __all__ = ["batches", "extract", "find_head", "pick_device", "stream", "weights_hash"]
@@ -224,13 +224,13 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
                               "(for example the checksum of its image list).")
         meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std))}
         if type(model).__module__.partition(".")[0] not in ("oodlib", "timm", "torchvision"):
-            meta["code"] = _code_hash(model)                # those have a name that stands for their code; yours has not
+            meta["code"] = _code_hash(model)            # a name of theirs stands for their code, yours does not
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
     options: Any = {"mean": mean, "std": std, "layers": layers, "batch_size": batch_size, "shard_rows": shard_rows,
                     "device": device, "progress": progress}
     if cache is None:
-        store = _MemoryStore(n)
+        store = MemoryStore(n)
         for shard in stream(model, data, **options):
             store.write(shard)
         arrays = store.arrays
@@ -242,7 +242,7 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(path.name + ".lock")):                   # two notebooks may want the same bank
         if not (path / "bank.json").exists():
-            disk = _DiskStore(path.with_name(path.name + ".part"), n)
+            disk = DiskStore(path.with_name(path.name + ".part"), n)
             for shard in stream(model, data, start=disk.done, **options):
                 disk.write(shard)
             disk.finish(path, meta)
@@ -298,60 +298,3 @@ def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | 
                               "Check the loader's length and drop_last.")
     finally:
         model.train(was_training)
-
-
-def _arrays(bank: FeatureBank) -> dict[str, np.ndarray]:
-    assert bank.labels is not None                                        # every batch brings them
-    return {"features": bank.features, "logits": bank.logits, "labels": bank.labels,
-            **{f"layer.{name}": value for name, value in bank.layers.items()}}
-
-
-class _MemoryStore:
-    """Arrays of N rows, filled shard by shard."""
-
-    def __init__(self, rows: int):
-        self.rows, self.done = rows, 0
-        self.arrays: dict[str, np.ndarray] = {}
-        self.head = Head(np.empty((0, 0)), np.empty(0))
-
-    def write(self, shard: FeatureBank) -> None:
-        stop, self.head = self.done + len(shard), shard.head
-        for name, value in _arrays(shard).items():
-            if name not in self.arrays:
-                self.arrays[name] = np.empty((self.rows, *value.shape[1:]), value.dtype)
-            self.arrays[name][self.done:stop] = value
-        self.done = stop
-
-
-class _DiskStore:
-    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are safe."""
-
-    def __init__(self, folder: Path, rows: int):
-        self.folder, self.rows = folder, rows
-        folder.mkdir(exist_ok=True)
-        progress = folder / "progress.json"
-        self.done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
-
-    def write(self, shard: FeatureBank) -> None:
-        stop = self.done + len(shard)
-        for name, value in _arrays(shard).items():
-            path = self.folder / f"{name}.npy"
-            # opened for each shard, so that mapped pages do not pile up in memory
-            if self.done == 0:
-                array = np.lib.format.open_memmap(path, "w+", value.dtype, (self.rows, *value.shape[1:]))
-            else:
-                array = np.lib.format.open_memmap(path, "r+")
-            array[self.done:stop] = value
-            array.flush()
-        self.done = stop
-        np.save(self.folder / "weight.npy", shard.head.weight)
-        np.save(self.folder / "bias.npy", shard.head.bias)
-        write_json(self.folder / "progress.json", {"rows": stop})
-
-    def finish(self, path: Path, meta: dict[str, Any]) -> None:
-        (self.folder / "progress.json").unlink(missing_ok=True)
-        seal(self.folder, meta)
-        with atomic_folder(path) as temporary:
-            for file in self.folder.iterdir():
-                file.replace(temporary / file.name)
-        self.folder.rmdir()
