@@ -168,8 +168,7 @@ class FeatureFile:
                 with np.load(self.path) as file:
                     self._arrays: dict[str, Any] = {key: file[key] for key in file.files}
             else:
-                self._file = safe_open(self.path, framework="numpy")
-                self._arrays = {key: self._file.get_slice(key) for key in self._file.keys()}   # noqa: SIM118 no dict
+                self._map()
         except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
             raise OodlibError(f"score: {path} cannot be read as {self.path.suffix} ({error}). Write it "
                               "again.") from error
@@ -179,6 +178,11 @@ class FeatureFile:
             raise OodlibError(f"score: {path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs features "
                               "and the head's weight (and bias), or logits.")
         self.bank(0, 1)
+
+    def _map(self) -> None:
+        """Map the file anew: what was read of it before no longer counts as this process's memory."""
+        file = safe_open(self.path, framework="numpy")
+        self._arrays = {key: file.get_slice(key) for key in file.keys()}               # noqa: SIM118 no dict
 
     def __len__(self) -> int:
         return self._shape(self._main)[0]
@@ -218,6 +222,8 @@ class FeatureFile:
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
         for i in range(start, len(self), rows):
+            if self.path.suffix != ".npz":
+                self._map()
             yield self.bank(i, i + rows)
 
 
