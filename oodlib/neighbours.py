@@ -135,33 +135,34 @@ class PolarSearch:
         return (_scale(self.log_norm[rows] - self.shift, u) if scaled else u).astype(np.float32)
 
     def _all(self, log_norm: Array, unit: Array, k: int) -> Array:
-        result, bound = self._candidates(log_norm, unit, k, k + SPARE, torch.float32)
+        result, sure = self._candidates(log_norm, unit, k, k + SPARE, torch.float32)
         for count in (k + 8 * SPARE, len(self.log_norm)):    # near-duplicates that even float64 cosines cannot order
-            unsure = np.flatnonzero(~(bound >= result))      # are few: they are measured against every vector
-            if len(unsure):
-                result[unsure], bound[unsure] = self._candidates(log_norm[unsure], unit[unsure], k, count,
-                                                                 torch.float64)
+            if len(unsure := np.flatnonzero(~sure)):         # are few: they are measured against every vector
+                result[unsure], sure[unsure] = self._candidates(log_norm[unsure], unit[unsure], k, count, torch.float64)
         return result
 
-    def _candidates(self, log_norm: Array, unit: Array, k: int, count: int, kind: torch.dtype) -> tuple[Array, Array]:
-        """Log distance to the k-th of ``count`` candidates, and a lower bound of the log distance to all others."""
+    def _candidates(self, log_norm: Array, unit: Array, k: int, count: int,
+                    kind: torch.dtype) -> tuple[Array, NDArray[np.bool_]]:
+        r"""Log distance to the k-th of ``count`` candidates, and whether no other vector can be nearer.
+
+        With m = min(l, largest l'), r = e^(l' - m), w = e^(m - l) the distance rises with the key r (r w - 2 cos). Lower
+        bounds of the keys (cosine and exponential off by their rounding errors) order the vectors.
+        """
         single = kind == torch.float32
-        error, slack = math.sqrt(unit.shape[1]) * 2.0**(-22 if single else -50), 2.0**(-18 if single else -46)
-        q, l = torch.from_numpy(unit).to(kind), torch.from_numpy(log_norm)[:, None]
+        error, shrink = math.sqrt(unit.shape[1]) * 2.0**(-22 if single else -50), 1 - 2.0**(-20 if single else -48)
+        m = torch.from_numpy(np.minimum(log_norm, self.log_norm.max()))[:, None]
+        w = (m - torch.from_numpy(log_norm)[:, None]).exp().to(kind) * shrink
+        q = torch.from_numpy(-2 * unit).to(kind)
         best, where = torch.empty(len(q), 0, dtype=kind), torch.empty(len(q), 0, dtype=torch.int64)
         for j in range(0, len(self.log_norm), 4096):
             rows = slice(j, j + 4096)
             block = torch.from_numpy(self.unit[rows] if single else self.directions(rows))
-            above = (torch.from_numpy(self.log_norm[rows]) - l).clamp_(-1e30, 1e30).to(kind)      # l' - l
-            gap = above.abs().neg_()
-            bound = (q @ block.T).neg_().add_(1 - error).clamp_(min=0).mul_(gap.exp().mul_(2))
-            bound = bound.add_(gap.expm1_().square_()).log_().mul_(0.5).add_(above.clamp_(min=0))
-            best, where = _smallest(best, where, bound, j, count)                     # relative to l
-        last = np.full(len(q), np.inf)
-        if count < len(self.log_norm):
-            last = best[:, -1].double().numpy()
-            last += log_norm - slack * (1 + np.abs(last))
-        return self._measure(log_norm, unit, where.numpy(), k), last
+            r = (torch.from_numpy(self.log_norm[rows]) - m).clamp_(-1e30, _RANGE).to(kind).exp_()
+            bound = (q @ block.T).sub_(2 * error).addcmul_(r, w).mul_(r)
+            best, where = _smallest(best, where, bound, j, count)
+        result, key = self._measure(log_norm, unit, where.numpy(), k)
+        sure = best[:, -1].double().numpy() - np.finfo(np.float32).tiny >= key
+        return result, sure | (count >= len(self.log_norm))
 
     def _some(self, log_norm: Array, unit: Array, k: int) -> Array:
         x = _scale(log_norm - self.shift, unit).astype(np.float32)
@@ -174,22 +175,27 @@ class PolarSearch:
                                   'index="flat".')
             nprobe = min(2 * nprobe, index.nlist)
             found[few] = index.search(x[few], found.shape[1], params=_parameters(nprobe))[1]
-        return self._measure(log_norm, unit, found, k)
+        return self._measure(log_norm, unit, found, k)[0]
 
-    def _measure(self, log_norm: Array, unit: Array, found: NDArray[np.int64], k: int) -> Array:
-        result = np.empty(len(unit))
+    def _measure(self, log_norm: Array, unit: Array, found: NDArray[np.int64], k: int) -> tuple[Array, Array]:
+        """Log distance to the k-th nearest of the rows found (-1: none), and its key (see `_candidates`)."""
+        result, keys, top = np.empty(len(unit)), np.empty(len(unit)), self.log_norm.max()
         rows = max(1, 2**21 // (found.shape[1] * unit.shape[1]))
         for i in range(0, len(unit), rows):
-            where = found[i:i + rows]
+            where, l = found[i:i + rows], log_norm[i:i + rows, None]
             other = self.directions(where.ravel()).reshape(*where.shape, -1) - unit[i:i + rows, None]
             squared = np.einsum("nkd,nkd->nk", other, other)                          # 2 (1 - cos), nothing cancels
-            l, l2 = log_norm[i:i + rows, None], self.log_norm[where]
+            l2, m = self.log_norm[where], np.minimum(l, top)
             gap = -np.abs(l - l2)
             with np.errstate(divide="ignore"):
                 distance = np.maximum(l, l2) + 0.5 * np.log(np.expm1(gap)**2 + np.exp(gap) * squared)
-            distance[where < 0] = np.inf
+            r = np.exp(np.minimum(l2 - m, _RANGE))
+            key = r * (r * np.exp(m - l) - 2 + squared)
+            missing = where < 0
+            distance[missing] = key[missing] = np.inf
             result[i:i + rows] = np.partition(distance, k - 1, axis=1)[:, k - 1]
-        return result
+            keys[i:i + rows] = np.partition(key, k - 1, axis=1)[:, k - 1]
+        return result, keys
 
 
 def _smallest(best: torch.Tensor, where: torch.Tensor, values: torch.Tensor, start: int,
