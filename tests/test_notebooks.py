@@ -40,7 +40,7 @@ def test_every_notebook_runs_headless_in_the_smoke_profile(project: Path, monkey
 
 # notebooks of the paper profile, and which of their verdicts a random network may earn: identities
 PAPER = {"01_gradnorm": {"gradnorm/C9", "gradnorm/C10"}, "02_opnp": {"opnp/C8", "opnp/C10"},
-         "06_scoreboard": set()}
+         "03_grood": {"grood/I1", "grood/I2"}, "06_scoreboard": set()}
 
 
 @pytest.mark.slow
