@@ -145,8 +145,8 @@ class PolarSearch:
                     kind: torch.dtype) -> tuple[Array, NDArray[np.bool_]]:
         r"""Log distance to the k-th of ``count`` candidates, and whether no other vector can be nearer.
 
-        With m = min(l, largest l'), r = e^(l' - m), w = e^(m - l) the distance rises with the key r (r w - 2 cos). Lower
-        bounds of the keys (cosine and exponential off by their rounding errors) order the vectors.
+        With m = min(l, largest l'), r = e^(l' - m), w = e^(m - l) the distance rises with the key r (r w - 2 cos).
+        Lower bounds of the keys (cosine and exponential off by their rounding errors) order the vectors.
         """
         single = kind == torch.float32
         error, shrink = math.sqrt(unit.shape[1]) * 2.0**(-22 if single else -50), 1 - 2.0**(-20 if single else -48)
