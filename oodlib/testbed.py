@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ _DISTINCT = {"digits": 537}      # handwritten drawings there are; more images w
 _IMAGENET = {"inaturalist": "far", "sun": "far", "places": "far", "textures": "far"}
 OPENOOD_SETS = {"ssb-hard": "near", "ninco": "near", "inaturalist": "far", "textures": "far", "openimage-o": "far"}
 N_VAL = 1000                     # images at most of a validation set, ID or OOD
+IMAGENET200 = "imagenet200_resnet18"      # OpenOOD's networks of three seeds
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ImageNetFiles:
     ood_val : OOD validation sets, by default one whose source the default does not test
     train, train_list : gather training images too, as ``fit`` (by a list of the user's, else OpenOOD's, else all of the
         folder), and keep the images for choices out of the test
-    num_classes : of the weights file, where it is not 1000 (ImageNet-200, with lists of its own)
+    num_classes : of the weights file, where it is not 1000
     weights : file of the network; without it timm downloads the tag's own, or leaves them random if not ``pretrained``
     id_list : list with the checkpoint's own class order, such as MOS's ``imagenet2012_val_list.txt``
     expected_accuracy : asserted on the ID images before any score
@@ -125,8 +125,8 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     ----------
     network : ``latin_fast`` (embedded data, shipped weights; ``latin_fast:live`` trains it on the spot under ``seed``,
         ``latin_fast:epoch3`` is the shipped network after three epochs), ``cifar10_fast:<training seed>``, a public
-        CIFAR network (``resnet20_cifar10``, ``densenet100_cifar100``, ...), or for ImageNet-1k a timm name with its tag
-        or ``torchvision/<name>``
+        CIFAR network (``resnet20_cifar10``, ``densenet100_cifar100``, ...), for ImageNet-1k a timm name with its tag or
+        ``torchvision/<name>``, or OpenOOD's ``imagenet200_resnet18:<training seed>`` for ImageNet-200
     n_fit, n_test, n_ood : images at most for fitting, for the ID test and for each OOD set
     seed : of every subsample
     layers : earlier layers to keep, by name
@@ -157,7 +157,7 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
     if sets:
         assert_disjoint(*sets.values())
     fingerprints = {name: s.fingerprint for name, s in sets.items()}
-    fingerprints |= {name: _list_fingerprint(loader.dataset) for name, loader in loaders.items()}  # type: ignore
+    fingerprints |= {name: loader.dataset.fingerprint for name, loader in loaders.items()}  # type: ignore
     options: dict[str, Any] = {"layers": layers, "cache": cache or root() / "data" / "cache" / "banks",
                                "model_name": network.replace(":", "-").replace("/", "-"), "device": device,
                                "progress": progress}
@@ -166,7 +166,7 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
                            **options) for name, data in every.items()}
     for name in {"fit", "test"} & banks.keys():        # "fit" too: its labels may come from another list
         banks[name].require_accuracy(trained.provenance["expected"], what=network)
-    return Testbed(network, sets["test"].name if sets else "imagenet-1k", trained.model, trained.mean, trained.std,
+    return Testbed(network, parts.id_name, trained.model, trained.mean, trained.std,
                    banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in parts.group},
                    parts.group, {name: banks[name] for name in parts.ood_val}, parts.leaks, sets, fingerprints,
                    trained.provenance, parts.notes, loaders)
@@ -176,6 +176,7 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
 class _Parts:
     """The image sets of a test bed ("fit", "val", "test" and OOD names), and the role of each OOD set."""
 
+    id_name: str
     sets: dict[str, ImageSet]
     group: dict[str, str]
     ood_val: tuple[str, ...]
@@ -201,7 +202,7 @@ def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
     val = {"patch_shuffled": patch_shuffled(sets["val"], seed=seed),
            "arabic": embedded("arabic", "val", n=n_val, seed=seed),
            "greek-val": embedded("greek", "val", n=n_val, seed=seed)}
-    return _Parts(sets | ood | val, dict(_EMBEDDED), tuple(val), {"greek-val": "greek"})
+    return _Parts("latin", sets | ood | val, dict(_EMBEDDED), tuple(val), {"greek-val": "greek"})
 
 
 def _cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
@@ -212,15 +213,19 @@ def _cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> _Par
         sets = {"fit": protocol.id_fit, **sets}
     val = {"patch_shuffled": patch_shuffled(protocol.id_val, seed=seed), **protocol.ood_val}
     group = {name: "near" if name in protocol.near else "far" for name in ood}
-    return _Parts(sets | ood | val, group, tuple(val), protocol.leaks, protocol.notes | protocol.missing)
+    return _Parts(id_name, sets | ood | val, group, tuple(val), protocol.leaks, protocol.notes | protocol.missing)
 
 
 def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None,
               ) -> tuple[Trained, _Parts, dict[str, DataLoader]]:
-    """ImageNet-1k validation images, the OOD sets of ``files``, and the training images where asked for."""
+    """ImageNet's validation images, the OOD sets of ``files``, and the training images where asked for."""
     if files is None:
         raise OodlibError(f"testbed: {network!r} is none of {', '.join([*SPECS, *PUBLIC])}, so it is taken as a timm "
                           "or torchvision model for ImageNet-1k, which needs imagenet=ImageNetFiles(data_root, ...).")
+    base, _, run = network.partition(":")
+    id_name = "imagenet-1k"
+    if base == IMAGENET200:
+        network, id_name, files = "torchvision/resnet18", "imagenet-200", _imagenet200(files, run or "0")
     model, transform = paper_model(network, files.weights, pretrained=files.pretrained, num_classes=files.num_classes,
                                    preprocessing="gradnorm" if "_bit" in network else "own")
     opened = partial(open_paper_set, data_root=files.data_root, transform=transform)
@@ -254,12 +259,20 @@ def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, file
     val = tuple(name for name in files.ood_val if name in loaders)
     leaks = {name: name.removesuffix("-val") for name in val if name.removesuffix("-val") in files.ood}
     provenance = {"expected": files.expected_accuracy, "weights": files.weights or f"{network}, as published"}
-    return Trained(model, (), (), provenance), _Parts({}, dict(files.ood), val, leaks, notes), loaders
+    return Trained(model, (), (), provenance), _Parts(id_name, {}, dict(files.ood), val, leaks, notes), loaders
 
 
-def _list_fingerprint(images: ImageList) -> str:
-    """Identity of a list: its rows, the sizes of the files, and what the transform does."""
-    digest = hashlib.sha256(repr(images.transform).encode())
-    for path, label in zip(images.paths, images.labels, strict=True):
-        digest.update(f"{path} {label} {(images.root / path).stat().st_size}\n".encode())
-    return digest.hexdigest()
+def _imagenet200(files: ImageNetFiles, run: str) -> ImageNetFiles:
+    """OpenOOD's network and lists of ImageNet-200, where ``files`` does not name others."""
+    root = Path(files.data_root)
+    lists = root / "benchmark_imglist" / "imagenet200"
+    weights = Path(files.weights or root / "results" / f"{IMAGENET200}_224x224_base_e90_lr0.1_default" / f"s{run}" /
+                   "best.ckpt")
+    ids, train = (Path(given or lists / name) for given, name in ((files.id_list, "test_imagenet200.txt"),
+                                                                  (files.train_list, "train_imagenet200.txt")))
+    missing = [str(path) for path in (weights, ids, *([train] if files.train else [])) if not path.is_file()]
+    if missing:
+        raise OodlibError(f"{IMAGENET200}:{run}: {', '.join(missing)} missing. Unpack OpenOOD v1.5's "
+                          "imagenet200_res18_v1.5 and benchmark_imglist there, or leave the network out of networks.")
+    return replace(files, weights=str(weights), id_list=str(ids), train_list=str(train),
+                   num_classes=files.num_classes or 200)

@@ -80,6 +80,25 @@ def test_list_with_the_checkpoints_class_order(tree, tmp_path, in_process):
     assert set(bed.test.labels) == {998, 999}
 
 
+def test_imagenet200_takes_openood_s_checkpoint_and_lists(tree, tmp_path, in_process):
+    from torchvision.models import resnet18
+
+    data = tmp_path / "data"
+    run = data / "results" / "imagenet200_resnet18_224x224_base_e90_lr0.1_default" / "s1"
+    lists = data / "benchmark_imglist" / "imagenet200"
+    for folder in (run, lists):
+        folder.mkdir(parents=True)
+    (data / "images_largescale").symlink_to(tree / "images_largescale")
+    torch.save(resnet18(num_classes=200).state_dict(), run / "best.ckpt")
+    (lists / "test_imagenet200.txt").write_text("".join(f"imagenet_1k/val/n00/0_{i}.JPEG 7\n" for i in range(6)))
+    files = ImageNetFiles(data_root=str(data), expected_accuracy=0.0, ood={"ninco": "near"})
+    options = {"imagenet": files, "cache": tmp_path / "banks", "device": "cpu", "progress": False}
+    bed = module.testbed("imagenet200_resnet18:1", **options)
+    assert bed.id_name == "imagenet-200" and bed.test.head.num_classes == 200 and set(bed.test.labels) == {7}
+    with pytest.raises(OodlibError, match=r"imagenet200_resnet18:2: .*s2.best\.ckpt missing\. Unpack"):
+        module.testbed("imagenet200_resnet18:2", **options)
+
+
 def test_image_listed_twice_is_refused(tree, tmp_path, in_process):
     (tmp_path / "twice.txt").write_text("imagenet_1k/val/n00/0_0.JPEG 0\n" * 20)
     files = ImageNetFiles(data_root=str(tree), id_list=str(tmp_path / "twice.txt"), pretrained=False)

@@ -264,4 +264,8 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
         if entry.list_name:
             lines.append(f"  list      benchmark_imglist/imagenet/{entry.list_name} (optional)")
         lines.append(f"  present   {status[name]}")
+    lines += ["imagenet200_resnet18:0, :1, :2: OpenOOD v1.5's networks for ImageNet-200 [images of ImageNet-1k]",
+              "  source    OpenOOD's archive imagenet200_res18_v1.5, and its benchmark_imglist",
+              "  expected  results/imagenet200_resnet18_224x224_base_e90_lr0.1_default/s<seed>/best.ckpt",
+              "  lists     benchmark_imglist/imagenet200/{train,test}_imagenet200.txt"]
     return "\n".join(lines)
