@@ -34,7 +34,8 @@ def image_rows(bed: Testbed, *, per_set: int = 9) -> Figure:
         for ax, image in zip(row, bed.images[name].images, strict=False):
             ax.imshow(image.transpose(1, 2, 0))
         title = f"{bed.id_name} (ID)" if name == "test" else f"{name} ({bed.group[name]})"
-        row[0].set_title(title, fontsize=8, loc="left").set_in_layout(False)     # longer than one image is wide
+        row[0].set_title(" ", fontsize=8)                                        # room for the name, which is wider
+        row[0].annotate(title, (0, 1), (0, 6), "axes fraction", textcoords="offset points", fontsize=8, in_layout=False)
     return figure
 
 
