@@ -121,6 +121,8 @@ def open_images(path: str | Path, transform: Transform) -> ImageList:
     ------
     OodlibError : nothing there, no image in it, or a listed file is missing
     """
+    if not str(path):                                      # Path("") would be the current folder
+        raise OodlibError("score: no folder was named. Give a folder of images.")
     path = Path(path)
     if path.is_dir():
         return ImageList(path, transform=transform)

@@ -10,8 +10,10 @@ import pytest
 import torch
 import yaml
 from nbclient import NotebookClient
+from PIL import Image
 
 from oodlib.course import student_copy
+from oodlib.data import embedded
 from oodlib.project import list_notebooks, root
 from oodlib.runner import Options, make_plans, run_all
 
@@ -59,6 +61,19 @@ def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(name: str, project:
     assert run_all(plans, options) == []
     verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
     assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == PAPER[name]
+
+
+@pytest.mark.slow
+def test_your_own_model_needs_no_more_than_unknown_images(project: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    for i, image in enumerate(embedded("greek", n=12).images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    extra = {"model": "latin_fast", "unknown_folder": str(tmp_path)}
+    options = Options(profile="smoke", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "07_your_model"], options)
+    assert run_all(plans, options) == []
+    assert (plans[0].folder / "extremes.png").exists() and not (plans[0].folder / "class_order.md").exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.project import PROFILES, STAMP, check_profile, root
+from oodlib.report.claims import cite, show
 
 __all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
 
@@ -60,24 +61,19 @@ def collect(profile: str | None = None, output: Path | None = None) -> list[Entr
     return sorted(found.values(), key=lambda entry: (entry.notebook, order[entry.profile]))
 
 
-def _show(record: dict[str, Any], value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:.2f}" if record["unit"] == "percent" else f"{value:.4g}"
-
-
 def verdict_rows(entries: list[Entry]) -> list[dict[str, str]]:
     """One row per claim and profile, in the order of the claims."""
     rows = []
     for entry in entries:
         for record in entry.load("claims.json", []):
-            measured = _show(record, record["measured"])
+            unit = record["unit"]
+            measured = show(record["measured"], unit)
             if record["low"] is not None and record["low"] != record["high"]:
-                measured += f" [{_show(record, record['low'])}, {_show(record, record['high'])}]"
+                measured += f" [{show(record['low'], unit)}, {show(record['high'], unit)}]"
             rows.append({
                 "claim": record["id"], "statement": record["statement"],
                 "profile": entry.profile + (" (reference)" if entry.reference else ""), "verdict": record["verdict"],
-                "measured": measured, "published": _show(record, (record["published"] or {}).get("value")),
+                "measured": measured, "published": cite(record["published"], unit),
                 "read in": record["source"],
                 "reason": "; ".join(part for part in (record["reason"], record["detail"], record["network"]) if part)})
     return sorted(rows, key=lambda row: _claim_order(row["claim"]))
@@ -90,9 +86,9 @@ def _claim_order(claim: str) -> tuple[Any, ...]:
 
 
 def verdict_lines(entries: list[Entry]) -> list[str]:
-    """The verdicts as aligned text: claim, verdict, measured [low, high], published."""
+    """The verdicts as aligned text: claim, verdict, measured [low, high], published value."""
     head = {"claim": "claim", "verdict": "verdict", "measured": "measured [low, high]", "published": "published"}
-    rows = [head, *[{key: row[key] for key in head} for row in verdict_rows(entries)]]
+    rows = [head, *[{key: row[key].partition(" (")[0] for key in head} for row in verdict_rows(entries)]]
     width = {key: max(len(row[key]) for row in rows) for key in head}
     return ["  ".join(row[key].ljust(width[key]) for key in head).rstrip() for row in rows]
 

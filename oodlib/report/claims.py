@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,24 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.project import PROFILES, root
 
-__all__ = ["VERDICTS", "Claim", "Verdict", "judge", "load_claims", "read_claims"]
+__all__ = ["VERDICTS", "Claim", "Verdict", "cite", "judge", "load_claims", "read_claims", "show"]
 
 VERDICTS = ("reproduced", "not reproduced", "trend holds", "trend absent", "inconclusive", "not testable here")
+PER_CENT = ("percent", "points")          # printed times 100; points are differences of percentages
+
+
+def show(value: float | None, unit: str) -> str:
+    """A value of a claim as tables print it; "" for None."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if unit in PER_CENT else f"{value:.4g}"
+
+
+def cite(published: Mapping[str, Any] | None, unit: str) -> str:
+    """A published value with source, table and cell; "" where none is known."""
+    given = published or {}
+    where = ", ".join(str(given[key]) for key in ("source", "table", "cell") if given.get(key))
+    return f"{show(given.get('value'), unit)} ({where})" if given else ""
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Claim:
     kind : "trend" (an inequality), "identity" (true at any scale) or "exact" (equals the published number)
     direction : on which side of ``margin`` the claim puts the statistic; "exact" has none
     margin : boundary of a trend or identity; largest distance from the published value of an "exact" claim
-    unit : "percent" (a fraction, printed times 100), or any other word (printed as it is)
+    unit : "percent" or, of differences, "points" (a fraction, printed times 100), or any other word (printed as it is)
     replicate, smallest_n : what n counts, and below which n nothing is concluded
     judged_at, own_setting : profiles that can judge the claim; those that are the paper's own data, network, protocol
     published : {value, source, table, cell} or None where no published number could be read
@@ -66,11 +82,7 @@ class Claim:
 
     def show(self, value: float | None) -> str:
         """``value`` as tables print it."""
-        if value is None:
-            return ""
-        if self.unit == "percent":
-            return f"{100 * value:.2f}"
-        return f"{value:.4g}"
+        return show(value, self.unit)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     numbers = [number for number in given if number is not None and math.isfinite(number)]
     if len(numbers) < len(given):
         raise OodlibError(f"claim {claim.id}: value, low and high must be finite, got {value}, {low}, {high}.")
-    if claim.unit == "percent" and max(abs(number) for number in numbers) > 2:
+    if claim.unit in PER_CENT and max(abs(number) for number in numbers) > 2:
         raise OodlibError(f"claim {claim.id}: give fractions, not per cent; got {value}.")
     if claim.kind != "identity" and len(numbers) == 1:
         raise OodlibError(f"claim {claim.id}: low and high are needed; see oodlib.metrics.bootstrap.")

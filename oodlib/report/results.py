@@ -22,7 +22,7 @@ import pandas as pd
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, write_json, write_text
 from oodlib.project import STAMP, check_profile, root
-from oodlib.report.claims import VERDICTS, Verdict, judge, load_claims
+from oodlib.report.claims import VERDICTS, Verdict, cite, judge, load_claims
 from oodlib.report.figures import savefig, use_style
 
 if TYPE_CHECKING:
@@ -122,15 +122,18 @@ class Run:
         return verdict
 
     def claim_table(self) -> pd.DataFrame:
-        """Claims of this notebook with verdict, measurement, interval, published value and where each was read."""
+        """Claims of this notebook: statistic, verdict, measurement, interval, published value, where each was read.
+
+        ``.style`` shows the texts whole in a notebook.
+        """
         rows = []
         for key, claim in self.claims.items():
             verdict = self.verdicts.get(key) or self._untested(key)
-            published = "" if claim.published is None else claim.show(claim.published.get("value"))
             interval = "" if verdict.low is None else f"[{claim.show(verdict.low)}, {claim.show(verdict.high)}]"
-            rows.append({"claim": key.split("/")[-1], "statement": claim.statement, "verdict": verdict.verdict,
-                         "measured": claim.show(verdict.measured), "interval": interval, "published": published,
-                         "unit": claim.unit, "read in": claim.source, "reason": verdict.reason})
+            rows.append({"claim": key.split("/")[-1], "statement": claim.statement, "statistic": claim.statistic,
+                         "verdict": verdict.verdict, "measured": claim.show(verdict.measured), "interval": interval,
+                         "unit": claim.unit, "published": cite(claim.published, claim.unit), "read in": claim.source,
+                         "detail": verdict.detail, "reason": verdict.reason})
         return pd.DataFrame(rows)
 
     def finish(self, *, weights: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None) -> None:
