@@ -146,9 +146,10 @@ class Coupling(nn.Module):
 
     def net(self, z1: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log scale of z2, (N, C / 2, H, W) each."""
-        h = self.norm1(self.conv1(z1))[0].relu()
+        h = z1.movedim(1, 3).contiguous().movedim(3, 1)       # channels last in memory: up to 3x faster on a CPU
+        h = self.norm1(self.conv1(h))[0].relu()
         h = self.norm2(self.conv2(h))[0].relu()
-        shift, raw = _cross(self.conv3(h))
+        shift, raw = _cross(self.conv3(h).contiguous())
         return shift, logsigmoid(raw + 2)                                 # scale in (0, 1); 0.88 at the start
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
