@@ -8,7 +8,8 @@ available here. Ours differs in these points, which a table must state:
 - The test images of the other CIFAR set are near-OOD, except those that are pixel by pixel images of the ID set.
 - OOD validation: OpenOOD's is 20 classes of Tiny-ImageNet, whose other classes it tests on; such a set is named in
   ``leaks`` here. Beside it stand sets of a source that is not tested: notMNIST and Kuzushiji-MNIST.
-- The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000), Fashion-MNIST takes the place of Places365.
+- The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000); Fashion-MNIST is tested too. Places365, where it can
+  be had, is all 36,500 validation images (OpenOOD: 35,195 and 33,773).
 
 **Tiny-ImageNet classes left out** (column ``cifar10_class`` of ``data/manifests/tiny_imagenet_classes.csv``), 26 of
 200: a class whose WordNet words contain one of the search terms under which CIFAR-10 was collected (the terms are
@@ -171,7 +172,7 @@ def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int 
         leaks[f"{tiny_val.name}-val"] = tiny_near.name
     other = "cifar100" if id_name == "cifar10" else "cifar10"
     for group, name, split in ((near, other, "test"), (far, "mnist", "test"), (far, "fashion-mnist", "test"),
-                               (far, "dtd", "all"), (far, "svhn", "test")):
+                               (far, "dtd", "all"), (far, "svhn", "test"), (far, "places365", "val")):
         if found := attempt(name, split):
             group[found.name] = found
     id_fit = train.sample(n_fit, seed=seed, stratified=True) if train else None

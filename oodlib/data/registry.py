@@ -162,6 +162,13 @@ _ENTRIES = (
                 "test": Split(26_032, torchvision=({"split": "test"},))},
         raw_md5={"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
                  "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}),
+    SetInfo(
+        name="places365", title="Places365, validation images", terms="research and education",
+        citation="Zhou, Lapedriza, Khosla, Oliva, Torralba, Places: A 10 Million Image Database for Scene Recognition, "
+                 "2017",
+        size=(3, 32, 32), folders=("places365",), torchvision="Places365",
+        splits={"val": Split(36_500, torchvision=({"split": "val", "small": True},))},
+        note="OpenOOD leaves out 1,305 of the images for CIFAR-10; which ones is not known here"),
 )
 
 SETS: dict[str, SetInfo] = {entry.name: entry for entry in _ENTRIES}

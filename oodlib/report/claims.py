@@ -30,7 +30,7 @@ def cite(published: Mapping[str, Any] | None, unit: str) -> str:
     """A published value with source, table and cell; "" where none is known."""
     given = published or {}
     where = ", ".join(str(given[key]) for key in ("source", "table", "cell") if given.get(key))
-    return f"{show(given.get('value'), unit)} ({where})" if given else ""
+    return show(given.get("value"), unit) + (f" ({where})" if where else "")
 
 
 @dataclass(frozen=True)
