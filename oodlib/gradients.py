@@ -166,9 +166,10 @@ def layer_gradient_norms(model: nn.Module, x: Tensor, *, group_size: int = 1, ob
                           f"{len(x)}: {len(x) % group_size} left over. Drop or add some.")
     target, x = _Target(model, objective), x.detach()
     with _eval_mode(model), torch.enable_grad():
-        truth, used, bytes_needed = _one_group(target, x[:group_size])
+        truth, used, bytes_saved = _one_group(target, x[:group_size])
         for way in (_by_layer, _by_vmap, _by_loop):
-            step = chunk_size or _chunk_size(x, bytes_needed + 2 * target.bytes * (way is _by_vmap), group_size)
+            gradients = sum(target.bytes) if way is _by_vmap else max(target.bytes, default=0)      # held at once
+            step = chunk_size or _chunk_size(x, bytes_saved + 2 * gradients, group_size)
             chunks = x.split(step * group_size)
             try:
                 first = _overflows(way(target, chunks[0], group_size), used)
@@ -205,7 +206,7 @@ class _Target(nn.Module):
                               "function (model, x) -> (N,).")
         self.model, self.objective = model, known[objective] if isinstance(objective, str) else objective
         self.weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-        self.bytes = sum(p.nbytes for p in self.weights.values())
+        self.bytes = [p.nbytes for p in self.weights.values()]
 
     def forward(self, x: Tensor) -> Tensor:
         value = self.objective(self.model, x)
@@ -421,4 +422,4 @@ def _chunk_size(x: Tensor, bytes_needed: int, group_size: int) -> int:
         free, most = torch.cuda.mem_get_info(x.device)[0], 512
     else:
         free, most = psutil.virtual_memory().available, 64
-    return max(1, min(free // (4 * (3 * bytes_needed + 1)), most // group_size))
+    return max(1, min(free // (4 * (bytes_needed + 1)), most // group_size))

@@ -43,8 +43,7 @@ def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None 
 
 def quantise(x: Tensor, *, bits: int = 8) -> Tensor:
     """The inverse of `dequantise`: (N, C, H, W) float -> uint8, values outside [-0.5, 0.5) clipped, NaN black."""
-    v = ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8)
-    return v << (8 - bits)
+    return ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8) << (8 - bits)
 
 
 def bits_per_dim(log_prob: Any, image_shape: Sequence[int]) -> Any:
