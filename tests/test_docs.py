@@ -90,6 +90,8 @@ def test_the_readme_tables_follow_the_reference_results(tmp_path: Path, monkeypa
     assert update_readme() and not update_readme()
     text = (tmp_path / "README.md").read_text()
     assert "| claim | statement [read in] | laptop | benchmark | published |" in text
+    both = "1 trend holds<br>1 not testable here"
+    assert f"| toy | {both} | {both} |" in text
     cell = "**trend holds**<br>75.00 [70.00, 80.00]<br>net"
     assert f"| toy C1 | a \\| b [abs] | {cell} | {cell} | 50.00 |" in text
     assert "| toy C2 | a \\| b [abs] | – | – | none known |" in text

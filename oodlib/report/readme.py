@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.project import PROFILES, root
 from oodlib.report.build import Entry, verdict_rows
+from oodlib.report.claims import VERDICTS
 
 __all__ = ["readme_text", "update_readme"]
 
@@ -57,18 +59,26 @@ def _verdicts() -> str:
     profiles = [name for name in PROFILES if any(entry.profile == name for entry in entries)]
     cells: dict[str, dict[str, str]] = {}
     facts: dict[str, list[str]] = {}
+    words: dict[str, dict[str, Counter[str]]] = {}            # paper -> profile -> verdict -> how many
     for entry in entries:
+        networks = {record["id"]: record["network"] for record in entry.load("claims.json", [])}
         for row in verdict_rows([entry]):
-            network = next(r["network"] for r in entry.load("claims.json", []) if r["id"] == row["claim"])
-            facts[row["claim"]] = [row["statement"], row["read in"], row["published"] or "none known"]
-            parts = [f"**{row['verdict']}**", row["measured"], network]
-            cells.setdefault(row["claim"], {})[entry.profile] = (
+            claim, paper = row["claim"], row["claim"].partition("/")[0]
+            facts[claim] = [row["statement"], row["read in"], row["published"] or "none known"]
+            words.setdefault(paper, {}).setdefault(entry.profile, Counter())[row["verdict"]] += 1
+            parts = [f"**{row['verdict']}**", row["measured"], networks[claim]]
+            cells.setdefault(claim, {})[entry.profile] = (
                 "–" if row["verdict"] == "not testable here" else "<br>".join(part for part in parts if part))
-    rows = []
-    for claim, (statement, source, published) in facts.items():
-        found = [cells[claim].get(profile, "–") for profile in profiles]
-        rows.append([claim.replace("/", " "), f"{statement} [{source}]", *found, published])
-    return _table(["claim", "statement [read in]", *profiles, "published"], rows)
+    texts = [_table(["claims of", *profiles], [
+        [paper, *["<br>".join(f"{found[word]} {word}" for word in VERDICTS if (found := of.get(name, Counter()))[word])
+                  or "–" for name in profiles]] for paper, of in words.items()])]
+    for paper in words:
+        rows = [[claim.replace("/", " "), f"{statement} [{source}]", *[cells[claim].get(name, "–") for name in profiles],
+                 known] for claim, (statement, source, known) in facts.items() if claim.partition("/")[0] == paper]
+        table = _table(["claim", "statement [read in]", *profiles, "published"], rows)
+        texts.append(f"<details><summary>{paper}: every claim, with measurement and interval</summary>\n\n{table}\n\n"
+                     "</details>")
+    return "\n\n".join(texts)
 
 
 def _compute() -> str:
