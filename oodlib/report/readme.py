@@ -73,8 +73,8 @@ def _verdicts() -> str:
         [paper, *["<br>".join(f"{found[word]} {word}" for word in VERDICTS if (found := of.get(name, Counter()))[word])
                   or "–" for name in profiles]] for paper, of in words.items()])]
     for paper in words:
-        rows = [[claim.replace("/", " "), f"{statement} [{source}]", *(cells[claim].get(p, "–") for p in profiles), known]
-                for claim, (statement, source, known) in facts.items() if claim.startswith(f"{paper}/")]
+        rows = [[claim.replace("/", " "), f"{what} [{read}]", *(cells[claim].get(p, "–") for p in profiles), published]
+                for claim, (what, read, published) in facts.items() if claim.startswith(f"{paper}/")]
         table = _table(["claim", "statement [read in]", *profiles, "published"], rows)
         texts.append(f"<details><summary>{paper}: every claim, with measurement and interval</summary>\n\n{table}\n\n"
                      "</details>")
