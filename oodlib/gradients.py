@@ -275,7 +275,8 @@ def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
             if kwargs or module in seen or not all(map(batched, (*args, *outputs))):
                 raise _Unknown
             seen.add(module)
-            inputs, shapes, tracked = [a.detach() for a in args], [o.shape for o in outputs], []
+            inputs, tracked = [a.detach() for a in args], []
+            kinds = [(o.shape, o.dtype) for o in outputs]
             for o in outputs:
                 if not o.requires_grad:                  # no layer before it: here the backward pass ends
                     leaves.append(o.detach().requires_grad_())
@@ -283,7 +284,8 @@ def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
                 tracked.append(o)
 
             def measure(gradients: Sequence[Tensor | None]) -> None:
-                g = [x.new_zeros(s) if g is None else g for g, s in zip(gradients, shapes, strict=True)]
+                g = [torch.zeros(shape, dtype=dtype, device=x.device) if g is None else g
+                     for g, (shape, dtype) in zip(gradients, kinds, strict=True)]
                 rule = _RULES.get(type(module), _any_layer)
                 for local, squares in rule(module, weights, inputs, g, len(norms)).items():
                     norms[:, column[names[local]]] = squares.to(norms)

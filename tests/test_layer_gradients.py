@@ -180,6 +180,23 @@ def test_an_objective_may_return_the_sum(net):
     close(summed, layer_gradient_norms(model, x, objective=uniform))
 
 
+@pytest.mark.oracle
+def test_integer_inputs(monkeypatch):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 4), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x).flatten(1))
+
+    with torch.random.fork_rng():
+        model = moved(Words())
+    x, ran = torch.randint(7, (5, 3), generator=seeded()), ways(monkeypatch)
+    error = relative_error(layer_gradient_norms(model, x, objective=uniform), loop(model, x, uniform))
+    assert set(ran) == {"_by_layer"} and error.max() < 1e-4
+
+
 class Twice(nn.Module):
     """One layer called twice."""
 
