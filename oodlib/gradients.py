@@ -155,8 +155,8 @@ def layer_gradient_norms(model: nn.Module, x: Tensor, *, group_size: int = 1, ob
 
     Notes
     -----
-    The first group is also done by an ordinary backward pass. Where the layer-wise way cannot follow a model (a layer
-    used twice, shared or directly used weights) or disagrees there, `vmap` of the whole model takes over, then a loop.
+    One group is also done by an ordinary backward pass. Where the layer-wise way cannot follow a model (a layer used
+    twice, shared or directly used weights) or disagrees there, `vmap` of the whole model takes over, then a loop.
     """
     if group_size < 1 or (chunk_size is not None and chunk_size < 1):
         raise OodlibError(f"layer_gradient_norms: group_size and chunk_size must be at least 1, got {group_size} and "
@@ -166,19 +166,23 @@ def layer_gradient_norms(model: nn.Module, x: Tensor, *, group_size: int = 1, ob
                           f"{len(x)}: {len(x) % group_size} left over. Drop or add some.")
     target, x = _Target(model, objective), x.detach()
     with _eval_mode(model), torch.enable_grad():
-        truth, used, bytes_saved = _one_group(target, x[:group_size])
+        for probe, group in enumerate(x[:8 * group_size].split(group_size)):  # noqa: B007
+            truth, used, bytes_saved = _one_group(target, group)
+            if truth.isfinite().all():                   # an overflow proves nothing
+                break
         for way in (_by_layer, _by_vmap, _by_loop):
             gradients = sum(target.bytes) if way is _by_vmap else max(target.bytes, default=0)      # held at once
             step = chunk_size or _chunk_size(x, bytes_saved + 2 * gradients, group_size)
             chunks = x.split(step * group_size)
             try:
                 first = _overflows(way(target, chunks[0], group_size), used)
-            except Exception:                     # whatever a transform cannot do; the model itself has just run
+                row = first[probe] if probe < len(first) else _overflows(way(target, group, group_size), used)[0]
+            except Exception:                            # whatever a transform cannot do; the model itself has just run
                 if way is _by_loop:
                     raise
                 continue
             finite = truth.isfinite()
-            if torch.isclose(first[0], truth, rtol=0.02, atol=1e-9 * float(truth[finite].sum()))[finite].all():
+            if torch.isclose(row, truth, rtol=0.02, atol=1e-9 * float(truth[finite].sum()))[finite].all():
                 break
         rest = [_overflows(way(target, chunk, group_size), used) for chunk in chunks[1:]]
     return torch.cat([first, *rest])

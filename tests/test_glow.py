@@ -247,6 +247,11 @@ def test_dequantise_and_back(bits):
     assert abs(u.mean() - 0.5) < 0.01 and abs(u.std() - 12**-0.5) < 0.01
 
 
+def test_white_stays_below_the_upper_limit():
+    """255 plus noise is rounded up to 256 about once in 130,000."""
+    assert dequantise(torch.full((16, 1, 256, 256), 255, dtype=torch.uint8), generator=seeded()).max() < 0.5
+
+
 def test_dequantise_follows_its_generator_and_takes_numpy():
     v = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8, generator=seeded())
     close(dequantise(v.numpy(), generator=seeded(1)), dequantise(v, generator=seeded(1)), rtol=0, atol=0)

@@ -137,7 +137,7 @@ class Net(nn.Module):
             nn.Conv2d(12, 8, (3, 1), padding=(1, 0), groups=4, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
             nn.Conv2d(8, 4, 3, padding=2, dilation=2), nn.Tanh(),
             nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.Conv2d(6, 6, 3, padding="same"),
-            nn.ConvTranspose2d(6, 5, 2), nn.PReLU(5), nn.Flatten(2))
+            nn.Conv2d(6, 5, 2), nn.ConvTranspose2d(5, 5, 2), nn.PReLU(5), nn.Flatten(2))
         self.sequence = nn.Conv1d(5, 7, 3, stride=2, padding=1)
         self.norm, self.mlp, self.head = nn.LayerNorm(7), nn.Linear(7, 9), nn.Linear(9, 4)
         self.unused = nn.Linear(2, 2)
@@ -253,6 +253,20 @@ def test_what_layers_cannot_follow_falls_back_and_is_right(kind, monkeypatch):
     assert ran[0] == "_by_layer" and ran[-1] in ("_by_vmap", "_by_loop") and ran.count("_by_layer") == 1
     error = relative_error(found, loop(model, x, uniform))
     assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_an_overflow_in_the_first_images_hides_no_disagreement(chunk_size):
+    def objective(model, x):
+        return uniform(model, x) / x.any(1)
+
+    with torch.random.fork_rng():
+        model = moved(Direct(), by=0.3)
+    x = torch.randn(6, 5, generator=seeded())
+    x[:2] = 0
+    found = layer_gradient_norms(model, x, objective=objective, chunk_size=chunk_size)
+    assert (found[:2, :3] == math.inf).all()
+    assert relative_error(found[2:], loop(model, x[2:], objective)).max() < 1e-4
 
 
 def test_the_loop_is_the_last_resort(monkeypatch):
