@@ -140,9 +140,11 @@ def _log_softmax(logits: Any, labels: Any, temperature: float) -> tuple[NDArray[
     z, y = to_numpy(logits), to_numpy(labels)
     if z.ndim != 2 or y.shape != z.shape[:1] or not len(y):
         raise OodlibError(f"calibration: needs logits (N, C) and labels (N,), got {z.shape} and {y.shape}.")
-    if not ((y >= 0) & (y < z.shape[1])).all():
-        raise OodlibError(f"calibration: labels must lie in 0 .. {z.shape[1] - 1}, got {y.min()} .. {y.max()}. Images "
-                          "without a label cannot be used here.")
+    if not np.isfinite(z).all():
+        raise OodlibError("calibration: logits hold NaN or infinity. Check the transform and the weights.")
+    if not np.isin(y, np.arange(z.shape[1])).all():
+        raise OodlibError(f"calibration: labels must lie in 0 .. {z.shape[1] - 1}, got {y.min()} .. "
+                          f"{y.max()}. They are whole numbers; images without a label cannot be used here.")
     if not temperature > 0:
         raise OodlibError(f"calibration: temperature must be positive, got {temperature}.")
     z = z.astype(np.float64) / temperature

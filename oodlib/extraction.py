@@ -30,8 +30,13 @@ Batch = tuple[Tensor, Tensor]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` is CUDA, then Apple's MPS, then the CPU."""
+    """``auto`` is CUDA, then Apple's MPS, then the CPU. OodlibError for a device that is not there."""
     if str(device) != "auto":
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:                 # RuntimeError, AssertionError, NotImplementedError: by device
+            raise OodlibError(f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, cpu, "
+                              "cuda or mps.") from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -99,7 +100,8 @@ class PolarSearch:
     index : "flat" compares with every vector, exactly and without faiss: float32 cosines give lower bounds of all
         distances, the nearest are measured in float64, and a query that the bounds leave open is searched again with
         float64 cosines, then against everything. "ivf" (inverted lists), "hnsw" (graph, 32 links) and "ivfpq" (lists
-        of compressed vectors) look at a part only, with faiss; the k + 16 candidates they find are measured in float64
+        of compressed vectors) look at a part only, with faiss; the k + 16 candidates they find are measured in float64.
+        They see norms within e^-40 .. e^40 of the median, others at that edge: a warning says so
     nlist : number of inverted lists; by default 4 sqrt(M), or fewer where a list would have less than 39 vectors
     nprobe : lists that are searched; a query that meets too few vectors there is searched again in more of them
     seed : of k-means
@@ -116,6 +118,11 @@ class PolarSearch:
         self.nprobe, self.index, self.unit = nprobe, None, np.empty((0, 0), np.float32)
         if index not in _KINDS:
             raise OodlibError(f"PolarSearch: index must be one of {', '.join(_KINDS)}, got {index!r}.")
+        beyond = int((np.abs(log_norm - self.shift) > _RANGE).sum())
+        if index != "flat" and beyond:
+            warnings.warn(f"PolarSearch: {beyond} of {len(log_norm)} norms lie more than {_RANGE:.0f} nats from the "
+                          f'median, where index="{index}" cannot tell them apart. Use index="flat".', RuntimeWarning,
+                          stacklevel=2)
         vectors = np.concatenate([self._part(slice(i, i + 16384), index != "flat")
                                   for i in range(0, len(log_norm), 16384)])
         if index == "flat":

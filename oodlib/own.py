@@ -100,7 +100,8 @@ def _from_function(module_name: str, function: str) -> tuple[nn.Module, Transfor
         module = importlib.import_module(module_name)
         result = getattr(module, function)()
     except Exception as error:                             # a user's code may raise anything
-        raise OodlibError(f"score: {module_name}:{function} failed ({type(error).__name__}: {error}). It must be a "
+        raise OodlibError(f"score: {module_name}:{function} failed ({type(error).__name__}: "
+                          f"{(str(error).splitlines() or [''])[0][:200]}). It must be a "
                           "function without arguments that returns (model, transform).") from error
     loaded = Path(getattr(module, "__file__", None) or "")
     if path.suffix == ".py" and loaded.resolve() != path.resolve():

@@ -71,7 +71,8 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
 
     Raises
     ------
-    OodlibError : no set called "id", shapes that do not fit, ratios outside [0, 1)
+    OodlibError : no set called "id", a bank of another network or without a row, shapes that do not fit, ratios
+        outside [0, 1)
     """
     if "id" not in banks:
         raise OodlibError(f"sweep: banks need an ID set called 'id', got {', '.join(banks) or 'none'}.")
@@ -79,6 +80,12 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
     sensitivity = to_numpy(sensitivity)
     if sensitivity.shape not in (head.weight.shape, head.weight.shape[1:]):
         raise OodlibError(f"sweep: sensitivity must be (C, D) = {head.weight.shape} or (D,), got {sensitivity.shape}.")
+    for name, bank in banks.items():
+        if bank.head.digest != head.digest or len(bank) == 0:
+            what = "is empty" if len(bank) == 0 else "has another head than the ID set"
+            raise OodlibError(f"sweep: the bank of {name} {what}. All banks come from one network and hold images.")
+    if keep is not None and np.shape(keep) not in (head.weight.shape, head.weight.shape[1:]):
+        raise OodlibError(f"sweep: keep must be (C, D) = {head.weight.shape} or (D,), got {np.shape(keep)}.")
     weight = np.array(head.weight if keep is None else head.weight * keep, dtype=np.float32)
     if not all(0 <= ratio < 1 for ratio in (*low, *high)):
         raise OodlibError(f"sweep: ratios must be shares in [0, 1), got low {list(low)} and high {list(high)}.")
@@ -150,8 +157,10 @@ def choose(found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, cei
 
     Raises
     ------
-    OodlibError : no OOD set, no labels, ratio 0 is missing
+    OodlibError : no OOD set, no labels, ratio 0 is missing, another prefix
     """
+    if prefix not in ("weight", "neuron"):
+        raise OodlibError(f'choose: prefix must be "weight" or "neuron", got {prefix!r}.')
     if 0 not in found.low or 0 not in found.high:
         raise OodlibError("choose: both grids need the ratio 0: the unpruned network is what the others are measured "
                           f"by. Got low {found.low.tolist()} and high {found.high.tolist()}.")
@@ -220,6 +229,9 @@ def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any
 
 def _neighbours(grid: Sequence[float], value: float) -> list[float]:
     ordered = sorted(grid)
+    if value not in ordered:
+        raise OodlibError(f"choose_both: the chosen ratio {value} is not in the grid {ordered}. Use the grids of the "
+                          "two single choices.")
     at = ordered.index(value)
     return ordered[max(0, at - 1):at + 2]
 

@@ -6,11 +6,13 @@ import argparse
 import ast
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import nn
 from oodlib.bank import FeatureBank
 from oodlib.data.image_lists import image_loader
 from oodlib.errors import OodlibError
-from oodlib.extraction import extract, stream, weights_hash
+from oodlib.extraction import extract, pick_device, stream, weights_hash
 from oodlib.files import sha256, write_json
 from oodlib.metrics import threshold
 from oodlib.own import FEATURE_SUFFIXES, FeatureFile, Transform, check_classes, load_network, open_images
@@ -76,8 +78,12 @@ def _plain_errors() -> Iterator[None]:
     """One line, also for an error that comes from a worker process wrapped in that process's traceback."""
     try:
         yield
-    except OodlibError as error:
-        raise OodlibError(str(error).strip().splitlines()[-1].removeprefix("oodlib.errors.OodlibError: ")) from error
+    except Exception as error:                             # a user's transform and model may raise anything
+        line = (str(error).strip().splitlines() or [""])[-1].removeprefix("oodlib.errors.OodlibError: ")
+        if not isinstance(error, OodlibError):
+            line = (f"score: an image did not pass through the transform and the model ({type(error).__name__}: "
+                    f"{line[:300]}). The transform must give tensors of one shape that the model takes.")
+        raise OodlibError(line) from error
 
 
 def write_scores(source: Images | FeatureFile, detector: Detector, limit: float | None, output: str | Path, *,
@@ -160,10 +166,12 @@ def _fitted(fit: Images | FeatureFile | None, given: argparse.Namespace) -> tupl
     """The detector named on the command line, fitted where it learns something, and what it was made from."""
     name = given.detector or "msp"
     detector = create(name, **{key: _literal(value) for key, value in given.parameter or []})
+    hidden = [getattr(detector, f.name) for f in dataclasses.fields(detector) if not f.repr]    # too long for a repr
+    identity = f"{detector!r} {hashlib.sha256(repr(hidden).encode()).hexdigest()}"
     if not detector.needs_fit:
         if fit is not None:
             print(f"{name} learns nothing: --fit-images is not read.")
-        return detector, repr(detector)
+        return detector, identity
     if fit is None:
         raise OodlibError(f"score: {name} learns from ID training images. Give them with --fit-images, or a "
                           "detector saved earlier with --detector-file.")
@@ -174,7 +182,7 @@ def _fitted(fit: Images | FeatureFile | None, given: argparse.Namespace) -> tupl
                           f"model's {bank.head.num_classes} classes, in the model's order by name (a feature file: "
                           f"labels); it holds {found}.")
     print(f"Fitted on {len(bank)} images{_accuracy(bank, given.fit_images)}.")
-    return detector.fit(bank), f"{detector!r} {fit.made_by} {fit.stamp(0, len(fit))}"
+    return detector.fit(bank), f"{identity} {fit.made_by} {fit.stamp(0, len(fit))}"
 
 
 def _accuracy(bank: FeatureBank, where: str) -> str:
@@ -249,14 +257,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError("score: --detector-file brings a fitted detector; --detector, -p and --fit-images would "
                           "make another one. Give one or the other.")
+    if given.batch_size < 1 or (given.workers or 0) < 0:
+        raise OodlibError("score: --batch-size must be at least 1 and --workers at least 0, got "
+                          f"{given.batch_size} and {given.workers}.")
+    for option, path in {"--output": given.output, "--save-detector": given.save_detector}.items():
+        if path is not None:
+            _check_writable(option, Path(path))
+    if given.cache is not None:
+        _check_writable("--cache", Path(given.cache) / "features")
+    pick_device(given.device)
     network, weights = None, ""
     if given.model:
         network = load_network(given.model, weights=given.weights, num_classes=given.num_classes)
         weights = weights_hash(network[0])
     # all are opened before the work, so that a wrong path costs no time
-    images, ids, fit = (_source(path, network, given) if path else None
-                        for path in (given.images, given.id_images, given.fit_images))
-    assert images is not None                              # argparse has seen to it
+    images = _source(given.images, network, given)
+    ids, fit = (_source(path, network, given) if path is not None else None
+                for path in (given.id_images, given.fit_images))
     if isinstance(images, FeatureFile):
         weights = _one_head([x for x in (images, ids, fit) if isinstance(x, FeatureFile)])
     limit = None
@@ -282,6 +299,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = "no threshold: give --id-images" if limit is None else f"{flagged} called OOD"
     print(f"{n} images scored with {detector.info.key}, {verdict}. Written: {given.output}")
     return 0
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Before the work: a file can be made at this place, and what stands there may be replaced."""
+    if path.exists() and not path.is_file():
+        raise OodlibError(f"score: {option} {path} is no file that could be replaced. Give the path of a file.")
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OodlibError(f"score: {option} {path} cannot be written ({error.strerror}: {place}). Give another "
+                          "place.") from error
 
 
 def _one_head(files: Sequence[FeatureFile]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from oodlib.bank import FeatureBank, Head, seal
+from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, write_json
 
 __all__ = ["DiskStore", "MemoryStore"]
@@ -20,6 +21,12 @@ def _arrays(bank: FeatureBank) -> dict[str, np.ndarray]:
             **{f"layer.{name}": value for name, value in bank.layers.items()}}
 
 
+def _check_room(store: MemoryStore | DiskStore, shard: FeatureBank) -> None:
+    if store.done + len(shard) > store.rows:
+        raise OodlibError(f"extract: the loader gave more rows than the {store.rows} of its dataset. Use a loader that "
+                          "gives each row once (no sampler that repeats).")
+
+
 class MemoryStore:
     """Arrays of N rows, filled shard by shard."""
 
@@ -29,6 +36,7 @@ class MemoryStore:
         self.head = Head(np.empty((0, 0)), np.empty(0))
 
     def write(self, shard: FeatureBank) -> None:
+        _check_room(self, shard)
         stop, self.head = self.done + len(shard), shard.head
         for name, value in _arrays(shard).items():
             if name not in self.arrays:
@@ -47,6 +55,7 @@ class DiskStore:
         self.done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
 
     def write(self, shard: FeatureBank) -> None:
+        _check_room(self, shard)
         stop = self.done + len(shard)
         for name, value in _arrays(shard).items():
             path = self.folder / f"{name}.npy"

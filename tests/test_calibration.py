@@ -80,6 +80,8 @@ def test_the_null_shrinks_with_more_images(calibrated):
     (lambda: ece([0.5], [1], equal="size"), 'equal "width" or "mass"'),
     (lambda: nll(np.ones((2, 3)), [0]), r"needs logits \(N, C\) and labels \(N,\)"),
     (lambda: nll(np.ones((2, 3)), [0, -1]), "labels must lie in 0 .. 2, got -1 .. 0"),
+    (lambda: nll(np.ones((2, 3)), [0, 0.5]), "They are whole numbers"),
+    (lambda: nll([[np.nan, 1.0]], [0]), "logits hold NaN"),
     (lambda: brier(np.ones((1, 3)), [0], temperature=0), "temperature must be positive"),
 ])
 def test_refusals(call, message):

@@ -99,6 +99,18 @@ def test_shuffled_loader_is_refused(model):
         extract(model, loader, device="cpu")
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_loader_that_gives_more_rows_than_its_dataset_holds_is_refused(model, tmp_path, on_disk):
+    loader = DataLoader(TensorDataset(torch.zeros(3, 3, 32, 32), torch.zeros(3)), batch_sampler=[[0, 1], [2, 0]])
+    with pytest.raises(OodlibError, match="more rows than the 3 of its dataset"):
+        extract(model, loader, device="cpu", cache=tmp_path if on_disk else None, model_name="net")
+
+
+def test_device_that_is_not_there_is_refused(model, images):
+    with pytest.raises(OodlibError, match="device zz cannot be used"):
+        extract(model, images, **STATS, device="zz")
+
+
 def test_raw_pixels_need_statistics(model, images):
     with pytest.raises(OodlibError, match="mean= and std="):
         extract(model, images, device="cpu")

@@ -246,7 +246,11 @@ def fit(bank, **params):
     (lambda b: grood_gradient(b.features, np.ones((4, 9)), np.ones(9)), "need the same D"),
     (lambda b: grood_gradient(b.features[:, :2] * np.nan, np.ones((4, 2)), np.ones(2)), "features hold NaN"),
     (lambda b: grood_gradient(b.features, np.ones((4, 16)), np.ones(16), classes=[4] * 800), "in 0 .. 3"),
+    (lambda b: grood_gradient(b.features, np.ones((4, 16)), np.ones(16), classes=[0.5] * 800), "whole numbers"),
+    (lambda b: grood_gradient(b.features, np.ones((0, 16)), np.ones(16)), "need the same D"),
     (lambda b: grood(b.features, b.features[:3], np.ones((4, 16)), np.ones(16), k=4), "k must lie in 1 .. 3"),
+    (lambda b: grood(b.features, b.features[:3], np.ones((4, 16)), np.ones(16), k=1.5), "k must lie in 1 .. 3"),
+    (lambda b: oodlib.create("grood", ood_prototype="a"), "ood_prototype must be numbers"),
 ])
 def test_refusals(blobs, call, message):
     with pytest.raises(OodlibError, match=message):

@@ -92,6 +92,13 @@ def test_ivf_that_probes_every_list_is_flat():
     np.testing.assert_allclose(every(*query, 3), search(bank)(*query, 3), rtol=1e-9)
 
 
+def test_an_approximate_index_warns_of_norms_it_cannot_see():
+    pytest.importorskip("faiss")
+    log_norm, unit = polar(500)
+    with pytest.warns(RuntimeWarning, match="2 of 500 norms lie more than 40 nats"):
+        search((np.r_[-900.0, 900.0, log_norm[2:]], unit), index="ivf")
+
+
 @pytest.mark.parametrize("index", ["ivf", "hnsw", "ivfpq"])
 def test_approximate_distances_are_never_too_small_and_repeat(index):
     pytest.importorskip("faiss")

@@ -251,6 +251,7 @@ def test_signed_features_of_a_transformer(batch):
         b.features[:, :9], weight=b.head.weight[:, :9])), "fitted on 16 features and 4 classes, got a bank of 9"),
     (lambda b: opnp_sensitivity(b.features[:3], b.logits), "equal row count"),
     (lambda b: opnp_neurons(b.features, b.logits, b.head.weight.T), r"weight must be \(C, D\) = \(4, 16\)"),
+    (lambda b: opnp_sensitivity(b.features * np.nan, b.logits), "features or logits hold NaN"),
     (lambda b: opnp(b.head.weight, np.ones((2, 2))), r"need the same shape \(C, D\)"),
     (lambda b: opnp(b.head.weight, b.head.weight, neuron_low=0.1), r"neurons must be \(D,\) = \(16,\)"),
     (lambda b: opnp(np.eye(2), np.eye(2), [2.0, 1.0], weight_low=0.5, weight_high=0.25, neuron_high=0.5),

@@ -166,6 +166,9 @@ class Twice(nn.Module):
     (lambda m, x, y: synthetic_features(m, "blocks.0", torch.ones(7, 3), [(x, y)]), "prototypes of 'blocks.0' must be"),
     (lambda m, x, y: synthetic_features(m, "blocks.0", torch.ones(7, 3), [(x, y)], lam=1.5), r"lam must lie in \[0, 1"),
     (lambda m, x, y: synthetic_features(m, "blocks.0", torch.ones(7, 3), []), "there was no batch"),
+    (lambda m, x, y: synthetic_features(m, "blocks.0", torch.ones(7, 3), [(x[:0], y)]), "a batch without an image"),
+    (lambda m, x, y: early_prototypes(m, ["blocks.0"], [(x[:0], y)], 7), "a batch without an image"),
+    (lambda m, x, y: noise_features(m, (3, 32, 32), mean=(0.5,) * 3), "both mean and std"),
     (lambda m, x, y: noise_features(m, (3, 32, 32), n=0), "n must be at least 1, got 0"),
     (lambda m, x, y: noise_images(1, (3, 2, 2), generator=torch.Generator()), "at least 4 x 4 pixels"),
 ])

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import oodlib
 import oodlib.testbed as testbeds
 from oodlib import FeatureBank, OodlibError, metrics, scores
 from oodlib.data import ImageSet
-from oodlib.pruning import HIGH, LOW, Sweep, choose, choose_both, kept, sweep, validation_banks
+from oodlib.pruning import HIGH, LOW, Sweep, _neighbours, choose, choose_both, kept, sweep, validation_banks
 from oodlib.scores import opnp_neurons, opnp_sensitivity
 
 GRID = {"low": (0.0, 0.3, 0.6), "high": (0.0, 0.1, 0.5)}
@@ -111,8 +110,7 @@ def test_both_are_searched_around_the_single_choices(parts):
     for key, value in {**weight.ratios, **neuron.ratios}.items():
         at = (grid["low"] if "low" in key else grid["high"]).index
         assert abs(at(both.ratios[key]) - at(value)) <= 1
-    detector = oodlib.create("opnp", **both.ratios).fit(banks["id"])
-    assert both.auroc >= max(weight.auroc, neuron.auroc) - 0.01 and set(vars(detector)) >= set(both.ratios)
+    assert both.auroc >= max(weight.auroc, neuron.auroc)
     mask = kept(m, low=both.ratios["weight_low"], high=both.ratios["weight_high"]) & kept(
         neurons, low=both.ratios["neuron_low"], high=both.ratios["neuron_high"])
     pruned = {k: scores.energy(b.head.masked(mask)(b.features)) for k, b in banks.items()}
@@ -168,6 +166,10 @@ def test_image_lists_that_share_a_file_are_refused(bed):
         validation_banks(dataclasses.replace(bed, images={}, loaders=loaders))
 
 
+def other_network(bank):
+    return FeatureBank.from_arrays(bank.features, weight=2 * bank.head.weight, bias=bank.head.bias)
+
+
 def unlabelled(bank):
     return FeatureBank.from_arrays(bank.features, weight=bank.head.weight, bias=bank.head.bias)
 
@@ -179,6 +181,11 @@ def unlabelled(bank):
     (lambda b, m: choose(sweep({"id": b, "a": b}, m, low=[0.1], high=[0])), "both grids need the ratio 0"),
     (lambda b, m: choose(sweep({"id": unlabelled(b), "a": b}, m, **GRID)), "has no labels, and accuracy bounds"),
     (lambda b, m: choose(sweep({"id": b}, m, **GRID)), "no OOD validation set in this sweep"),
+    (lambda b, m: sweep({"id": b, "a": other_network(b)}, m), "the bank of a has another head than the ID set"),
+    (lambda b, m: sweep({"id": b, "a": b.subset([])}, m), "the bank of a is empty"),
+    (lambda b, m: sweep({"id": b}, m, keep=np.ones(3)), r"keep must be \(C, D\) = \(4, 16\) or \(D,\), got \(3,\)"),
+    (lambda b, m: choose(sweep({"id": b, "a": b}, m, **GRID), "neurons"), "prefix must be"),
+    (lambda b, m: _neighbours([0.0, 0.1], 0.3), "chosen ratio 0.3 is not in the grid"),
 ])
 def test_refusals(blobs, call, message):
     bank = blobs[1]

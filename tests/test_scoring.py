@@ -3,6 +3,9 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
+import time
 import weakref
 
 import numpy as np
@@ -203,10 +206,55 @@ def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path
     (["--detector-file", "x", "--detector", "knn"], "one or the other"),
     (["--id-images", "nowhere"], "nowhere is neither a folder nor a file"),
     (["--detector-file", "nowhere"], "there is no file"),
+    (["--output", "id"], "id is no file that could be replaced"),
+    (["--output", "net.safetensors/scores.csv"], "--output .* cannot be written"),
+    (["--save-detector", "net.safetensors/detector"], "--save-detector .* cannot be written"),
+    (["--cache", "net.safetensors"], "--cache .* cannot be written"),
+    (["--batch-size", "0"], "--batch-size must be at least 1"),
+    (["--workers", "-1"], "--workers at least 0"),
+    (["--device", "zz"], "device zz cannot be used"),
+    (["--images", ""], "no folder was named"),
+    (["--detector", "knn", "-p", "k", "abc"], "k must be of type int"),
 ])
 def test_bad_arguments(made, score, arguments, message):
     with pytest.raises(OodlibError, match=message):
-        score(*(made / part if part == "id" else part for part in arguments))
+        score(*(made / part if part.startswith(("id", "net.")) else part for part in arguments))
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ("def transform(picture): raise ValueError('first\\nlast line')", r"\(ValueError: last line\)"),
+    ("def transform(picture): return picture", r"did not pass through the transform and the model \(TypeError"),
+    ("def transform(picture): return torch.zeros(2, 2)", r"the transform and the model \(RuntimeError"),
+])
+def test_transform_that_fails_is_one_line(made, tmp_path, code, message):
+    (tmp_path / "own_net.py").write_text(f"import torch\n{code}\ndef make():\n    return torch.nn.Sequential("
+                                         "torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
+                                         "torch.nn.Linear(2, 2)), transform\n")
+    with pytest.raises(OodlibError, match=message) as caught:
+        scoring.main(["--model", f"{tmp_path / 'own_net.py'}:make", "--images", str(made / "new"), "--workers", "0",
+                      "--output", str(tmp_path / "out.csv"), "--device", "cpu"])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.csv").exists()
+
+
+def test_killed_command_goes_on_and_writes_the_same_csv(made, tmp_path):
+    (tmp_path / "slow_net.py").write_text(
+        "import time, timm, torch\nfrom torchvision.transforms import functional as F\n"
+        "def slowly(picture):\n    time.sleep(0.002)\n    return F.pil_to_tensor(picture.resize((32, 32))) / 255\n"
+        f"def make():\n    torch.manual_seed(0)\n    return timm.create_model({TAG!r}, num_classes=3), slowly\n")
+    (tmp_path / "many").mkdir()
+    for i in range(700):
+        shutil.copy(made / "new" / f"im {i % 5}.png", tmp_path / "many" / f"{i:04d}.png")
+    command = [sys.executable, "-m", "oodlib", "score", "--model", f"{tmp_path / 'slow_net.py'}:make", "--images",
+               str(tmp_path / "many"), "--workers", "0", "--device", "cpu", "--output"]
+    once = subprocess.Popen([*command, str(tmp_path / "a.csv")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "a.csv.part.json").exists() and once.poll() is None:
+        time.sleep(0.02)
+    once.kill()
+    assert once.wait() != 0 and not (tmp_path / "a.csv").exists()
+    again = subprocess.run([*command, str(tmp_path / "a.csv")], capture_output=True, text=True, check=True)
+    scoring.main([*command[4:], str(tmp_path / "b.csv")])
+    assert "Going on behind" in again.stdout
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -113,6 +113,7 @@ def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, 
     def maps() -> Iterator[tuple[NDArray, Tensor]]:
         nonlocal forwards
         for x, y in batches:
+            _check_batch("early_prototypes", x)
             x = x.to(device)
             if not shapes:
                 for layer in layers:
@@ -153,7 +154,8 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
 
     Raises
     ------
-    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image; as `split_forward`
+    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image, a path around the
+        layer; as `split_forward`
 
     References
     ----------
@@ -164,9 +166,14 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
         raise OodlibError(f"synthetic_features: lam must lie in [0, 1], got {lam}.")
     model.to(device)
     prototypes = prototypes.to(device)
-    features, forwards = [], 0
+    features: list[NDArray] = []
+    forwards = 0
     for x, _ in batches:
+        _check_batch("synthetic_features", x)
         x = x.to(device)
+        if not features:
+            with _eval_mode(model):
+                _check_split(model, layer, x[:2])
         early, _, logits = split_forward(model, layer, x)
         if logits.shape[1] < 2 or prototypes.shape != (logits.shape[1], *early.shape[1:]):
             raise OodlibError(f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
@@ -217,7 +224,13 @@ def noise_features(model: nn.Module, shape: tuple[int, int, int], *, n: int = 10
     Returns
     -------
     OodFeatures : ten passes for each feature that is kept
+
+    Raises
+    ------
+    OodlibError : n below 1, only one of mean and std
     """
+    if (mean is None) != (std is None):
+        raise OodlibError("noise_features: give both mean and std, or neither.")
     generator = torch.Generator().manual_seed(seed)
     model.to(device)
     kept: list[NDArray] = []
@@ -237,6 +250,11 @@ def noise_features(model: nn.Module, shape: tuple[int, int, int], *, n: int = 10
     if not kept:
         raise OodlibError(f"noise_features: n must be at least 1, got {n}.")
     return OodFeatures(np.concatenate(kept)[:n], forwards)
+
+
+def _check_batch(name: str, x: Tensor) -> None:
+    if len(x) == 0:
+        raise OodlibError(f"{name}: a batch without an image. Check the loader or the filter.")
 
 
 def _padded(h: int, w: int, margin: tuple[int, int, int, int]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -78,8 +79,10 @@ class Detector:
 
         Raises
         ------
-        OodlibError : not fitted, or fitted on another network
+        OodlibError : not fitted, or fitted on another network; a bank without a row
         """
+        if len(bank) == 0:
+            raise OodlibError(f"{self.info.key}.score: the bank holds no image. Check the folder or the filter.")
         if self.needs_fit and not hasattr(self, "num_features_"):
             raise OodlibError(f"{self.info.key}.score: not fitted. Call fit(bank) with ID training data first.")
         shape = (bank.features.shape[1], bank.head.num_classes)
@@ -114,6 +117,9 @@ def _network(bank: FeatureBank) -> dict[str, str]:
 
 
 _REGISTRY: dict[str, type[Detector]] = {}
+_TYPES: dict[str, Any] = {"int": numbers.Integral, "float": numbers.Real, "str": str, "bool": (bool, np.bool_),
+                          "int | None": (numbers.Integral, type(None)),
+                          "str | Detector": (str, Detector)}
 
 
 def register(info: Info) -> Callable[[type[Detector]], type[Detector]]:
@@ -135,13 +141,18 @@ def create(name: str, **params: Any) -> Detector:
 
     Raises
     ------
-    OodlibError : an unknown name or parameter; the message lists the known ones
+    OodlibError : an unknown name or parameter (the message lists the known ones), or a value of another type
     """
     if name not in _REGISTRY:
         raise OodlibError(f"create: unknown detector {name!r}. Known: {', '.join(sorted(_REGISTRY))}.")
     known = [f.name for f in dataclasses.fields(_REGISTRY[name])]
     if unknown := sorted(set(params) - set(known)):
         raise OodlibError(f"create: {name} has no parameter {unknown[0]!r}. Known: {', '.join(known) or 'none'}.")
+    for field in dataclasses.fields(_REGISTRY[name]):
+        wanted = _TYPES.get(str(field.type), object)
+        value = params.get(field.name, field.default)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and field.type in ("int", "float")):
+            raise OodlibError(f"create: {name}'s {field.name} must be of type {field.type}, got {value!r}.")
     if isinstance(params.get("then"), str):
         create(params["then"])                          # an unknown name is refused here, not after a long fit
     return _REGISTRY[name](**params)

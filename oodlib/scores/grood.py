@@ -157,9 +157,10 @@ def _checked(features: Any, prototypes: Any, ood_prototype: Any, classes: Any) -
     """The features, and the classes as a column where they are given."""
     check_rows("grood", features)
     size = np.shape(features)[1]
-    if len(np.shape(prototypes)) != 2 or np.shape(prototypes)[1] != size or tuple(np.shape(ood_prototype)) != (size,):
+    shape = np.shape(prototypes)
+    if len(shape) != 2 or not shape[0] or shape[1] != size or tuple(np.shape(ood_prototype)) != (size,):
         raise OodlibError(f"grood: features (N, D), prototypes (C, D) and ood_prototype (D,) need the same D, got "
-                          f"{tuple(np.shape(features))}, {tuple(np.shape(prototypes))} and "
+                          f"{tuple(np.shape(features))}, {tuple(shape)} and "
                           f"{tuple(np.shape(ood_prototype))}.")
     for name, values in (("features", features), ("prototypes", prototypes), ("ood_prototype", ood_prototype)):
         if not np.isfinite(to_numpy(values)).all():
@@ -167,16 +168,16 @@ def _checked(features: Any, prototypes: Any, ood_prototype: Any, classes: Any) -
     if classes is None:
         return [features]
     y = to_numpy(classes)
-    if y.shape != (len(features),) or y.min() < 0 or y.max() >= len(prototypes):
-        raise OodlibError(f"grood: classes must be (N,) = ({len(features)},) in 0 .. {len(prototypes) - 1}, got "
-                          f"{y.shape} in {y.min()} .. {y.max()}.")
+    if y.shape != (len(features),) or not np.isin(y, np.arange(len(prototypes))).all():
+        raise OodlibError(f"grood: classes must be (N,) = ({len(features)},) whole numbers in 0 .. "
+                          f"{len(prototypes) - 1}, got {y.shape} in {y.min()} .. {y.max()}.")
     return [features, y[:, None]]
 
 
 def _check_k(name: str, k: int, size: int) -> None:
-    if not 1 <= k <= size:
-        raise OodlibError(f"{name}: k must lie in 1 .. {size} (gradients in the bank), got {k}. Give a smaller k or a "
-                          "larger bank.")
+    if k != int(k) or not 1 <= k <= size:
+        raise OodlibError(f"{name}: k must lie in 1 .. {size} (gradients in the bank), got {k}. Give a "
+                          "smaller whole k or a larger bank.")
 
 
 @register(Info("grood", "GROOD: GRadient-Aware Out-of-Distribution Detection",
@@ -223,7 +224,11 @@ class GROOD(Detector):
 
     def __post_init__(self) -> None:
         if self.ood_prototype is not None:                   # plain numbers, which a saved detector keeps exactly
-            given = to_numpy(self.ood_prototype).astype(np.float64)
+            try:
+                given = to_numpy(self.ood_prototype).astype(np.float64)
+            except (TypeError, ValueError) as error:
+                raise OodlibError("grood: ood_prototype must be numbers, (D,) or (n, D), got "
+                                  f"{type(self.ood_prototype).__name__}.") from error
             if given.ndim == 2 and len(given) and not self.filter:
                 given = given.mean(0)
             self.ood_prototype = given.tolist()

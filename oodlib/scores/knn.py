@@ -79,9 +79,9 @@ class KNN(Detector):
     normalise: bool = True
 
     def _fit(self, bank: FeatureBank) -> None:
-        if not 1 <= self.k <= len(bank):
-            raise OodlibError(f"knn.fit: k must lie in 1 .. {len(bank)} (the size of the bank), got {self.k}. "
-                              "Give a smaller k or a larger bank.")
+        if self.k != int(self.k) or not 1 <= self.k <= len(bank):
+            raise OodlibError(f"knn.fit: k must lie in 1 .. {len(bank)} (the size of the bank), got "
+                              f"{self.k}. Give a smaller whole k or a larger bank.")
         self.bank_ = np.asarray(bank.features)
 
     def _score(self, bank: FeatureBank) -> Any:

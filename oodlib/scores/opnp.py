@@ -99,6 +99,8 @@ def _mean(name: str, features: Any, logits: Any, temperature: float, of_rows: An
     for i in range(0, count, rows):
         h, z = tensor64(features[i:i + rows]), tensor64(logits[i:i + rows])
         total = total.to(h.device) + of_rows(h, (z / temperature).softmax(1))
+    if not torch.isfinite(total).all():
+        raise OodlibError(f"{name}: features or logits hold NaN or infinity. Check the transform and the weights.")
     return total / count if isinstance(features, Tensor) else (total / count).numpy()
 
 
