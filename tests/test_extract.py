@@ -103,7 +103,8 @@ def test_shuffled_loader_is_refused(model):
 def test_loader_that_gives_more_rows_than_its_dataset_holds_is_refused(model, tmp_path, on_disk):
     loader = DataLoader(TensorDataset(torch.zeros(3, 3, 32, 32), torch.zeros(3)), batch_sampler=[[0, 1], [2, 0]])
     with pytest.raises(OodlibError, match="more rows than the 3 of its dataset"):
-        extract(model, loader, device="cpu", cache=tmp_path if on_disk else None, model_name="net")
+        extract(model, loader, device="cpu", cache=tmp_path if on_disk else None, model_name="net",
+                fingerprint="made")
 
 
 def test_device_that_is_not_there_is_refused(model, images):
