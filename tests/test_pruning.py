@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import oodlib
 import oodlib.testbed as testbeds
 from oodlib import FeatureBank, OodlibError, metrics, scores
 from oodlib.data import ImageSet
-from oodlib.pruning import HIGH, LOW, Sweep, _neighbours, choose, choose_both, kept, sweep, validation_banks
+from oodlib.pruning import HIGH, LOW, Choice, Sweep, choose, choose_both, kept, sweep, validation_banks
 from oodlib.scores import opnp_neurons, opnp_sensitivity
 
 GRID = {"low": (0.0, 0.3, 0.6), "high": (0.0, 0.1, 0.5)}
@@ -102,7 +103,7 @@ def test_a_set_that_is_solved_cannot_rank_ratios_and_is_dropped():
     assert choose(made({"easy": [[0.999, 0.5], [0.9, 0.5]]}, np.ones((2, 2)))).index == (0, 0)   # the only one is kept
 
 
-def test_both_are_searched_around_the_single_choices(parts):
+def test_both_are_searched_around_the_single_choices(parts, blobs):
     banks, m, neurons = parts
     grid = {"low": (0.0, 0.1, 0.3, 0.6), "high": (0.0, 0.05)}
     weight, neuron = choose(sweep(banks, m, **grid)), choose(sweep(banks, neurons, **grid), "neuron")
@@ -115,6 +116,8 @@ def test_both_are_searched_around_the_single_choices(parts):
         neurons, low=both.ratios["neuron_low"], high=both.ratios["neuron_high"])
     pruned = {k: scores.energy(b.head.masked(mask)(b.features)) for k, b in banks.items()}
     assert both.auroc == pytest.approx(metrics.auroc(pruned["id"], pruned["weak"]), abs=1e-4)
+    detector = oodlib.create("opnp", **both.ratios).fit(blobs[0])
+    np.testing.assert_allclose(detector.score(banks["weak"]), pruned["weak"], rtol=1e-5)
 
 
 def test_the_grids_of_the_note_hold_the_unpruned_network():
@@ -170,6 +173,10 @@ def other_network(bank):
     return FeatureBank.from_arrays(bank.features, weight=2 * bank.head.weight, bias=bank.head.bias)
 
 
+def chosen(prefix):
+    return Choice({f"{prefix}_low": 0.3, f"{prefix}_high": 0.0}, (1, 0), 0.9, 1.0, (0.8, 1.0), {"a": 0.9}, {})
+
+
 def unlabelled(bank):
     return FeatureBank.from_arrays(bank.features, weight=bank.head.weight, bias=bank.head.bias)
 
@@ -185,7 +192,8 @@ def unlabelled(bank):
     (lambda b, m: sweep({"id": b, "a": b.subset([])}, m), "the bank of a is empty"),
     (lambda b, m: sweep({"id": b}, m, keep=np.ones(3)), r"keep must be \(C, D\) = \(4, 16\) or \(D,\), got \(3,\)"),
     (lambda b, m: choose(sweep({"id": b, "a": b}, m, **GRID), "neurons"), "prefix must be"),
-    (lambda b, m: _neighbours([0.0, 0.1], 0.3), "chosen ratio 0.3 is not in the grid"),
+    (lambda b, m: choose_both({"id": b, "a": b}, m, m[0], chosen("weight"), chosen("neuron"), low=[0, 0.1]),
+     "chosen ratio 0.3 is not in the grid"),
 ])
 def test_refusals(blobs, call, message):
     bank = blobs[1]

@@ -276,7 +276,7 @@ def narrower(bank):
     (lambda b: oodlib.create("energy", temperature=0).score(b), "temperature must be positive"),
     (lambda b: scores.knn(b.features, b.features[:, :3]), "need the same D"),
     (lambda b: scores.dice(np.ones((2, 3)), np.ones(2)), "need the same D"),
-    (lambda b: oodlib.create("ash").score(b.subset([])), "ash.score: the bank holds no image"),
+    (lambda b: scores.knn(b.features, b.features, k=1.5), "knn: k must lie in 1 .. 800 .*got 1.5"),
     (lambda b: oodlib.create("knn", k="abc"), "knn's k must be of type int, got 'abc'"),
     (lambda b: oodlib.create("knn", k=1.5), "knn's k must be of type int, got 1.5"),
     (lambda b: oodlib.create("react", then=3), "then must be of type"),
@@ -287,6 +287,15 @@ def narrower(bank):
 def test_refusals(blobs, call, message):
     with pytest.raises(OodlibError, match=message):
         call(blobs[0])
+
+
+@pytest.mark.parametrize("name", ["energy", "ash", "dice", "react", "opnp", "grood", "kl_matching"])
+def test_a_bank_without_images_is_refused(blobs, name):
+    train = blobs[0]
+    with pytest.raises(OodlibError, match=f"{name}.fit: the bank holds no image"):
+        oodlib.create(name).fit(train.subset([]))
+    with pytest.raises(OodlibError, match=f"{name}.score: the bank holds no image"):
+        oodlib.create(name).fit(train).score(train.subset([]))
 
 
 def test_load_refuses_another_file(tmp_path):

@@ -68,7 +68,6 @@ def early_layers(model: nn.Module) -> list[str]:
                       "information goes through, see model.named_modules().")
 
 
-@torch.inference_mode()
 def split_forward(model: nn.Module, layer: str, x: Tensor, replace: Tensor | None = None) -> tuple[Tensor, Tensor,
                                                                                                   Tensor]:
     """One pass in evaluation mode that keeps, or replaces, the output of the module called ``layer``.
@@ -87,10 +86,11 @@ def split_forward(model: nn.Module, layer: str, x: Tensor, replace: Tensor | Non
 
     Raises
     ------
-    OodlibError : no such layer, it runs never or more than once, its output is no tensor, no linear head
+    OodlibError : no such layer, it runs never or more than once, its output is no tensor, a path leads around it, no
+        linear head
     """
     with _eval_mode(model):
-        return _split(model, layer, find_head(model, x[:2]), x, replace)
+        return _split(model, layer, _check_split(model, layer, x[:2]), x, replace)
 
 
 def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, num_classes: int, *,
@@ -105,7 +105,7 @@ def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, 
 
     Raises
     ------
-    OodlibError : as in `split_forward`; a path leads around a layer; a label outside 0 .. C-1, a class without a sample
+    OodlibError : as in `split_forward`; a batch without an image, a label outside 0 .. C-1, a class without a sample
     """
     shapes: dict[str, torch.Size] = {}
     forwards = 0
@@ -154,8 +154,7 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
 
     Raises
     ------
-    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image, a path around the
-        layer; as `split_forward`
+    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image; as `split_forward`
 
     References
     ----------
@@ -167,22 +166,21 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
     model.to(device)
     prototypes = prototypes.to(device)
     features: list[NDArray] = []
-    forwards = 0
-    for x, _ in batches:
-        _check_batch("synthetic_features", x)
-        x = x.to(device)
-        if not features:
-            with _eval_mode(model):
-                _check_split(model, layer, x[:2])
-        early, _, logits = split_forward(model, layer, x)
-        if logits.shape[1] < 2 or prototypes.shape != (logits.shape[1], *early.shape[1:]):
-            raise OodlibError(f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
-                              f"{(logits.shape[1], *early.shape[1:])} with C > 1, got {tuple(prototypes.shape)}. Use "
-                              "early_prototypes with the same layer and image size.")
-        runner_up = logits.topk(2).indices[:, 1]
-        mixed = lam * early + (1 - lam) * prototypes[runner_up].to(early.dtype)
-        features.append(split_forward(model, layer, x, mixed)[1].float().cpu().numpy())
-        forwards += 2 * len(x)
+    head, forwards = "", 0
+    with _eval_mode(model):
+        for x, _ in batches:
+            _check_batch("synthetic_features", x)
+            x = x.to(device)
+            head = head or _check_split(model, layer, x[:2])
+            early, _, logits = _split(model, layer, head, x, None)
+            if logits.shape[1] < 2 or prototypes.shape != (logits.shape[1], *early.shape[1:]):
+                raise OodlibError(f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
+                                  f"{(logits.shape[1], *early.shape[1:])} with C > 1, got {tuple(prototypes.shape)}. "
+                                  "Use early_prototypes with the same layer and image size.")
+            runner_up = logits.topk(2).indices[:, 1]
+            mixed = lam * early + (1 - lam) * prototypes[runner_up].to(early.dtype)
+            features.append(_split(model, layer, head, x, mixed)[1].float().cpu().numpy())
+            forwards += 2 * len(x)
     if not features:
         raise OodlibError("synthetic_features: there was no batch. Check the loader.")
     return OodFeatures(np.concatenate(features), forwards)
@@ -261,6 +259,7 @@ def _padded(h: int, w: int, margin: tuple[int, int, int, int]) -> tuple[int, int
     return h + margin[2] + margin[3], w + margin[0] + margin[1]
 
 
+@torch.inference_mode()
 def _split(model: nn.Module, layer: str, head: str, x: Tensor, replace: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     outputs: list[Tensor] = []
     features: list[Tensor] = []
@@ -272,15 +271,15 @@ def _split(model: nn.Module, layer: str, head: str, x: Tensor, replace: Tensor |
     return outputs[0], features[0].flatten(1), logits
 
 
-@torch.inference_mode()
-def _check_split(model: nn.Module, layer: str, x: Tensor) -> None:
-    """The layer's output alone must fix the logits: with it kept, the image before it can be anything."""
+def _check_split(model: nn.Module, layer: str, x: Tensor) -> str:
+    """Name of the head. The layer's output alone must fix the logits: the image before it can then be anything."""
     head = find_head(model, x)
     output, _, logits = _split(model, layer, head, x, None)
-    again = _split(model, layer, head, torch.zeros_like(x), output)[2]
+    again = _split(model, layer, head, 1 - x, output)[2]
     if not torch.allclose(again, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise OodlibError(f"split: a path leads around layer {layer!r}, so its output alone does not fix the logits. "
                           "Name a whole stage or block instead of a layer inside a residual branch.")
+    return head
 
 
 def _keep(found: list[Tensor], replace: Tensor | None = None) -> Callable[..., Tensor | None]:

@@ -37,6 +37,12 @@ def check_rows(name: str, *arrays: Any) -> None:
                           "one pass over one loader.")
 
 
+def check_k(name: str, k: Any, size: int) -> None:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= size:
+        raise OodlibError(f"{name}: k must lie in 1 .. {size} (the size of the bank), got {k!r}. Give a smaller whole "
+                          "number or a larger bank.")
+
+
 def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
     """Apply ``function`` to blocks of rows in float64 and join the results.
 

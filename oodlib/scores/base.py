@@ -64,8 +64,9 @@ class Detector:
 
         Raises
         ------
-        OodlibError : labels are missing, a class has no sample, a parameter does not fit the bank
+        OodlibError : no row, labels are missing, a class has no sample, a parameter does not fit the bank
         """
+        _check_some(f"{self.info.key}.fit", bank)
         if self.info.needs == "labels" and bank.labels is None:
             raise OodlibError(f"{self.info.key}.fit: needs labels, this bank has none. Give labels= to "
                               "FeatureBank.from_arrays.")
@@ -81,8 +82,7 @@ class Detector:
         ------
         OodlibError : not fitted, or fitted on another network; a bank without a row
         """
-        if len(bank) == 0:
-            raise OodlibError(f"{self.info.key}.score: the bank holds no image. Check the folder or the filter.")
+        _check_some(f"{self.info.key}.score", bank)
         if self.needs_fit and not hasattr(self, "num_features_"):
             raise OodlibError(f"{self.info.key}.score: not fitted. Call fit(bank) with ID training data first.")
         shape = (bank.features.shape[1], bank.head.num_classes)
@@ -108,7 +108,15 @@ class Detector:
         arrays: dict[str, NDArray] = {}
         record = _pack(self, arrays, "")
         with atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={"oodlib": json.dumps(record, sort_keys=True)})
+            try:
+                save_file(arrays, temporary, metadata={"oodlib": json.dumps(record, sort_keys=True)})
+            except SafetensorError as error:
+                raise OSError(f"{path}: {error}") from error
+
+
+def _check_some(name: str, bank: FeatureBank) -> None:
+    if len(bank) == 0:
+        raise OodlibError(f"{name}: the bank holds no image. Check the folder or the filter.")
 
 
 def _network(bank: FeatureBank) -> dict[str, str]:
@@ -151,7 +159,7 @@ def create(name: str, **params: Any) -> Detector:
     for field in dataclasses.fields(_REGISTRY[name]):
         wanted = _TYPES.get(str(field.type), object)
         value = params.get(field.name, field.default)
-        if not isinstance(value, wanted) or (isinstance(value, bool) and field.type in ("int", "float")):
+        if not isinstance(value, wanted) or (isinstance(value, bool) and str(field.type).startswith(("int", "float"))):
             raise OodlibError(f"create: {name}'s {field.name} must be of type {field.type}, got {value!r}.")
     if isinstance(params.get("then"), str):
         create(params["then"])                          # an unknown name is refused here, not after a long fit

@@ -15,7 +15,7 @@ from oodlib.bank import FeatureBank, to_numpy
 from oodlib.errors import OodlibError
 from oodlib.moments import stream_means
 from oodlib.neighbours import Index, PolarSearch
-from oodlib.scores.arrays import by_rows, check_rows, check_temperature, tensor64
+from oodlib.scores.arrays import by_rows, check_k, check_rows, check_temperature, tensor64
 from oodlib.scores.base import Detector, Info, register
 
 Variant = Literal["gradient", "magnitude", "l1", "direction", "distance", "nearest", "class_gradient", "squared"]
@@ -120,7 +120,7 @@ def grood(features: Any, bank: Any, prototypes: Any, ood_prototype: Any, *, k: i
     The logarithm changes no ranking; the gradients of ID images of a collapsed network are too small for float32, and
     their squared distances for float64. Search is exact and does not depend on the number of queries at a time.
     """
-    _check_k("grood", k, len(bank))
+    check_k("grood", k, len(bank))
     log_norm, direction = grood_polar(to_numpy(bank), prototypes, ood_prototype, temperature=temperature)
     search = PolarSearch(log_norm, lambda rows: direction[rows])
     queries = grood_polar(to_numpy(features), prototypes, ood_prototype, temperature=temperature)
@@ -170,14 +170,8 @@ def _checked(features: Any, prototypes: Any, ood_prototype: Any, classes: Any) -
     y = to_numpy(classes)
     if y.shape != (len(features),) or not np.isin(y, np.arange(len(prototypes))).all():
         raise OodlibError(f"grood: classes must be (N,) = ({len(features)},) whole numbers in 0 .. "
-                          f"{len(prototypes) - 1}, got {y.shape} in {y.min()} .. {y.max()}.")
+                          f"{len(prototypes) - 1}, got {y.shape} of {np.unique(y)[:5].tolist()}.")
     return [features, y[:, None]]
-
-
-def _check_k(name: str, k: int, size: int) -> None:
-    if k != int(k) or not 1 <= k <= size:
-        raise OodlibError(f"{name}: k must lie in 1 .. {size} (gradients in the bank), got {k}. Give a "
-                          "smaller whole k or a larger bank.")
 
 
 @register(Info("grood", "GROOD: GRadient-Aware Out-of-Distribution Detection",
@@ -247,7 +241,7 @@ class GROOD(Detector):
                                   'the labels, or use bank_filter="all".')
         self.kept_ = len(kept) / len(bank)
         kept = _stratified(kept, bank.labels, self.fraction, self.seed)
-        _check_k("grood.fit", self.k, len(kept))
+        check_k("grood.fit", self.k, len(kept))
         self.bank_ = np.asarray(bank.features if len(kept) == len(bank) else bank.features[kept])
         self.classes_ = predicted[kept].astype(np.int64)
         self.__dict__.pop("_search", None)
@@ -321,8 +315,9 @@ class GROOD(Detector):
         for name, known in (("variant", _VARIANTS), ("ood_source", _SOURCES), ("bank_filter", ("correct", "all"))):
             if (value := getattr(self, name)) not in known:
                 raise OodlibError(f"grood.fit: {name} must be one of {', '.join(known)}, got {value!r}.")
-        if not 0 < self.fraction <= 1:
-            raise OodlibError(f"grood.fit: fraction must lie in (0, 1], got {self.fraction}.")
+        if not 0 < self.fraction <= 1 or self.seed < 0:
+            raise OodlibError(f"grood.fit: fraction must lie in (0, 1] and seed be at least 0, got {self.fraction} "
+                              f"and {self.seed}.")
         if self.ood_prototype is None and (self.filter or self.ood_source != "proto_mean"):
             raise OodlibError(f"grood.fit: ood_source={self.ood_source!r}, filter={self.filter} need ood_prototype=, "
                               "features of such images (see oodlib.models.synthetic_features and noise_features, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from oodlib.bank import FeatureBank, to_numpy
 from oodlib.errors import OodlibError
 from oodlib.neighbours import SPARE, EuclideanSearch
-from oodlib.scores.arrays import by_rows
+from oodlib.scores.arrays import by_rows, check_k
 from oodlib.scores.base import Detector, Info, register
 
 
@@ -50,8 +50,7 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
     if train.ndim != 2 or np.shape(features)[1:] != train.shape[1:]:
         raise OodlibError(f"knn: features (N, D) and bank (M, D) need the same D, got {tuple(np.shape(features))} and "
                           f"{train.shape}.")
-    if not 1 <= k <= len(train):
-        raise OodlibError(f"knn: k must lie in 1 .. {len(train)} (the size of the bank), got {k}. Give a smaller k.")
+    check_k("knn", k, len(train))
     train = train.astype(np.float64)
     if normalise:
         train /= np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
@@ -79,9 +78,7 @@ class KNN(Detector):
     normalise: bool = True
 
     def _fit(self, bank: FeatureBank) -> None:
-        if self.k != int(self.k) or not 1 <= self.k <= len(bank):
-            raise OodlibError(f"knn.fit: k must lie in 1 .. {len(bank)} (the size of the bank), got "
-                              f"{self.k}. Give a smaller whole k or a larger bank.")
+        check_k("knn.fit", self.k, len(bank))
         self.bank_ = np.asarray(bank.features)
 
     def _score(self, bank: FeatureBank) -> Any:
