@@ -6,7 +6,6 @@ import argparse
 import ast
 import contextlib
 import csv
-import dataclasses
 import hashlib
 import io
 import json
@@ -50,13 +49,13 @@ class Images:
 
     def bank(self) -> FeatureBank:
         """All of it from one pass; a finished one is read from the cache, an interrupted one goes on."""
-        with _plain_errors():
+        with _plain_errors(Exception):
             return extract(self.model, self._loader(), cache=self.given.cache or root() / "data" / "cache" / "banks",
                            shard_rows=SHARD, device=self.given.device,
                            model_name="".join(c if c.isalnum() or c in "._-" else "-" for c in self.given.model))
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
-        with _plain_errors():
+        with _plain_errors(Exception):
             yield from stream(self.model, self._loader(), start=start, shard_rows=rows, device=self.given.device)
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -74,13 +73,16 @@ class Images:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """One line, also for an error that comes from a worker process wrapped in that process's traceback."""
+def _plain_errors(kind: type[Exception]) -> Iterator[None]:
+    """One line: a worker process wraps its error in a traceback, a user's transform and model may raise anything."""
     try:
         yield
-    except Exception as error:                             # a user's transform and model may raise anything
-        line = (str(error).strip().splitlines() or [""])[-1].removeprefix("oodlib.errors.OodlibError: ")
-        if not isinstance(error, OodlibError):
+    except kind as error:
+        lines = str(error).strip().splitlines() or [""]
+        line = lines[-1 if lines[0].startswith("Caught ") else 0].removeprefix("oodlib.errors.OodlibError: ")
+        if isinstance(error, OSError):
+            line = f"score: {line[:300]}. Check the path, its rights and the room on the disk."
+        elif not isinstance(error, OodlibError):
             line = (f"score: an image did not pass through the transform and the model ({type(error).__name__}: "
                     f"{line[:300]}). The transform must give tensors of one shape that the model takes.")
         raise OodlibError(line) from error
@@ -166,8 +168,7 @@ def _fitted(fit: Images | FeatureFile | None, given: argparse.Namespace) -> tupl
     """The detector named on the command line, fitted where it learns something, and what it was made from."""
     name = given.detector or "msp"
     detector = create(name, **{key: _literal(value) for key, value in given.parameter or []})
-    hidden = [getattr(detector, f.name) for f in dataclasses.fields(detector) if not f.repr]    # too long for a repr
-    identity = f"{detector!r} {hashlib.sha256(repr(hidden).encode()).hexdigest()}"
+    identity = f"{name} {vars(detector)}"                  # with those that its repr leaves out
     if not detector.needs_fit:
         if fit is not None:
             print(f"{name} learns nothing: --fit-images is not read.")
@@ -251,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@_plain_errors(OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, or raises OodlibError for bad input."""
     given = _parser().parse_args(arguments)
@@ -260,11 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.batch_size < 1 or (given.workers or 0) < 0:
         raise OodlibError("score: --batch-size must be at least 1 and --workers at least 0, got "
                           f"{given.batch_size} and {given.workers}.")
-    for option, path in {"--output": given.output, "--save-detector": given.save_detector}.items():
-        if path is not None:
-            _check_writable(option, Path(path))
+    places = [("--output", Path(given.output))]
+    if given.save_detector is not None:
+        places += [("--save-detector", Path(given.save_detector)), ("--save-detector", _sidecar(given.save_detector))]
     if given.cache is not None:
-        _check_writable("--cache", Path(given.cache) / "features")
+        places += [("--cache", Path(given.cache) / "features")]
+    for option, path in places:
+        _check_writable(option, path)
     pick_device(given.device)
     network, weights = None, ""
     if given.model:

@@ -1,8 +1,10 @@
 """`oodlib score` on made images with a tiny timm network: what the CSV holds, reuse, and refusals."""
 
 import csv
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -209,6 +211,7 @@ def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path
     (["--output", "id"], "id is no file that could be replaced"),
     (["--output", "net.safetensors/scores.csv"], "--output .* cannot be written"),
     (["--save-detector", "net.safetensors/detector"], "--save-detector .* cannot be written"),
+    (["--output", "id" * 200], "File name too long.* Check the path"),
     (["--cache", "net.safetensors"], "--cache .* cannot be written"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--workers", "-1"], "--workers at least 0"),
@@ -222,7 +225,7 @@ def test_bad_arguments(made, score, arguments, message):
 
 
 @pytest.mark.parametrize(("code", "message"), [
-    ("def transform(picture): raise ValueError('first\\nlast line')", r"\(ValueError: last line\)"),
+    ("def transform(picture): raise ValueError('first line\\nlast')", r"\(ValueError: first line\)"),
     ("def transform(picture): return picture", r"did not pass through the transform and the model \(TypeError"),
     ("def transform(picture): return torch.zeros(2, 2)", r"the transform and the model \(RuntimeError"),
 ])
@@ -236,25 +239,61 @@ def test_transform_that_fails_is_one_line(made, tmp_path, code, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "out.csv").exists()
 
 
-def test_killed_command_goes_on_and_writes_the_same_csv(made, tmp_path):
-    (tmp_path / "slow_net.py").write_text(
-        "import time, timm, torch\nfrom torchvision.transforms import functional as F\n"
-        "def slowly(picture):\n    time.sleep(0.002)\n    return F.pil_to_tensor(picture.resize((32, 32))) / 255\n"
-        f"def make():\n    torch.manual_seed(0)\n    return timm.create_model({TAG!r}, num_classes=3), slowly\n")
-    (tmp_path / "many").mkdir()
-    for i in range(700):
-        shutil.copy(made / "new" / f"im {i % 5}.png", tmp_path / "many" / f"{i:04d}.png")
-    command = [sys.executable, "-m", "oodlib", "score", "--model", f"{tmp_path / 'slow_net.py'}:make", "--images",
-               str(tmp_path / "many"), "--workers", "0", "--device", "cpu", "--output"]
-    once = subprocess.Popen([*command, str(tmp_path / "a.csv")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_path, capsys):
+    """The first run hangs behind image 600, so that SIGINT meets it between its first 512 safe rows and the end."""
+    (tmp_path / "hanging_net.py").write_text(
+        "import os, signal, time, numpy, torch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job would ignore it\n"
+        "seen = []\n"
+        "def transform(picture):\n"
+        "    seen.append(1)\n"
+        "    time.sleep(60 if 'HANG' in os.environ and len(seen) > 600 else 0)\n"
+        "    return torch.from_numpy(numpy.asarray(picture, dtype='float32') / 255)\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24 * 20 * 3, 3)), transform\n")
+    (tmp_path / "list.txt").write_text("".join(f"{made / 'new'}/im {i % 5}.png\n" for i in range(700)))
+    command = ["--model", f"{tmp_path / 'hanging_net.py'}:make", "--images", str(tmp_path / "list.txt"), "--workers",
+               "0", "--device", "cpu", "--output"]
+    once = subprocess.Popen([sys.executable, "-m", "oodlib", "score", *command, str(tmp_path / "a.csv")],
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "HANG": "1"})
     while not (tmp_path / "a.csv.part.json").exists() and once.poll() is None:
         time.sleep(0.02)
-    once.kill()
-    assert once.wait() != 0 and not (tmp_path / "a.csv").exists()
-    again = subprocess.run([*command, str(tmp_path / "a.csv")], capture_output=True, text=True, check=True)
-    scoring.main([*command[4:], str(tmp_path / "b.csv")])
-    assert "Going on behind" in again.stdout
+    once.send_signal(signal.SIGINT)
+    errors = once.communicate(timeout=30)[1]
+    assert once.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
+    assert not (tmp_path / "a.csv").exists()
+    for name in ("a.csv", "b.csv"):
+        scoring.main([*command, str(tmp_path / name)])
+    assert capsys.readouterr().out.count("Going on behind 512 rows") == 1
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_a_full_disk_is_one_error_that_says_so(score, monkeypatch):
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(scoring.os, "fsync", full)
+    with pytest.raises(OodlibError, match=r"No space left on device.* the room on the disk"):
+        score()
+
+
+def test_a_run_with_another_ood_prototype_starts_again(made, score, tmp_path, monkeypatch, capsys):
+    """It is left out of the detector's repr, being too long for it."""
+    def run(value):
+        return score("--detector", "grood", "-p", "ood_prototype", [value] * 96, "-p", "bank_filter", "all",
+                     "--fit-images", made / "fit", "--batch-size", 4, images=made / "fit")
+    monkeypatch.setattr(scoring, "SHARD", 4)
+    original = write_json
+
+    def interrupt(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(0.0)
+    run(1.0)
+    assert "Going on" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
