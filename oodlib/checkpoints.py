@@ -182,19 +182,25 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
 def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     """The network trained here earlier, else trained now: the live route of the laptop profile.
 
-    One trained by another recipe, on other images or by other code is not used again.
+    One trained by another recipe, on other images or by other code is not used again. On a CPU it is trained by one
+    thread: the order of sums follows the number of threads, and with it the network and every number that rests on it.
     """
     from filelock import FileLock
 
     spec = _spec(name)
-    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, torch.__version__,
+    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, torch.__version__, "1 thread",
                *(sha256(str(module.__file__)) for module in (networks, training))]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     output = folder().parent / "cache" / "trained" / key
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / f"{name}_s{seed}.lock"):               # two notebooks may want the same network
         if not (output / f"{name}_s{seed}.json").exists():
-            train_and_save(name, seed=seed, device=device, output=output)
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                train_and_save(name, seed=seed, device=device, output=output)
+            finally:
+                torch.set_num_threads(threads)
     return load_trained(name, seed=seed, source=output)
 
 

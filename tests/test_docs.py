@@ -76,6 +76,7 @@ def test_the_readme_tables_follow_the_reference_results(tmp_path: Path, monkeypa
                               for name in ("verdicts", "methods", "compute"))
     (tmp_path / "README.md").write_text(blank)
     claim = {"id": "toy/C1", "statement": "a | b", "source": "abs", "unit": "percent", "published": {"value": 0.5},
+             "kind": "trend", "direction": "above", "margin": 0.5,
              "verdict": "trend holds", "measured": 0.75, "low": 0.7, "high": 0.8, "reason": "", "detail": "",
              "network": "net"}
     untested = {**claim, "id": "toy/C2", "verdict": "not testable here", "measured": None, "low": None, "high": None,
@@ -89,12 +90,12 @@ def test_the_readme_tables_follow_the_reference_results(tmp_path: Path, monkeypa
             "weights": {"net": "3f9c"}}))
     assert update_readme() and not update_readme()
     text = (tmp_path / "README.md").read_text()
-    assert "| claim | statement [read in] | laptop | benchmark | published |" in text
+    assert "| claim | statement [read in] | holds if | laptop | benchmark | published |" in text
     both = "1 trend holds<br>1 not testable here"
     assert f"| toy | {both} | {both} |" in text
     cell = "**trend holds**<br>75.00 [70.00, 80.00]<br>net"
-    assert f"| toy C1 | a \\| b [abs] | {cell} | {cell} | 50.00 |" in text
-    assert "| toy C2 | a \\| b [abs] | – | – | none known |" in text
+    assert f"| toy C1 | a \\| b [abs] | > 50.00 percent | {cell} | {cell} | 50.00 |" in text
+    assert "| toy C2 | a \\| b [abs] | > 50.00 percent | – | – | none known |" in text
     assert "| 01_toy | benchmark | 3 | cpu | Linux | 1.5 | 0.5 | net |" in text
     assert text.startswith("Top\n") and text.count("prose") == 3 and "stale" not in text
 

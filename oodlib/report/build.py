@@ -13,7 +13,7 @@ from typing import Any
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.project import PROFILES, STAMP, check_profile, root
-from oodlib.report.claims import cite, show
+from oodlib.report.claims import cite, condition, show
 
 __all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
 
@@ -68,10 +68,13 @@ def verdict_rows(entries: list[Entry]) -> list[dict[str, str]]:
         for record in entry.load("claims.json", []):
             unit = record["unit"]
             measured = show(record["measured"], unit)
-            if record["low"] is not None and record["low"] != record["high"]:
+            if record["verdict"] == "not testable here":          # a number that judges nothing stays in results.csv
+                measured = ""
+            elif record["low"] is not None and record["low"] != record["high"]:
                 measured += f" [{show(record['low'], unit)}, {show(record['high'], unit)}]"
             rows.append({
                 "claim": record["id"], "statement": record["statement"],
+                "holds if": condition(*(record[key] for key in ("kind", "direction", "margin", "unit"))),
                 "profile": entry.profile + (" (reference)" if entry.reference else ""), "verdict": record["verdict"],
                 "measured": measured, "published": cite(record["published"], unit),
                 "read in": record["source"],

@@ -13,7 +13,7 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.project import PROFILES, root
 
-__all__ = ["VERDICTS", "Claim", "Verdict", "cite", "judge", "load_claims", "read_claims", "show"]
+__all__ = ["VERDICTS", "Claim", "Verdict", "cite", "condition", "judge", "load_claims", "read_claims", "show"]
 
 VERDICTS = ("reproduced", "not reproduced", "trend holds", "trend absent", "inconclusive", "not testable here")
 PER_CENT = ("percent", "points")          # printed times 100; points are differences of percentages
@@ -31,6 +31,12 @@ def cite(published: Mapping[str, Any] | None, unit: str) -> str:
     given = published or {}
     where = ", ".join(str(given[key]) for key in ("source", "table", "cell") if given.get(key))
     return show(given.get("value"), unit) + (f" ({where})" if where else "")
+
+
+def condition(kind: str, direction: str | None, margin: float, unit: str) -> str:
+    """What must be true of the whole interval for a claim to hold, as tables print it."""
+    what = "within " if kind == "exact" else "> " if direction == "above" else "<= "
+    return f"{what}{show(margin, unit)} {unit}{' of it' if kind == 'exact' else ''}"
 
 
 @dataclass(frozen=True)

@@ -64,18 +64,19 @@ def _verdicts() -> str:
         networks = {record["id"]: record["network"] for record in entry.load("claims.json", [])}
         for row in verdict_rows([entry]):
             claim, paper = row["claim"], row["claim"].partition("/")[0]
-            facts[claim] = [row["statement"], row["read in"], row["published"] or "none known"]
+            facts[claim] = [row["statement"], row["read in"], row["holds if"], row["published"] or "none known"]
             words.setdefault(paper, {}).setdefault(entry.profile, Counter())[row["verdict"]] += 1
-            parts = [f"**{row['verdict']}**", row["measured"], networks[claim]]
+            network, count = networks[claim], networks[claim].count(",") + 1
+            parts = [f"**{row['verdict']}**", row["measured"], network if count < 3 else f"{count} networks"]
             cells.setdefault(claim, {})[entry.profile] = (
                 "–" if row["verdict"] == "not testable here" else "<br>".join(part for part in parts if part))
     texts = [_table(["claims of", *profiles], [
         [paper, *["<br>".join(f"{found[word]} {word}" for word in VERDICTS if (found := of.get(name, Counter()))[word])
                   or "–" for name in profiles]] for paper, of in words.items()])]
     for paper in words:
-        rows = [[claim.replace("/", " "), f"{what} [{read}]", *(cells[claim].get(p, "–") for p in profiles), published]
-                for claim, (what, read, published) in facts.items() if claim.startswith(f"{paper}/")]
-        table = _table(["claim", "statement [read in]", *profiles, "published"], rows)
+        rows = [[claim.replace("/", " "), f"{what} [{read}]", rule, *(cells[claim].get(p, "–") for p in profiles), seen]
+                for claim, (what, read, rule, seen) in facts.items() if claim.startswith(f"{paper}/")]
+        table = _table(["claim", "statement [read in]", "holds if", *profiles, "published"], rows)
         texts.append(f"<details><summary>{paper}: every claim, with measurement and interval</summary>\n\n{table}\n\n"
                      "</details>")
     return "\n\n".join(texts)

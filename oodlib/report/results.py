@@ -22,7 +22,7 @@ import pandas as pd
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, write_json, write_text
 from oodlib.project import STAMP, check_profile, root
-from oodlib.report.claims import VERDICTS, Verdict, cite, judge, load_claims
+from oodlib.report.claims import VERDICTS, Verdict, cite, condition, judge, load_claims
 from oodlib.report.figures import savefig, use_style
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ class Run:
             verdict = self.verdicts.get(key) or self._untested(key)
             interval = "" if verdict.low is None else f"[{claim.show(verdict.low)}, {claim.show(verdict.high)}]"
             rows.append({"claim": key.split("/")[-1], "statement": claim.statement, "statistic": claim.statistic,
+                         "holds if": condition(claim.kind, claim.direction, claim.margin, claim.unit),
                          "verdict": verdict.verdict, "measured": claim.show(verdict.measured), "interval": interval,
                          "unit": claim.unit, "published": cite(claim.published, claim.unit), "read in": claim.source,
                          "detail": verdict.detail, "reason": verdict.reason})

@@ -115,6 +115,9 @@ class Detector:
 
 
 def _check_some(name: str, bank: FeatureBank) -> None:
+    if not isinstance(bank, FeatureBank):
+        raise OodlibError(f"{name}: needs a FeatureBank, got {type(bank).__name__}. Make one of arrays with "
+                          "FeatureBank.from_arrays.")
     if len(bank) == 0:
         raise OodlibError(f"{name}: the bank holds no image. Check the folder or the filter.")
 
