@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -78,8 +79,9 @@ def _plain_errors(kind: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        lines = str(error).strip().splitlines() or [""]
-        line = lines[-1 if lines[0].startswith("Caught ") else 0].removeprefix("oodlib.errors.OodlibError: ")
+        text = str(error).strip()
+        found = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)$", text, re.MULTILINE)
+        line = found[-1] if found else text.partition("\n")[0]
         if isinstance(error, OSError):
             line = f"score: {line[:300]}. Check the path, its rights and the room on the disk."
         elif not isinstance(error, OodlibError):

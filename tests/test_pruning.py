@@ -1,6 +1,7 @@
 """The sweep of pruning ratios equals pruning one pair at a time; the choice uses validation sets that are clean."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,10 @@ def test_metric_is_of_every_pair(parts):
     assert np.isnan(area[2, 2]) and area[1, 2] == metrics.auroc(found.scores["id"][1, 2], found.scores["weak"][1, 2])
 
 
+def near(grid, value):
+    return [x for i, x in enumerate(grid) if abs(i - grid.index(value)) <= 1]
+
+
 def made(areas, accuracy, low=(0.0, 0.1), high=(0.0, 0.2)):
     """A sweep whose sets have the given AUROCs: ID scores 0 .. 999, one OOD image between two of them."""
     found = {"id": np.broadcast_to(np.arange(1000.0), (2, 2, 1000))}
@@ -103,21 +108,40 @@ def test_a_set_that_is_solved_cannot_rank_ratios_and_is_dropped():
     assert choose(made({"easy": [[0.999, 0.5], [0.9, 0.5]]}, np.ones((2, 2)))).index == (0, 0)   # the only one is kept
 
 
-def test_both_are_searched_around_the_single_choices(parts, blobs):
-    banks, m, neurons = parts
-    grid = {"low": (0.0, 0.1, 0.3, 0.6), "high": (0.0, 0.05)}
+@pytest.fixture
+def noisy():
+    """Train, ID and OOD banks of a network with stray weights, half of whose neurons are quiet on ID images alone."""
+    rng = np.random.default_rng(3)
+    centres = np.pad(np.kron(np.eye(4), np.full(4, 3.0)), ((0, 0), (0, 16)))
+    evidence = np.arange(32) < 16
+    weight = centres / 8 + rng.normal(size=(4, 32)) * np.where(evidence, 0.2, 0.6)
+
+    def bank(n, strength, loudness):
+        labels = np.arange(n) % 4
+        h = np.abs(strength * centres[labels] + rng.normal(size=(n, 32))) * np.where(evidence, 1, loudness)
+        return FeatureBank.from_arrays(h.astype(np.float32), weight=weight.astype(np.float32), labels=labels)
+    return bank(800, 1, 0.3), bank(400, 1, 0.3), bank(400, 0.75, 1)
+
+
+@pytest.mark.parametrize("tolerance", [0.01, -0.04])                # the second forbids what the first chooses
+def test_both_are_the_best_of_the_single_choices_and_their_neighbours(noisy, tolerance):
+    train, test, ood = noisy
+    banks, grid = {"id": test, "ood": ood}, {"low": (0.0, 0.1, 0.3, 0.6), "high": (0.0, 0.05)}
+    m, neurons = opnp_sensitivity(train.features, train.logits), opnp_neurons(train.features, train.logits,
+                                                                              train.head.weight)
     weight, neuron = choose(sweep(banks, m, **grid)), choose(sweep(banks, neurons, **grid), "neuron")
-    both = choose_both(banks, m, neurons, weight, neuron, **grid)
-    for key, value in {**weight.ratios, **neuron.ratios}.items():
-        at = (grid["low"] if "low" in key else grid["high"]).index
-        assert abs(at(both.ratios[key]) - at(value)) <= 1
-    assert both.auroc >= max(weight.auroc, neuron.auroc)
-    mask = kept(m, low=both.ratios["weight_low"], high=both.ratios["weight_high"]) & kept(
-        neurons, low=both.ratios["neuron_low"], high=both.ratios["neuron_high"])
-    pruned = {k: scores.energy(b.head.masked(mask)(b.features)) for k, b in banks.items()}
-    assert both.auroc == pytest.approx(metrics.auroc(pruned["id"], pruned["weak"]), abs=1e-4)
-    detector = oodlib.create("opnp", **both.ratios).fit(blobs[0])
-    np.testing.assert_allclose(detector.score(banks["weak"]), pruned["weak"], rtol=1e-5)
+    both = choose_both(banks, m, neurons, weight, neuron, **grid, tolerance=tolerance)
+    found = {}
+    for pair in itertools.product(*(near(grid["low" if "low" in key else "high"], value)
+                                    for key, value in {**weight.ratios, **neuron.ratios}.items())):
+        ratios = dict(zip((*weight.ratios, *neuron.ratios), pair, strict=True))
+        if pair[2] + pair[3] < 1:
+            detector = oodlib.create("opnp", **ratios).fit(train)
+            if (detector.shape(test).logits.argmax(1) == test.labels).mean() >= weight.unpruned[1] - tolerance:
+                found[pair] = metrics.auroc(detector.score(test), detector.score(ood))
+    assert both.auroc == pytest.approx(max(found.values()), abs=1e-4)
+    assert both.auroc == pytest.approx(found[tuple(both.ratios.values())], abs=1e-4)
+    assert both.auroc > max(weight.auroc, neuron.auroc)
 
 
 def test_the_grids_of_the_note_hold_the_unpruned_network():

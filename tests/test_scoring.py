@@ -224,18 +224,19 @@ def test_bad_arguments(made, score, arguments, message):
         score(*(made / part if part.startswith(("id", "net.")) else part for part in arguments))
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize(("code", "message"), [
     ("def transform(picture): raise ValueError('first line\\nlast')", r"\(ValueError: first line\)"),
     ("def transform(picture): return picture", r"did not pass through the transform and the model \(TypeError"),
     ("def transform(picture): return torch.zeros(2, 2)", r"the transform and the model \(RuntimeError"),
 ])
-def test_transform_that_fails_is_one_line(made, tmp_path, code, message):
+def test_transform_that_fails_is_one_line(made, tmp_path, code, message, workers):
     (tmp_path / "own_net.py").write_text(f"import torch\n{code}\ndef make():\n    return torch.nn.Sequential("
                                          "torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
                                          "torch.nn.Linear(2, 2)), transform\n")
     with pytest.raises(OodlibError, match=message) as caught:
-        scoring.main(["--model", f"{tmp_path / 'own_net.py'}:make", "--images", str(made / "new"), "--workers", "0",
-                      "--output", str(tmp_path / "out.csv"), "--device", "cpu"])
+        scoring.main(["--model", f"{tmp_path / 'own_net.py'}:make", "--images", str(made / "new"), "--workers",
+                      workers, "--output", str(tmp_path / "out.csv"), "--device", "cpu"])
     assert "\n" not in str(caught.value) and not (tmp_path / "out.csv").exists()
 
 
