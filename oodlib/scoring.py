@@ -261,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError("score: --detector-file brings a fitted detector; --detector, -p and --fit-images would "
                           "make another one. Give one or the other.")
+    if not 0 < given.tpr <= 1:
+        raise OodlibError(f"score: --tpr must lie in (0, 1], got {given.tpr}. It is a fraction, not per cent.")
     if given.batch_size < 1 or (given.workers or 0) < 0:
         raise OodlibError("score: --batch-size must be at least 1 and --workers at least 0, got "
                           f"{given.batch_size} and {given.workers}.")

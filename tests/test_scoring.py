@@ -213,6 +213,7 @@ def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path
     (["--save-detector", "net.safetensors/detector"], "--save-detector .* cannot be written"),
     (["--output", "id" * 200], "File name too long.* Check the path"),
     (["--cache", "net.safetensors"], "--cache .* cannot be written"),
+    (["--tpr", "95"], "--tpr must lie in"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--workers", "-1"], "--workers at least 0"),
     (["--device", "zz"], "device zz cannot be used"),
