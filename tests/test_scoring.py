@@ -56,6 +56,22 @@ def score(made, tmp_path):
     return run
 
 
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Interrupt a call behind its first four safe rows; later calls write four rows at a time too."""
+    monkeypatch.setattr(scoring, "SHARD", 4)
+
+    def run(call):
+        def interrupt(*arguments):
+            write_json(*arguments)
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "write_json", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+    return run
+
+
 def values(rows):
     return np.array([float(row["score"]) for row in rows])
 
@@ -183,18 +199,9 @@ def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, 
 
 
 @pytest.mark.parametrize("change", ["detector", "image"])
-def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path, monkeypatch, capsys, change):
+def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path, interrupted, capsys, change):
     shutil.copytree(made / "fit", tmp_path / "some")
-    monkeypatch.setattr(scoring, "SHARD", 4)
-    original = write_json
-
-    def interrupt(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_json", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            score("--batch-size", 4, images=tmp_path / "some")
+    interrupted(lambda: score("--batch-size", 4, images=tmp_path / "some"))
     if change == "image":
         shutil.copy(made / "new" / "im 1.png", tmp_path / "some" / "a" / "im 1.png")
     detector = "energy" if change == "detector" else "msp"
@@ -279,21 +286,12 @@ def test_a_full_disk_is_one_error_that_says_so(score, monkeypatch):
         score()
 
 
-def test_a_run_with_another_ood_prototype_starts_again(made, score, tmp_path, monkeypatch, capsys):
+def test_a_run_with_another_ood_prototype_starts_again(made, score, interrupted, capsys):
     """It is left out of the detector's repr, being too long for it."""
     def run(value):
         return score("--detector", "grood", "-p", "ood_prototype", [value] * 96, "-p", "bank_filter", "all",
                      "--fit-images", made / "fit", "--batch-size", 4, images=made / "fit")
-    monkeypatch.setattr(scoring, "SHARD", 4)
-    original = write_json
-
-    def interrupt(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(scoring, "write_json", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(0.0)
+    interrupted(lambda: run(0.0))
     run(1.0)
     assert "Going on" not in capsys.readouterr().out
 
