@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path
 
-__all__ = ["Recipe", "evaluate", "normalise", "train"]
+__all__ = ["Recipe", "augment", "evaluate", "hash_seed", "normalise", "train"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,23 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() / 255 - mean.view(shape)) / std.view(shape)
 
 
-def _augment(x: Tensor, recipe: Recipe, epoch: int, keys: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and translate a batch; ``keys`` decides which images the alternating flip starts with."""
+class _Augmentation(Protocol):
+    @property
+    def flip(self) -> str: ...
+    @property
+    def shift(self) -> int: ...
+
+
+def augment(x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Flip and translate a batch (n, c, h, w), image by image, as ``recipe.flip`` and ``recipe.shift`` say.
+
+    ``keys`` (n,) decides which images the alternating flip starts with; other flips need none.
+    """
     n = len(x)
     if recipe.flip == "random":
         flipped = torch.rand(n, generator=generator) < 0.5
     elif recipe.flip == "alternating":      # every image is seen in both orientations in turn
+        assert keys is not None
         flipped = (keys + epoch) % 2 == 1
     else:
         flipped = torch.zeros(n, dtype=torch.bool)
@@ -159,7 +170,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
         losses, started = [], time.perf_counter()
         for i in range(min(steps_per_epoch, total - step)):
             index = order[i * recipe.batch_size:(i + 1) * recipe.batch_size]
-            x = _augment(normalise(images[index], mean, std), recipe, epoch, flip_keys[index], generator)
+            x = augment(normalise(images[index], mean, std), recipe, epoch, flip_keys[index], generator)
             x = x.to(device, memory_format=torch.channels_last)
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * recipe.factor(step / total)
@@ -194,9 +205,9 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
     return history
 
 
-def hash_seed(seed: int, epoch: int) -> int:
-    """A different, reproducible generator seed for each epoch."""
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+def hash_seed(*numbers: int) -> int:
+    """A reproducible generator seed for each combination of numbers: seed and epoch, or seed, purpose and step."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @torch.no_grad()
