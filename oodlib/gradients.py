@@ -1,127 +1,28 @@
-"""Gradients of every parameter tensor, sample by sample, in micro-batches: GradNorm of any layer, and squared norms.
+"""Squared norms of the gradient of every parameter tensor, image by image or group by group, in micro-batches.
 
 `layer_gradient_norms` never forms most of the gradients it measures. One backward pass over a chunk yields the gradient
-at the output of every layer; a layer's parameter gradient of one sample follows from that and the layer's input:
-
-    convolution, linear: dW = G A^T          A (D, T) unfolded input, G (P, T) gradient at the output, T pixels
-                         ||dW||^2 = <A^T A, G^T G>   (ghost norm), cheaper than G A^T where T is small
-    any other layer:     its own backward pass for each sample (vmap of vjp), over that layer alone
+at the output of every layer; the norms of that layer's parameter gradients follow from it and from the layer's input
+(`oodlib.layer_rules`). `gradnorm_by_layer` differs: any q-norm of any group of parameters, for classifiers.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
-from torch.func import functional_call, grad, vjp, vmap
-from torch.nn import functional as F
+from torch.func import functional_call, grad, vmap
 
 from oodlib.errors import OodlibError
-from oodlib.models.glow import ActNorm, InvertibleConv, LogScale
-from oodlib.scores.arrays import check_temperature
+from oodlib.layer_gradnorm import eval_mode, gradnorm_by_layer, parameter_groups
+from oodlib.layer_rules import layer_squares, squared, wide
 
 __all__ = ["Objective", "gradnorm_by_layer", "layer_gradient_norms", "parameter_groups"]
 
 Objective = Literal["log_prob", "sum_z"] | Callable[[nn.Module, Tensor], Tensor]
-
-
-def parameter_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
-    """Parameter names of each group.
-
-    Parameters
-    ----------
-    groups : name -> shell patterns of parameter names, ``{"last": ["fc.weight"], "stage 4": ["layer4.*"]}``;
-        None makes every parameter a group of its own
-
-    Raises
-    ------
-    OodlibError : a pattern matches no parameter
-    """
-    known = [name for name, _ in model.named_parameters()]
-    if groups is None:
-        return {name: [name] for name in known}
-    for group, patterns in groups.items():
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in known):
-                raise OodlibError(f"parameter_groups: {pattern!r} of group {group!r} matches no parameter. Known: "
-                                  f"{', '.join(known)}.")
-    return {group: [n for n in known if any(fnmatchcase(n, p) for p in patterns)] for group, patterns in groups.items()}
-
-
-def gradnorm_by_layer(model: nn.Module, x: Tensor, *, groups: Mapping[str, Sequence[str]] | None = None,
-                      temperature: float = 1.0, norm: float = 1, chunk_size: int = 16) -> dict[str, Tensor]:
-    r"""GradNorm of each group of parameters, one gradient per sample; larger = more OOD.
-
-    S_g = -||d KL(u || softmax(f(x) / T)) / d theta_g||_q
-
-    Parameters
-    ----------
-    model : x (n, ...) -> logits (n, C); run in eval mode, its own mode is restored
-    x : (N, ...), on the model's device
-    groups : as in `parameter_groups`; groups may overlap
-    temperature : T > 0
-    norm : q in (0, inf]
-    chunk_size : samples whose gradients are held at once; memory is chunk_size x (parameters + activations)
-
-    Returns
-    -------
-    group name -> (N,) float64, on the CPU. For the weight of a linear head equal to `oodlib.scores.gradnorm`.
-
-    Raises
-    ------
-    OodlibError : a pattern that matches nothing, T or q out of range, logits that are not (n, C)
-
-    References
-    ----------
-    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218 (the paper's sign is the opposite)
-    """
-    check_temperature("gradnorm_by_layer", temperature)
-    if not norm > 0:
-        raise OodlibError(f"gradnorm_by_layer: norm q must lie in (0, inf], got {norm}. Use math.inf for the maximum.")
-    if chunk_size < 1 or len(x) == 0:
-        raise OodlibError(f"gradnorm_by_layer: needs a sample and chunk_size >= 1, got {len(x)} and {chunk_size}.")
-    members = parameter_groups(model, groups)
-    used = {name for names in members.values() for name in names}
-    fixed = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in used}
-    chosen = {name: p.detach() for name, p in model.named_parameters() if name in used}
-
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        logits = functional_call(model, {**parameters, **fixed}, (sample[None],))
-        if logits.ndim != 2:
-            raise OodlibError(f"gradnorm_by_layer: the model must return logits (n, C), got {tuple(logits.shape)} for "
-                              "one sample.")
-        return -(logits / temperature).log_softmax(1).mean()              # KL(u || p) + log C
-
-    per_sample = vmap(grad(loss), in_dims=(None, 0))
-    parts: dict[str, list[Tensor]] = {group: [] for group in members}
-    with _eval_mode(model):
-        for chunk in x.split(chunk_size):
-            norms = {name: torch.linalg.vector_norm(g.flatten(1), norm, dim=1, dtype=_wide(g)).double().cpu()
-                     for name, g in per_sample(chosen, chunk).items()}
-            for group, names in members.items():                          # the q-norm of q-norms is the whole q-norm
-                parts[group].append(torch.linalg.vector_norm(torch.stack([norms[n] for n in names]), norm, dim=0))
-    return {group: -torch.cat(values) for group, values in parts.items()}
-
-
-def _wide(gradient: Tensor) -> torch.dtype:
-    return torch.float32 if gradient.device.type == "mps" else torch.float64      # mps has no float64
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def layer_gradient_norms(model: nn.Module, x: Tensor, *, group_size: int = 1, objective: Objective = "log_prob",
@@ -165,7 +66,7 @@ def layer_gradient_norms(model: nn.Module, x: Tensor, *, group_size: int = 1, ob
         raise OodlibError(f"layer_gradient_norms: needs a positive multiple of group_size={group_size} images, got "
                           f"{len(x)}: {len(x) % group_size} left over. Drop or add some.")
     target, x = _Target(model, objective), x.detach()
-    with _eval_mode(model), torch.enable_grad():
+    with eval_mode(model), torch.enable_grad():
         for probe, group in enumerate(x[:8 * group_size].split(group_size)):  # noqa: B007
             truth, used, bytes_saved = _one_group(target, group)
             if truth.isfinite().all():                   # an overflow proves nothing
@@ -237,7 +138,7 @@ def _one_group(target: _Target, x: Tensor) -> tuple[Tensor, list[bool], int]:
         value = target.at(x, weights).sum()
         gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True) if value.requires_grad else [
             None] * len(weights)
-    norms = torch.cat([torch.zeros(1).double() if g is None else _squared(g[None]).cpu().double() for g in gradients])
+    norms = torch.cat([torch.zeros(1).double() if g is None else squared(g[None]).cpu().double() for g in gradients])
     used = [g is not None for g in gradients]
     return _overflows((value.detach()[None], norms[None]), used)[0], used, saved
 
@@ -256,7 +157,7 @@ def _by_vmap(target: _Target, x: Tensor, group_size: int) -> _Found:
             return total, total
 
         gradients, total = grad(value, has_aux=True)(target.weights)
-        return total, torch.stack([_squared(g[None])[0] for g in gradients.values()])
+        return total, torch.stack([squared(g[None])[0] for g in gradients.values()])
 
     return vmap(norms)(x.unflatten(0, (-1, group_size)))
 
@@ -264,7 +165,7 @@ def _by_vmap(target: _Target, x: Tensor, group_size: int) -> _Found:
 def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
     """One backward pass over the chunk, to the outputs of layers only; norms layer by layer as it goes."""
     column = {name: i for i, name in enumerate(target.weights)}
-    norms = torch.zeros(len(x) // group_size, len(column), dtype=_wide(x), device=x.device)
+    norms = torch.zeros(len(x) // group_size, len(column), dtype=wide(x), device=x.device)
     leaves: list[Tensor] = []
     seen: set[nn.Module] = set()
 
@@ -290,8 +191,7 @@ def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
             def measure(gradients: Sequence[Tensor | None]) -> None:
                 g = [torch.zeros(shape, dtype=dtype, device=x.device) if g is None else g
                      for g, (shape, dtype) in zip(gradients, kinds, strict=True)]
-                rule = _RULES.get(type(module), _any_layer)
-                for local, squares in rule(module, weights, inputs, g, len(norms)).items():
+                for local, squares in layer_squares(module, weights, inputs, g, len(norms)).items():
                     norms[:, column[names[local]]] = squares.to(norms)
                 inputs.clear()                           # the rest of the pass reuses the memory
 
@@ -317,102 +217,6 @@ def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
     if value.ndim == 0 and not value.isfinite():                            # no telling which group overflowed
         return _by_vmap(target, x, group_size)
     return value.detach().expand(len(x)).unflatten(0, (-1, group_size)).sum(1), norms
-
-
-# Rules: a layer's weights, its inputs and the gradients at its outputs, N each, to squared norms (G,) by weight name.
-
-def _any_layer(module: nn.Module, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-               groups: int) -> dict[str, Tensor]:
-    """The layer's own backward pass, group by group."""
-    def squares(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        def run(weights: dict[str, Tensor]) -> list[Tensor]:
-            output = functional_call(module, weights, tuple(inputs))
-            return list(output) if isinstance(output, tuple) else [output]
-
-        return {name: _squared(g[None])[0] for name, g in vjp(run, weights)[1](gradients)[0].items()}
-
-    return vmap(squares)(*([t.unflatten(0, (groups, -1)) for t in ts] for ts in (inputs, gradients)))
-
-
-def _linear(module: nn.Linear, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-            groups: int) -> dict[str, Tensor]:
-    a, g = (t.reshape(groups, -1, t.shape[-1]) for t in (inputs[0], gradients[0]))
-    return {"weight": _product(a, g)} | ({"bias": _squared(g.sum(1))} if "bias" in weights else {})
-
-
-def _conv(module: nn.Conv1d | nn.Conv2d, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-          groups: int) -> dict[str, Tensor]:
-    if isinstance(module.padding, str) or module.padding_mode != "zeros":
-        return _any_layer(module, weights, inputs, gradients, groups)
-    x, g, kernel, stride, spacing, pad, parts = (inputs[0], gradients[0], module.kernel_size, module.stride,
-                                                 module.dilation, module.padding, module.groups)
-    bias = {"bias": _squared(_packed(g.flatten(2).sum(2), groups).sum(1))} if "bias" in weights else {}
-    if x.ndim == 3:
-        x, g, kernel, stride, spacing, pad = (x.unsqueeze(2), g.unsqueeze(2), (1, *kernel), (1, *stride), (1, *spacing),
-                                              (0, *pad))
-    reach = [d * (k - 1) for d, k in zip(spacing, kernel, strict=True)]
-    if parts == 1 and set(stride) == {1} and g.shape[1] < x.shape[1] and all(map(int.__le__, pad, reach)):
-        x, g, pad = g, x, tuple(map(int.__sub__, reach, pad))     # same products, kernel turned round: less to unfold
-    windows = F.pad(x, (pad[1], pad[1], pad[0], pad[0])).contiguous(memory_format=torch.channels_last)
-    for axis in (0, 1):
-        windows = windows.unfold(2 + axis, reach[axis] + 1, stride[axis])
-    windows = windows[..., ::spacing[0], ::spacing[1]].permute(0, 2, 3, 4, 5, 1)             # (N, H, W, kh, kw, C)
-    a = windows.reshape(len(x), windows.shape[1] * windows.shape[2], -1, parts, x.shape[1] // parts)
-    a = a.permute(0, 3, 1, 2, 4).flatten(3)                                                  # (N, parts, T, D)
-    g = g.flatten(2).unflatten(1, (parts, -1)).mT                                            # (N, parts, T, P)
-    a, g = (_packed(t, groups).transpose(1, 2).flatten(2, 3).flatten(0, 1) for t in (a, g))  # (G parts, B T, .)
-    return {"weight": _product(a, g).unflatten(0, (groups, -1)).sum(1), **bias}
-
-
-def _actnorm(module: ActNorm, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-             groups: int) -> dict[str, Tensor]:
-    x, (g, of_log_det), scale = inputs[0], gradients, weights["logs"].exp()
-    bias = g.sum((2, 3)) * scale.flatten()
-    logs = (g * (x + weights["bias"])).sum((2, 3)) * scale.flatten() + x[0, 0].numel() * of_log_det[:, None]
-    return {"bias": _squared(_packed(bias, groups).sum(1)), "logs": _squared(_packed(logs, groups).sum(1))}
-
-
-def _log_scale(module: LogScale, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-               groups: int) -> dict[str, Tensor]:
-    logs = (gradients[0] * inputs[0]).sum((2, 3)) * 3 * (3 * weights["logs"]).exp().flatten()
-    return {"logs": _squared(_packed(logs, groups).sum(1))}
-
-
-def _invertible_conv(module: InvertibleConv, weights: dict[str, Tensor], inputs: list[Tensor], gradients: list[Tensor],
-                     groups: int) -> dict[str, Tensor]:
-    x, (g, of_log_det), pixels = inputs[0], gradients, inputs[0][0, 0].numel()
-    lower, upper = module.factors()
-    of_both = module.permutation.T @ _packed(g.flatten(2) @ x.flatten(2).mT, groups).sum(1)        # d (L U), (G, C, C)
-    of_upper = lower.T @ of_both
-    log_s = (of_upper * upper).diagonal(dim1=1, dim2=2) + pixels * _packed(of_log_det, groups).sum(1, keepdim=True)
-    return {"lower": _squared((of_both @ upper.T).tril(-1)), "log_s": _squared(log_s),
-            "upper": _squared(of_upper.triu(1))}
-
-
-_RULES: dict[type, Callable[..., dict[str, Tensor]]] = {
-    nn.Linear: _linear, nn.Conv1d: _conv, nn.Conv2d: _conv,
-    ActNorm: _actnorm, InvertibleConv: _invertible_conv, LogScale: _log_scale}
-
-
-def _packed(tensor: Tensor, groups: int) -> Tensor:
-    return tensor.unflatten(0, (groups, -1))
-
-
-def _product(a: Tensor, g: Tensor) -> Tensor:
-    """||A^T G||^2 of each pair: a (M, T, D), g (M, T, P) -> (M,)."""
-    (t, d), p = a.shape[1:], g.shape[2]
-    if t * (d + p) < d * p:
-        squares = ((a @ a.mT) * (g @ g.mT)).sum((1, 2), dtype=_wide(a))
-    else:
-        squares = torch.linalg.vector_norm(a.mT @ g, dim=2).to(_wide(a)).square().sum(1)
-    if squares.min() > 1e-30 and squares.max() < 1e30:                       # where float32 loses nothing
-        return squares
-    return _squared(a.to(_wide(a)).mT @ g.to(_wide(g)))
-
-
-def _squared(gradients: Tensor) -> Tensor:
-    """(M, ...) -> (M,) squared L2 norms."""
-    return torch.linalg.vector_norm(gradients.flatten(1), dim=1, dtype=_wide(gradients)).square()
 
 
 def _overflows(found: _Found, used: list[bool]) -> Tensor:

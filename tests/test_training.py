@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from oodlib import OodlibError
-from oodlib.training import Recipe, _augment, _look_ahead, evaluate, hash_seed, normalise, train
+from oodlib.training import Recipe, _look_ahead, augment, evaluate, hash_seed, normalise, train
 
 MEAN, STD = torch.tensor([0.5]), torch.tensor([0.25])
 
@@ -121,14 +121,14 @@ def test_normalise_is_per_channel_in_units_of_one():
 
 def test_alternating_flip_shows_each_image_both_ways():
     x, keys = torch.arange(8.0).view(2, 1, 1, 4), torch.tensor([0, 1])
-    first, second = (_augment(x, Recipe(flip="alternating"), epoch, keys, torch.Generator()) for epoch in (0, 1))
+    first, second = (augment(x, Recipe(flip="alternating"), epoch, keys, torch.Generator()) for epoch in (0, 1))
     torch.testing.assert_close(first, torch.stack([x[0], x[1].flip(2)]))
     torch.testing.assert_close(second, first.flip(3))
 
 
 def test_shift_keeps_shape_and_takes_pixels_from_the_image():
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    moved = _augment(x, Recipe(flip="none", shift=2), 0, torch.zeros(6), torch.Generator().manual_seed(0))
+    moved = augment(x, Recipe(flip="none", shift=2), 0, torch.zeros(6), torch.Generator().manual_seed(0))
     assert moved.shape == x.shape and not torch.equal(moved, x)
     assert all(set(a.flatten().tolist()) <= set(b.flatten().tolist()) for a, b in zip(moved, x, strict=True))
 
