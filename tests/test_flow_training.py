@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from oodlib import OodlibError, flow_training
 from oodlib.files import sha256
 from oodlib.flow_training import FlowRecipe, mean_bits_per_dim, snapshot_path, train_flow
-from oodlib.models.glow import Glow
+from oodlib.models.glow import Glow, quantise
 from oodlib.training import hash_seed
 
 STEPS = (0, 4, 13)                                                    # 10 steps are an epoch
@@ -122,6 +123,19 @@ def test_losses_and_first_step_follow_the_definition(tmp_path, bits):
     first.backward()
     p, moved = start.levels[0].steps[0].actnorm.logs, model.levels[0].steps[0].actnorm.logs
     torch.testing.assert_close(moved.detach(), (p - 0.01 * p.grad.sign()).detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_every_step_draws_noise_and_augmentation_anew(tmp_path, monkeypatch, augmented):
+    seen, log_prob = [], Glow.log_prob
+    monkeypatch.setattr(Glow, "log_prob", lambda model, x: seen.append(x) or log_prob(model, x))
+    same = IMAGES[:1].expand(320, -1, -1, -1)
+    run(tmp_path, images=same, snapshots=(0, 3), **({} if augmented else {"flip": "none", "shift": 0}))
+    batches = [x for x in seen if len(x) == 32]
+    pixels = [quantise(x) for x in batches]
+    drawn = pixels if augmented else batches
+    assert len(batches) == 3 and not any(torch.equal(a, b) for a, b in combinations(drawn, 2))
+    assert augmented or all(torch.equal(p, same[:32]) for p in pixels)
 
 
 def test_warm_up_goes_step_by_step(tmp_path):
