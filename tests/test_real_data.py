@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import inspect
 import io
 import json
 import os
@@ -183,6 +184,156 @@ def test_tiny_imagenet_archive(tmp_path, monkeypatch):
         prepare("tiny-imagenet", "valid")
 
 
+def drawings():
+    """Six drawings of three characters: file names within a zip, pixels 105x105."""
+    names = [f"{character}/{i}.png" for character in ("Greek/character02", "Greek/character01", "Latin/character01")
+             for i in range(2)]
+    return dict(zip(names, pixels(6, (1, 105, 105)), strict=True))
+
+
+def write_zip(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr(f"{path.stem}/", b"")
+        for name, image in files.items():
+            out.writestr(f"{path.stem}/{name}", encode(image))
+
+
+@pytest.fixture
+def omniglot(tmp_path, monkeypatch):
+    monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
+    return tmp_path / "mirror" / "omniglot"
+
+
+def test_zips_of_class_folders_are_merged(omniglot):
+    files = list(drawings().items())
+    write_zip(omniglot / "images_background_small1.zip", dict(files[:4]))
+    write_zip(omniglot / "images_background_small2.zip", dict(files[2:]))       # two drawings are in both
+    loaded = load("omniglot", "background", download=False)
+    assert loaded.name == "omniglot-incomplete" and len(loaded) == 6
+    assert loaded.class_names == ("Greek/character01", "Greek/character02", "Latin/character01")
+    small = ImageSet("x", "", np.stack(list(drawings().values())), np.array([1, 1, 0, 0, 2, 2])).resized(28, channels=1)
+    expected = {image.tobytes(): label for image, label in zip(small.images, small.labels, strict=True)}
+    assert {i.tobytes(): label for i, label in zip(loaded.images, loaded.labels, strict=True)} == expected
+
+
+def test_complete_zip_alone_is_the_whole_set(omniglot, monkeypatch):
+    redefine(monkeypatch, "omniglot", count=6)
+    write_zip(omniglot / "images_evaluation.zip", drawings())
+    assert load("omniglot", "evaluation", download=False).name == "omniglot"
+    with refuses("omniglot/background is not at hand", "downloads are off"):
+        load("omniglot", "background", download=False)
+
+
+def test_zip_is_downloaded_with_its_md5(omniglot, tmp_path, monkeypatch):
+    pooch = pytest.importorskip("pooch")
+    calls = []
+
+    def retrieve(address, known_hash, **options):
+        calls.append((address, known_hash))
+        write_zip(tmp_path / "images_evaluation.zip", drawings())
+        return str(tmp_path / "images_evaluation.zip")
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.delenv("OODLIB_MIRROR")
+    redefine(monkeypatch, "omniglot", count=6)
+    loaded = load("omniglot", "evaluation")
+    address, md5 = SETS["omniglot"].split("evaluation").archive
+    assert len(loaded) == 6 and calls == [(address, f"md5:{md5}")]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data.replace(b"IDAT", b"IDAX")])
+def test_damaged_zip(omniglot, damage):
+    path = omniglot / "images_evaluation.zip"
+    write_zip(path, drawings())
+    path.write_bytes(damage(path.read_bytes()))
+    with refuses(path, "not a readable zip of class folders"):
+        load("omniglot", "evaluation", download=False)
+
+
+def test_undecodable_drawing_in_a_zip(omniglot):
+    path = omniglot / "images_evaluation.zip"
+    write_zip(path, drawings())
+    with zipfile.ZipFile(path, "a") as out:
+        out.writestr("images_evaluation/Greek/character09/x.png", b"no picture")
+    with refuses("images_evaluation.zip, image Greek/character09/x.png", "cannot be decoded"):
+        load("omniglot", "evaluation", download=False)
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch):
+    """Where torchvision looks for its files; there is no mirror."""
+    pytest.importorskip("torchvision")
+    monkeypatch.delenv("OODLIB_MIRROR", raising=False)
+    monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
+    return tmp_path / "data" / "raw"
+
+
+def by_label(loaded):
+    return {int(label): image for image, label in zip(loaded.images, loaded.labels, strict=True)}
+
+
+def whole(image):
+    """A picture squeezed to 32x32 with all its rows and columns."""
+    picture = Image.fromarray(image.transpose(1, 2, 0)).resize((32, 32), Image.Resampling.BILINEAR)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def test_gtsrb_layout_and_uncropped_resize(raw, monkeypatch):
+    redefine(monkeypatch, "gtsrb", count=2)
+    images = [pixels(1, (3, 40, 60))[0], pixels(1, (3, 25, 15))[0]]
+    for i, image in enumerate(images):
+        for folder in (f"Training/{i:05d}", "Final_Test/Images"):
+            path = raw / "gtsrb" / "GTSRB" / folder / f"{i:05d}.ppm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(image, "PPM"))
+    (raw / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n00000.ppm;1\n00001.ppm;0\n")
+    train, test = by_label(load("gtsrb", "train")), by_label(load("gtsrb", "test"))
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(train[i], whole(image))
+        np.testing.assert_array_equal(test[1 - i], whole(image))
+
+
+def celeba_files(raw, monkeypatch, shape):
+    """Two pictures a split, of persons 70 to 75; returns the pictures."""
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.CelebA, "file_list", [])           # made files have other MD5s
+    folder, images = raw / "celeba", pixels(6, shape)
+    (folder / "img_align_celeba").mkdir(parents=True)
+    for i, image in enumerate(images):
+        (folder / "img_align_celeba" / f"{i + 1:06d}.jpg").write_bytes(encode(image))   # PNG: nothing is lost
+    rows = {"list_eval_partition": "{split}", "identity_CelebA": "{person}", "list_bbox_celeba": "1 2 3 4",
+            "list_landmarks_align_celeba": "1 2", "list_attr_celeba": "-1 1"}
+    for name, row in rows.items():
+        lines = [f"{i + 1:06d}.jpg " + row.format(split=i // 2, person=70 + i) for i in range(6)]
+        (folder / f"{name}.txt").write_text("\n".join(lines if "{" in row else ["6", "a b", *lines]) + "\n")
+    return images
+
+
+def test_celeba_layout_splits_and_crop_box(raw, monkeypatch):
+    redefine(monkeypatch, "celeba", count=2)
+    images = celeba_files(raw, monkeypatch, (3, 218, 178))
+    for first, split in ((0, "train"), (2, "valid"), (4, "test")):
+        loaded = by_label(load("celeba", split))
+        assert sorted(loaded) == [70 + first, 71 + first]
+        for i in (first, first + 1):
+            np.testing.assert_array_equal(loaded[70 + i], whole(images[i][:, 40:188, 15:163]))
+
+
+def test_pictures_too_small_for_the_crop_box(raw, monkeypatch):
+    celeba_files(raw, monkeypatch, (3, 100, 90))
+    with refuses("celeba", "crop box (15, 40, 163, 188)", "90x100"):
+        load("celeba", "test")
+
+
+def test_mirror_of_prepared_pictures_is_not_cropped_again(tmp_path, monkeypatch):
+    redefine(monkeypatch, "celeba", count=2)
+    write_parquet(tmp_path / "celeba" / "test-0.parquet", [encode(p) for p in pixels(2, (3, 32, 32))], [0, 1])
+    loaded = by_label(load("celeba", "test", mirror=tmp_path, data_dir=tmp_path / "data"))
+    np.testing.assert_array_equal(np.stack([loaded[0], loaded[1]]), pixels(2, (3, 32, 32)))
+
+
 # Bad input: the file is named, and what was prepared before stays
 
 def test_truncated_parquet(toy):
@@ -336,10 +487,11 @@ def test_truncated_prepared_data_is_noticed(toy, tmp_path):
 @pytest.mark.parametrize("info", SETS.values(), ids=SETS)
 def test_registry_entry_is_complete(info):
     assert info.terms and re.search(r"\b(19|20)\d\d\b", info.citation) and info.folders
-    assert info.torchvision or info.archive or info.note.startswith("from a mirror only")
+    assert (info.torchvision or info.archive or all(split.archive for split in info.splits.values())
+            or info.note.startswith("from a mirror only"))
     for split in info.splits.values():
         assert split.count > 0 and (split.checksum is None or re.fullmatch("[0-9a-f]{64}", split.checksum))
-        assert split.torchvision or info.archive or split.idx
+        assert split.torchvision or info.archive or split.archive or split.idx
 
 
 def test_registry_s_torchvision_classes_and_files_exist():
@@ -350,8 +502,20 @@ def test_registry_s_torchvision_classes_and_files_exist():
             known = {**dict(getattr(kind, "resources", [])),
                      getattr(kind, "filename", ""): getattr(kind, "tgz_md5", ""),
                      **{row[1]: row[2] for row in getattr(kind, "split_list", {}).values()},
+                     **{row[2]: row[1] for row in getattr(kind, "file_list", [])},
                      "dtd-r1.0.1.tar.gz": getattr(kind, "_MD5", "")}
+            if info.name == "gtsrb":                       # its files are literals of a method
+                source = inspect.getsource(kind.download)
+                known = {file: md5 for file, md5 in info.raw_md5.items() if file in source and md5 in source}
             assert info.raw_md5.items() <= known.items()
+
+
+def test_omniglot_s_archives_are_those_of_torchvision():
+    kind = pytest.importorskip("torchvision").datasets.Omniglot
+    for split, entry in SETS["omniglot"].splits.items():
+        stem = f"images_{split}"
+        assert entry.archive == (f"{kind.download_url_prefix}/{stem}.zip", kind.zips_md5[stem])
+        assert entry.zips[0] == f"{stem}.zip"
 
 
 def test_excluded_tiny_imagenet_classes():
@@ -430,6 +594,15 @@ def test_official_sets_on_the_mirror_have_the_registered_checksum(name, split, t
     loaded = load(name, split, download=False, data_dir=tmp_path)
     assert pixel_checksum(loaded.images, loaded.labels) == SETS[name].splits[split].checksum
     assert len(loaded.class_names) == loaded.labels.max() + 1
+
+
+@pytest.mark.mirror
+@needs_mirror
+def test_omniglot_on_the_mirror(tmp_path):
+    loaded = load("omniglot", "background", download=False, data_dir=tmp_path)
+    assert loaded.name == "omniglot-incomplete" and loaded.images.shape == (4_840, 1, 28, 28)
+    assert len(loaded.class_names) == 242 and (np.bincount(loaded.labels) == 20).all()
+    assert loaded.images.mean() > 200                      # black on white
 
 
 def test_parallel_decoding_keeps_labels_with_their_images(toy, monkeypatch):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from oodlib.data.images import ImageSet
 from oodlib.data.registry import SetInfo, set_info
-from oodlib.data.sources import Raw, find_in_mirror, from_archive, from_torchvision
+from oodlib.data.sources import Raw, find_in_mirror, from_archive, from_torchvision, from_zips
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, write_json
 
@@ -128,19 +128,20 @@ def _read(info: SetInfo, split: str, mirror: str | os.PathLike[str] | None, down
             return raw
         tried = "the mirror does not hold it"
     remedy = f"Put {info.folders[0]}/{entry.mirror or split}-*.parquet under OODLIB_MIRROR, or allow the download."
-    if not (info.torchvision or info.archive):
+    archive = entry.archive or info.archive
+    if not (info.torchvision or archive):
         files = ", ".join(entry.idx or ())
         raise NotAtHand(f"{info.name}/{split} is not at hand: {tried}, and no library downloads it. Put {files} under "
                         f"{info.folders[0]}/ of OODLIB_MIRROR.")
     if not download:
         raise NotAtHand(f"{info.name}/{split} is not at hand: {tried}, and downloads are off. {remedy}")
     try:
-        if info.archive:
+        if archive:
             import pooch
 
-            address, md5 = info.archive
+            address, md5 = archive
             path = pooch.retrieve(address, f"md5:{md5}", fname=Path(address).name, path=root / "raw", progressbar=True)
-            return from_archive(Path(path), split, info)
+            return from_zips([Path(path)], info) if entry.zips else from_archive(Path(path), split, info)
         return from_torchvision(info, entry, root / "raw", download=True)
     except OodlibError:
         raise

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["published"]
 
 _VALUES = ("value", "mean", "std", "note")       # everything else identifies a row
+_LARGEST = {"%": 100.0, "bits/dim": float("inf"), "steps": float("inf")}      # of a number, by its unit
 _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 
 
@@ -26,12 +27,13 @@ def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> Da
 
     Returns
     -------
-    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in per cent
+    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in per cent unless
+    the column ``unit`` says "bits/dim" or "steps"
 
     Raises
     ------
-    OodlibError : no such file, a column is missing, a number is outside [0, 100], an empty number has no note,
-        a row has no source, or two rows have the same key
+    OodlibError : no such file, a column is missing, a unit is unknown, a number is negative or above 100 %, an empty
+        number has no note, a row has no source, or two rows have the same key
     """
     import pandas as pd
 
@@ -44,10 +46,15 @@ def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> Da
     missing = (_NEEDED | {number}) - set(table)
     if missing:
         raise OodlibError(f"{path}: the columns {', '.join(sorted(missing))} are missing. See README.md beside it.")
+    unit = table["unit"] if "unit" in table else pd.Series("%", table.index)
+    _refuse(path, table, ~unit.isin(list(_LARGEST)), f"the unit is none of {', '.join(_LARGEST)}")
+    largest = unit.map(_LARGEST)
     for column in {number, "std"} & set(table):
         values = pd.to_numeric(table[column].replace("", "nan"), errors="coerce")
         _refuse(path, table, values.isna() & ~table[column].isin(["", "nan"]), f"{column} is not a number")
-        _refuse(path, table, values.notna() & ~values.between(0, 100), f"{column} is outside [0, 100]")
+        outside = values.notna() & ~values.between(0, largest)
+        _refuse(path, table, outside & (unit == "%"), f"{column} is outside [0, 100]")
+        _refuse(path, table, outside, f"{column} is negative")
         table[column] = values
     _refuse(path, table, table["source"] == "", "the source is missing")
     _refuse(path, table, table[number].isna() & (table["note"] == ""), "an empty number needs a note")

@@ -1,14 +1,14 @@
 """The real image sets oodlib knows: where each comes from, under which terms, and what a correct copy looks like.
 
 A new set is one more entry in ``SETS``; nothing else needs to change as long as it comes as Parquet, as IDX files,
-or through a torchvision class.
+as zips with one folder a class, or through a torchvision class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from oodlib.errors import OodlibError
 
@@ -26,6 +26,9 @@ class Split:
     idx : names of the IDX image and label file, where the set comes in that form
     torchvision : keyword arguments of the torchvision class, one mapping per part that is concatenated
     mirror : file prefix in a mirror, where it differs from the split's name
+    zips : zips with one folder a class, where the set comes in that form; a mirror may hold any of them, and a file
+        that is in two of them counts once
+    archive : address and MD5 of the one of ``zips`` that holds the whole split
     """
 
     count: int
@@ -33,6 +36,8 @@ class Split:
     idx: tuple[str, str] | None = None
     torchvision: tuple[Mapping[str, Any], ...] = ()
     mirror: str | None = None
+    zips: tuple[str, ...] = ()
+    archive: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class SetInfo:
 
     Attributes
     ----------
-    size : (c, h, w) of the prepared images; other sizes are brought to it (shorter side, bilinear, centre crop)
+    size : (c, h, w) of the prepared images; other sizes are brought to it, bilinearly
+    crop : what of a picture is resized: "centre" (shorter side to the size, then the centre), "whole" (both sides to
+        the size, so the aspect ratio changes), or a box (left, upper, right, lower) in pixels
     folders : names under which a mirror may hold the set, the first that exists wins
     torchvision : class name in ``torchvision.datasets``, "" if there is none
     raw_md5 : of the publisher's files, as torchvision checks them
@@ -56,6 +63,7 @@ class SetInfo:
     size: tuple[int, int, int]
     splits: Mapping[str, Split]
     folders: tuple[str, ...]
+    crop: Literal["centre", "whole"] | tuple[int, int, int, int] = "centre"
     class_names: tuple[str, ...] = ()
     torchvision: str = ""
     raw_md5: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +89,7 @@ def _train_test(train: int, test: int, *, idx: bool = False,
 
 
 _DIGITS = tuple("0123456789")
+_OMNIGLOT = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 
 _ENTRIES = (
     SetInfo(
@@ -147,6 +156,20 @@ _ENTRIES = (
         splits={"test": Split(10_000, idx=("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"))},
         note="from a mirror only: no library downloads it"),
     SetInfo(
+        name="omniglot", title="Omniglot, drawn characters of 50 alphabets", terms="MIT",
+        citation="Lake, Salakhutdinov, Tenenbaum, Human-level concept learning through probabilistic program "
+                 "induction, Science 2015",
+        size=(1, 28, 28), folders=("omniglot",), partial=True,
+        splits={"background": Split(19_280, zips=("images_background.zip", "images_background_small1.zip",
+                                                  "images_background_small2.zip"),
+                                    archive=(f"{_OMNIGLOT}/images_background.zip",
+                                             "68d2efa1b9178cc56df9314c21c6e718")),
+                "evaluation": Split(13_180, zips=("images_evaluation.zip",),
+                                    archive=(f"{_OMNIGLOT}/images_evaluation.zip",
+                                             "6b91aef0f799c5bb55b94e3f2daec811"))},
+        note="black on white as published, unlike MNIST; a class is one character of one alphabet; the two zips "
+             "images_background_small together hold 4,840 different drawings, 1,000 are in both"),
+    SetInfo(
         name="dtd", title="Describable Textures", terms="research use (Oxford VGG)",
         citation="Cimpoi, Maji, Kokkinos, Mohamed, Vedaldi, Describing Textures in the Wild, CVPR 2014",
         size=(3, 48, 48), folders=("dtd", "dtd-48px"), torchvision="DTD", partial=True,
@@ -162,6 +185,30 @@ _ENTRIES = (
                 "test": Split(26_032, torchvision=({"split": "test"},))},
         raw_md5={"train_32x32.mat": "e26dedcc434d2e4c54c9b2d4a06d8373",
                  "test_32x32.mat": "eb5a983be6a315427106f1b164d9cef3"}),
+    SetInfo(
+        name="gtsrb", title="German Traffic Sign Recognition Benchmark",
+        terms="not read here; see the publisher's page",
+        citation="Stallkamp, Schlipsing, Salmen, Igel, Man vs. computer: Benchmarking machine learning algorithms for "
+                 "traffic sign recognition, 2012",
+        size=(3, 32, 32), crop="whole", folders=("gtsrb",), torchvision="GTSRB",
+        splits={"train": Split(26_640, torchvision=({"split": "train"},)),
+                "test": Split(12_630, torchvision=({"split": "test"},))},
+        raw_md5={"GTSRB-Training_fixed.zip": "513f3c79a4c5141765e10e952eaa2478",
+                 "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
+                 "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5"},
+        note="the whole picture is resized to 32x32 without a crop, so its aspect ratio changes; torchvision's "
+             "training split, not the one of about 39,000"),
+    SetInfo(
+        name="celeba", title="CelebA, aligned faces", terms="non-commercial research",
+        citation="Liu, Luo, Wang, Tang, Deep Learning Face Attributes in the Wild, ICCV 2015",
+        size=(3, 32, 32), crop=(15, 40, 163, 188), folders=("celeba",), torchvision="CelebA",
+        splits={split: Split(count, torchvision=({"split": split, "target_type": "identity"},))
+                for split, count in (("train", 162_770), ("valid", 19_867), ("test", 19_962))},
+        raw_md5={"img_align_celeba.zip": "00d2c5bc6d35e252742224ab0c1e8fcb",
+                 "identity_CelebA.txt": "32bd1bd63d3c78cd57e08160ec5ed1e2",
+                 "list_eval_partition.txt": "d32c9cbf5e040fd4025c592c306e6668"},
+        note="official splits; the box (15, 40, 163, 188) of the aligned pictures, resized; labels are persons; "
+             "torchvision's download needs the package gdown"),
     SetInfo(
         name="places365", title="Places365, validation images", terms="research and education",
         citation="Zhou, Lapedriza, Khosla, Oliva, Torralba, Places: A 10 Million Image Database for Scene Recognition, "

@@ -1,4 +1,4 @@
-"""Readers of raw image sets: Parquet shards, IDX files, torchvision's classes, the Tiny-ImageNet archive.
+"""Readers of raw image sets: Parquet shards, IDX files, zips of class folders, torchvision's classes, Tiny-ImageNet.
 
 Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and a word on the origin.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from oodlib.data.images import ImageSet
 from oodlib.data.registry import SetInfo, Split
 from oodlib.errors import OodlibError
 
-__all__ = ["Raw", "find_in_mirror", "from_archive", "from_torchvision", "read_idx", "read_parquet"]
+__all__ = ["Raw", "find_in_mirror", "from_archive", "from_torchvision", "from_zips", "read_idx", "read_parquet"]
 
 _CHUNK = 1024
 
@@ -47,7 +48,10 @@ def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
     for folder in (mirror / name for name in info.folders):
         shards = sorted(folder.glob(f"{entry.mirror or split}-*.parquet"))
         if shards:
-            return read_parquet(shards, info.size)
+            return read_parquet(shards, info)
+        zips = [folder / file for file in entry.zips if (folder / file).is_file()]
+        if zips:
+            return from_zips(zips, info)
         if entry.idx:
             for files in ([root / file for file in entry.idx] for root in (folder / "raw", folder)):
                 if any(file.is_file() for file in files):
@@ -57,7 +61,7 @@ def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
     return None
 
 
-def read_parquet(shards: Sequence[Path], size: tuple[int, int, int]) -> Raw:
+def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
     """Columns ``image`` {bytes, path} and ``label``; class names from the schema's metadata; decoded in parallel."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -75,14 +79,14 @@ def read_parquet(shards: Sequence[Path], size: tuple[int, int, int]) -> Raw:
                 raise OodlibError(f"{shard}: the columns image and label are needed, {', '.join(sorted(missing))} is "
                                   "missing. Write the file in the layout that the README's data section shows.")
         total = sum(file.metadata.num_rows for file in opened)
-        images, labels = np.empty((total, *size), np.uint8), np.empty(total, np.int64)
+        images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
         done = 0
         with _pool() as pool, _bar(total, shards[0].parent.name) as bar:
             for shard, file in zip(shards, opened, strict=True):
                 for batch in file.iter_batches(_CHUNK, columns=["image", "label"]):
                     rows = batch.column("image").to_pylist()
                     jobs = [(row["bytes"], f"{shard}, image {row['path']}") for row in rows]
-                    for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], size), jobs)):
+                    for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], info), jobs)):
                         images[done + i] = image
                     labels[done:done + len(rows)] = batch.column("label").to_numpy(zero_copy_only=False)
                     done += len(rows)
@@ -103,23 +107,33 @@ def _check_shards(shards: Sequence[Path]) -> None:
                               f"{shards[0].name.split('-')[0]} are there. Copy the missing ones.")
 
 
-def _decode(data: bytes, where: str, size: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _decode(data: bytes, where: str, info: SetInfo) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            return _fit(picture, size)
+            return _fit(picture, info)
     except Exception as error:                   # Pillow raises many types for broken data
         raise OodlibError(f"{where}: the image cannot be decoded ({_short(error)}). Copy or download the file "
                           "again.") from error
 
 
-def _fit(picture: Any, size: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """A PIL picture as (c, h, w) uint8 of the set's size, by the rule of ``ImageSet.resized``."""
-    c, h, _ = size
-    pixels = np.asarray(picture.convert("RGB" if c == 3 else "L")).reshape(picture.height, picture.width, c)
-    pixels = pixels.transpose(2, 0, 1)
-    if pixels.shape == size:
+def _fit(picture: Any, info: SetInfo) -> NDArray[np.uint8]:
+    """A PIL picture as (c, h, w) uint8 of the set's size: cropped as the set says, the rest by ``ImageSet.resized``."""
+    from PIL import Image
+
+    c, h, w = info.size
+    picture = picture.convert("RGB" if c == 3 else "L")
+    if picture.size != (w, h):                   # pictures of the prepared size have been cropped before
+        if info.crop == "whole":
+            picture = picture.resize((w, h), Image.Resampling.BILINEAR)
+        elif info.crop != "centre":
+            if picture.width < info.crop[2] or picture.height < info.crop[3]:
+                raise OodlibError(f"{info.name}: the crop box {info.crop} does not fit into a picture of "
+                                  f"{picture.width}x{picture.height} pixels. Use the publisher's own pictures.")
+            picture = picture.crop(info.crop)
+    pixels = np.asarray(picture).reshape(picture.height, picture.width, c).transpose(2, 0, 1)
+    if pixels.shape == info.size:
         return pixels
     return ImageSet("picture", "", pixels[None], np.zeros(1, np.int64)).resized(h, channels=c).images[0]
 
@@ -167,7 +181,7 @@ def from_torchvision(info: SetInfo, entry: Split, root: Path, *, download: bool)
     def take(row: int) -> None:
         part, i = picks[row]
         picture, labels[row] = part[i]
-        images[row] = _fit(picture, info.size)
+        images[row] = _fit(picture, info)
 
     with _pool() as pool, _bar(len(picks), info.name) as bar:
         for _ in pool.map(take, range(len(picks))):
@@ -190,13 +204,39 @@ def from_archive(archive: Path, split: str, info: SetInfo) -> Raw:
             images = np.empty((len(owner), *info.size), np.uint8)
             with _bar(len(owner), info.name) as bar:
                 for i, file in enumerate(owner):
-                    images[i] = _decode(opened.read(file), f"{archive}, image {file}", info.size)
+                    images[i] = _decode(opened.read(file), f"{archive}, image {file}", info)
                     bar.update()
     except (zipfile.BadZipFile, KeyError, IndexError, OSError, EOFError) as error:
         raise OodlibError(f"{archive}: not a readable Tiny-ImageNet archive ({_short(error)}). Delete it and run "
                           "again to download it afresh.") from error
     number = {name: i for i, name in enumerate(ids)}
     return Raw(images, np.array([number[name] for name in owner.values()], np.int64), ids, archive.name)
+
+
+def from_zips(zips: Sequence[Path], info: SetInfo) -> Raw:
+    """Zips of <any folder>/<class>/<file>.png, where <class> may be several folders deep.
+
+    A file that stands in two of the zips is read once. Classes are numbered in the order of their names.
+    """
+    found: dict[str, bytes] = {}
+    for path in zips:                            # `path` names the file in the message below
+        try:
+            with zipfile.ZipFile(path) as opened:
+                found |= {file.split("/", 1)[1]: opened.read(file) for file in opened.namelist()
+                          if file.endswith(".png")}
+        except (zipfile.BadZipFile, zlib.error, IndexError, OSError, EOFError) as error:
+            raise OodlibError(f"{path}: not a readable zip of class folders ({_short(error)}). Copy or download it "
+                              "again.") from error
+    owners = [file.rpartition("/")[0] for file in found]
+    names = tuple(sorted(set(owners)))
+    number, where = {name: i for i, name in enumerate(names)}, " and ".join(path.name for path in zips)
+    images = np.empty((len(found), *info.size), np.uint8)
+    with _pool() as pool, _bar(len(found), info.name) as bar:
+        for i, image in enumerate(pool.map(lambda job: _decode(job[1], f"{where}, image {job[0]}", info),
+                                           found.items())):
+            images[i] = image
+            bar.update()
+    return Raw(images, np.array([number[owner] for owner in owners], np.int64), names, where)
 
 
 def _pool() -> ThreadPoolExecutor:
