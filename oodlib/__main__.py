@@ -116,10 +116,15 @@ def data(given: argparse.Namespace) -> int:
 
 
 def train(given: argparse.Namespace) -> int:
-    from oodlib.checkpoints import train_and_save
+    from oodlib.checkpoints import SPECS, train_and_save
+    from oodlib.flows import FLOWS, train_and_ship
 
+    unknown = [name for name in given.names if name not in {**SPECS, **FLOWS}]
+    if unknown:
+        raise OodlibError(f"There is no training recipe {unknown[0]!r}. Known ones: {', '.join({**SPECS, **FLOWS})}.")
     for name in given.names:
-        print(train_and_save(name, seed=given.seed or 0, device=given.device or "auto"))
+        make = train_and_ship if name in FLOWS else train_and_save
+        print(make(name, seed=given.seed or 0, device=given.device or "auto"))
     return 0
 
 

@@ -136,7 +136,7 @@ def _in_mirror(info: SetInfo, split: str, mirror: Path) -> bool:
     entry = info.split(split)
     shards = any(any((mirror / name).glob(f"{entry.mirror or split}-*.parquet")) for name in info.folders)
     folders = [mirror / name / sub for name in info.folders for sub in ("", "raw")]
-    raw = entry.idx and any((folder / entry.idx[0]).is_file() for folder in folders)
+    raw = any((folder / file).is_file() for folder in folders for file in (*(entry.idx or ())[:1], *entry.zips))
     return bool(shards or raw or (info.archive and (mirror / Path(info.archive[0]).name).is_file()))
 
 

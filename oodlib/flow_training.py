@@ -42,7 +42,7 @@ class FlowRecipe:
 
     snapshots: tuple[int, ...]
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 1e-2
     weight_decay: float = 5e-5
     warmup: int = 200                       # steps of linear rise to lr
     clip: float = 20.0                      # largest L2 norm of a step's gradient, of bits per dim

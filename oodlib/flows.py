@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oodlib import flow_scores, flow_training, gradients
+from oodlib import flow_scores, flow_training, gradients, layer_rules, training
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, atomic_path, sha256, write_json
@@ -38,7 +38,7 @@ __all__ = ["FLOWS", "FlowRun", "FlowSpec", "flow_run", "flow_sets", "flow_spec",
            "run_flow", "train_and_ship"]
 
 _STEPS = (0, 30, 100, 300, 1000, 2000, 4000, 8000, 16000)
-_SPLITS = {"tiny-imagenet": "valid", "dtd": "all", "omniglot": "background"}     # what is not called "test"
+_SPLITS = {"tiny-imagenet": "valid", "dtd": "all", "omniglot": "background", "imagenet32": "val"}    # not called "test"
 _INVERTED = ("omniglot",)                                                        # black on white, unlike its ID sets
 
 
@@ -53,6 +53,7 @@ class FlowSpec:
     n_train : the first so many images; None for all
     n : images of each test set: "fit", "id", and every OOD set
     published_bpd : test bits per dim of the paper's code after 250 epochs, where its network and images are ours
+    others_last : the last step of seeds other than 0, which may be trained for less
     shipped : steps whose weights are shipped, for seed 0
     """
 
@@ -68,7 +69,13 @@ class FlowSpec:
     n_validation: int = 1000
     n: int = 1000
     published_bpd: float | None = None
+    others_last: int | None = None
     shipped: tuple[int, ...] = ()
+
+    def recipe_of(self, seed: int) -> FlowRecipe:
+        """The recipe, ended early for seeds other than 0 where that is said."""
+        last = self.others_last if seed and self.others_last else self.recipe.snapshots[-1]
+        return replace(self.recipe, snapshots=tuple(step for step in self.recipe.snapshots if step <= last))
 
     def network(self, seed: int = 0) -> Glow:
         """The untrained flow of a seed."""
@@ -98,9 +105,9 @@ def _small(name: str, id_set: str, shape: tuple[int, int, int], levels: int, hid
 
 def _embedded(id_set: str) -> FlowSpec:
     """Small enough to be trained and scored in a minute; few images, so that it matures within that minute."""
-    recipe = FlowRecipe((0, 30, 100, 300, 1000), batch_size=32, warmup=50)
+    recipe = FlowRecipe((0, 30, 100, 300, 600), batch_size=32, warmup=50)
     return FlowSpec(f"{id_set}_glow", id_set, (3, 16, 16), 4, 2, 32, recipe, tuple(s for s in _EMBEDDED if s != id_set),
-                    n_train=1000, n_validation=400, n=200)
+                    n_train=800, n_validation=400, n=200, shipped=(30, 600))
 
 
 def _paper_flow(id_set: str) -> FlowSpec:
@@ -115,11 +122,11 @@ def _paper_flow(id_set: str) -> FlowSpec:
 
 FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (
     _embedded("latin"), _embedded("textures"),
-    _small("fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 16000, _GREY, shipped=_STEPS),
+    _small("fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 16000, _GREY, others_last=8000, shipped=_STEPS),
     _small("mnist_glow", "mnist", (1, 28, 28), 2, 32, 8000, _GREY),
     _small("cifar10_glow", "cifar10", (3, 32, 32), 3, 64, 4000, ("cifar10-jpeg", *_COLOUR), augmented=True, n=600,
-           shipped=(100, 1000, 4000)),
-    _small("tiny_imagenet_glow", "tiny-imagenet", (3, 32, 32), 3, 64, 2000, _COLOUR, augmented=True, n=600),
+           others_last=2000, shipped=(100, 1000, 4000)),
+    _small("tiny_imagenet_glow", "tiny-imagenet", (3, 32, 32), 3, 64, 1000, _COLOUR, augmented=True, n=600),
     *map(_paper_flow, _PAPER),
 )}
 
@@ -197,27 +204,29 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
     """Train a flow and score every kept step, into ``folder``; what is there already is not done again.
 
     Killed at any moment, the same call goes on. n_fit, n_test, n_ood: images of "fit", "id" and each OOD set, or
-    ``spec.n``. The density's variants, which cost a second pass, are computed at an immature step and the last.
+    ``spec.n``. The density's variants, which cost a second pass, are computed after one epoch and at the last step.
     """
     from oodlib.extraction import pick_device
 
-    where, snapshots = pick_device(device), spec.recipe.snapshots
+    where, recipe = pick_device(device), spec.recipe_of(seed)
     images, validation = spec.training_images()
-    history = train_flow(spec.network(seed), images, validation, spec.recipe, seed=seed, folder=folder, device=where,
+    history = train_flow(spec.network(seed), images, validation, recipe, seed=seed, folder=folder, device=where,
                          progress=progress)
     sets = flow_sets(spec, n_fit=n_fit or spec.n, n_test=n_test or spec.n, n_ood=n_ood or spec.n)
-    for step in snapshots:
+    with_variants = (kept_step(history, 1), spec.others_last, history[-1]["step"])
+    for step in recipe.snapshots:
         path = folder / f"scores_{step:07d}.parquet"
         if not path.exists():
             table = score_flow(load_weights(spec, snapshot_path(folder, step)).to(where), sets,
-                               variants=step in (kept_step(history, 1), snapshots[-1]), progress=progress)
+                               variants=step in with_variants, progress=progress)
             with atomic_path(path) as temporary:
                 table.assign(step=step).to_parquet(temporary, index=False, compression="zstd")
     write_json(folder / "run.json", {
-        "flow": spec.name, "seed": seed, "recipe": asdict(spec.recipe), "torch": torch.__version__,
+        "flow": spec.name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__,
         "network": {"image_shape": spec.image_shape, "steps": spec.steps, "levels": spec.levels, "hidden": spec.hidden},
         "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
         "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},
+        "weights": sha256(snapshot_path(folder, recipe.snapshots[-1])),
         "train_fingerprint": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "n_train": len(images),
         "device": where.type, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "command": f"python -m oodlib train {spec.name} --seed {seed}"})
@@ -270,7 +279,8 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
             state = {k: v.half() if v.is_floating_point() else v for k, v in
                      load_weights(spec, snapshot_path(folder, step)).state_dict().items()}
             path = snapshot_path(temporary, step)
-            save_file(state, path)
+            with atomic_path(path) as part:
+                save_file(state, part)
             write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path), "dtype": "float16"})
     return target
 
@@ -322,7 +332,8 @@ def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> P
     from filelock import FileLock
 
     made_of = [repr(spec), n_fit, n_test, n_ood, spec.training_images()[0].sum().item(), torch.__version__,
-               *(sha256(str(module.__file__)) for module in (flow_training, flow_scores, glow, gradients, layerwise))]
+               *(sha256(str(module.__file__)) for module in (training, flow_training, flow_scores, glow, gradients,
+                                                     layer_rules, layerwise))]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     folder = root() / "data" / "cache" / "trained" / key
     folder.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ def _read(info: SetInfo, split: str, mirror: str | os.PathLike[str] | None, down
     remedy = f"Put {info.folders[0]}/{entry.mirror or split}-*.parquet under OODLIB_MIRROR, or allow the download."
     archive = entry.archive or info.archive
     if not (info.torchvision or archive):
-        files = ", ".join(entry.idx or ())
+        files = ", ".join(entry.idx or ()) or f"{entry.mirror or split}-*.parquet"
         raise NotAtHand(f"{info.name}/{split} is not at hand: {tried}, and no library downloads it. Put {files} under "
                         f"{info.folders[0]}/ of OODLIB_MIRROR.")
     if not download:

@@ -210,6 +210,14 @@ _ENTRIES = (
         note="official splits; the box (15, 40, 163, 188) of the aligned pictures, resized; labels are persons; "
              "torchvision's download needs the package gdown"),
     SetInfo(
+        name="imagenet32", title="ImageNet at 32x32", terms="ImageNet terms: non-commercial research",
+        citation="Chrabaszcz, Loshchilov, Hutter, A Downsampled Variant of ImageNet as an Alternative to the CIFAR "
+                 "arXiv 1707.08819, 2017",
+        size=(3, 32, 32), folders=("imagenet32",), partial=True,
+        splits={"train": Split(1_281_167), "val": Split(50_000)},
+        note="from a mirror only: its publisher asks for registration; without the JPEG copies that Immature Glow's "
+             "authors made"),
+    SetInfo(
         name="places365", title="Places365, validation images", terms="research and education",
         citation="Zhou, Lapedriza, Khosla, Oliva, Torralba, Places: A 10 Million Image Database for Scene Recognition, "
                  "2017",

@@ -121,6 +121,14 @@ class Run:
         self.verdicts[claim] = verdict
         return verdict
 
+    def untestable(self, claim: str, reason: str) -> Verdict:
+        """The verdict "not testable here" on a claim that this profile could judge, for a reason found in the run."""
+        if claim not in self.claims:
+            raise OodlibError(f"Run.untestable: {self.notebook} has no claim {claim!r}. Known: "
+                              f"{', '.join(self.claims)}.")
+        self.verdicts[claim] = Verdict(self.claims[claim], self.profile, "not testable here", reason)
+        return self.verdicts[claim]
+
     def claim_table(self) -> pd.DataFrame:
         """Claims of this notebook: statistic, verdict, measurement, interval, published value, where each was read.
 

@@ -76,7 +76,7 @@ class LayerwiseDensity:
             raise OodlibError(f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of {f.shape[1]}. Take "
                               "both from one network.")
         with np.errstate(divide="ignore"):
-            u = np.log(f + self.epsilon) if self.epsilon else np.log(np.maximum(f, self._floor))
+            u = np.log(f + self.epsilon) if self.epsilon else np.log(np.where(f > 0, f, self._floor))
         u[:, ~self.kept_] = np.nan
         return u
 
