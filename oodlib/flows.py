@@ -213,7 +213,7 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
     history = train_flow(spec.network(seed), images, validation, recipe, seed=seed, folder=folder, device=where,
                          progress=progress)
     sets = flow_sets(spec, n_fit=n_fit or spec.n, n_test=n_test or spec.n, n_ood=n_ood or spec.n)
-    with_variants = (kept_step(history, 1), spec.others_last, history[-1]["step"])
+    with_variants = (kept_step(history, 1), history[-1]["step"])
     for step in recipe.snapshots:
         path = folder / f"scores_{step:07d}.parquet"
         if not path.exists():

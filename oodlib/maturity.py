@@ -1,21 +1,31 @@
-"""How mature a flow is, and how its OOD detection and the overlap of likelihoods change along its training."""
+"""How mature a flow is, and how its OOD detection and the overlap of likelihoods change along its training.
+
+A pair is an ID set and an OOD set. Seeds of a pair are averaged first; then pairs count alike.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
+from scipy.stats import rankdata
 
 from oodlib import metrics
 from oodlib.errors import OodlibError
 
-__all__ = ["Aurocs", "auroc_along", "is_mature", "kept_step", "overlap"]
+if TYPE_CHECKING:
+    from oodlib.flows import FlowRun
+
+__all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature", "kept_step", "overlap", "shared_half",
+           "spearman_along"]
+
+Moment = Literal["one epoch", "ten epochs", "last"]
 
 MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15          # bits per dim
 
@@ -126,3 +136,123 @@ def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: i
         counts = np.bincount(place[(place >= 0) & (place < size)].astype(int), minlength=size).astype(np.float64)
         densities.append(gaussian_filter1d(counts, resolution, mode="constant", truncate=5) / len(whole))
     return infinite + float(np.minimum(*densities).sum())
+
+
+def spearman_along(a: NDArray, b: NDArray) -> NDArray[np.float64]:
+    """Spearman correlation of a and b along the first axis, (steps, ...) each -> (...); 0 where one is constant."""
+    x, y = (rankdata(v, axis=0) for v in (a, b))
+    x, y = x - x.mean(0), y - y.mean(0)
+    norm = np.sqrt((x**2).sum(0) * (y**2).sum(0))
+    return np.divide((x * y).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+def shared_half(first: ArrayLike, second: ArrayLike, *, n_boot: int = 1000,
+                seed: int = 0) -> tuple[float, NDArray[np.float64]]:
+    """Share of the lower half of ``first`` (n,) that is in the lower half of ``second`` (n,) too, and bootstrap draws.
+
+    Of negative log-likelihoods under two models: do they agree on where the density is high? Chance gives 1/2.
+    """
+    a, b = (v <= np.median(v) for v in (np.asarray(first), np.asarray(second)))
+    index = np.random.default_rng(seed).integers(0, len(a), (n_boot, len(a)))
+    return float((a & b).sum() / a.sum()), (a & b)[index].sum(1) / np.maximum(a[index].sum(1), 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """One number of every pair: ``values`` (P,), bootstrap ``draws`` (n_boot, P), ``labels`` (P,)."""
+
+    values: NDArray[np.float64]
+    draws: NDArray[np.float64]
+    labels: list[str]
+
+    def __sub__(self, other: Pairs) -> Pairs:
+        """Paired difference; the pairs must be the same."""
+        if self.labels != other.labels:
+            raise OodlibError(f"Pairs: only the same pairs can be compared, got {self.labels} and {other.labels}.")
+        return Pairs(self.values - other.values, self.draws - other.draws, self.labels)
+
+    @property
+    def mean(self) -> tuple[float, NDArray[np.float64]]:
+        """Mean over the pairs, and its draws (n_boot,)."""
+        return float(self.values.mean()), self.draws.mean(1)
+
+
+class Study:
+    """Several flows along their trainings, and every AUROC of theirs.
+
+    Attributes
+    ----------
+    runs : by name;   families : flow -> its seeds;   mains : flow -> the seed that is shown (with weights if any has)
+    aurocs : (run's name, B) -> `Aurocs`
+    """
+
+    def __init__(self, runs: Sequence[FlowRun], names: Sequence[str], *, n_boot: int = 1000, seed: int = 0,
+                 leave_out: Sequence[str] = ()):
+        self.runs = {run.name: run for run in runs}
+        self.families: dict[str, list[FlowRun]] = {}
+        for run in runs:
+            self.families.setdefault(run.spec.name, []).append(run)
+        self.mains = {flow: next((r for r in members if r.weights), members[0])
+                      for flow, members in self.families.items()}
+        self.n_boot, self.seed = n_boot, seed
+        self.aurocs = {(run.name, size): auroc_along(run.scores, names, group_size=size, n_boot=n_boot, seed=seed,
+                                                     leave_out=leave_out)
+                       for run in runs for size in (1, 5)}
+
+    def step(self, run: FlowRun, moment: Moment) -> int:
+        """The kept step of a moment: "one epoch", the first of at least one; "ten epochs", the nearest; "last"."""
+        if moment == "one epoch":
+            return kept_step(run.record["history"], 1)
+        if moment == "ten epochs":
+            return kept_step(run.record["history"], 10, nearest=True)
+        return run.record["history"][-1]["step"]
+
+    def at(self, run: FlowRun, moment: Moment, group_size: int = 1) -> pd.DataFrame:
+        """The run's scores at a moment: columns set, index, and the scores."""
+        return run.scores[(run.scores.step == self.step(run, moment)) & (run.scores.group_size == group_size)]
+
+    def n(self, group_size: int = 1) -> int:
+        """Images, or groups, a side: the smallest of all runs."""
+        return min(found.n for (_, size), found in self.aurocs.items() if size == group_size)
+
+    def pairs(self, score: str, moment: Moment, group_size: int = 1, runs: Sequence[FlowRun] | None = None) -> Pairs:
+        """AUROC of every pair; ``runs``: of these only."""
+        values, draws, labels = [], [], []
+        for members in self.families.values():
+            used = [run for run in members if runs is None or run in runs]
+            if used:
+                found = [(self.aurocs[run.name, group_size], (self.step(run, moment), score)) for run in used]
+                values.append(np.mean([aurocs.values[key] for aurocs, key in found], axis=0))
+                draws.append(np.mean([aurocs.draws[key] for aurocs, key in found], axis=0))
+                labels += [f"{used[0].spec.id_set} → {ood}" for ood in found[0][0].sets]
+        return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
+
+    def overlaps(self, run: FlowRun, *, bandwidth: float = 0.1,
+                 n_boot: int = 100) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+        """Overlap of ID and OOD bits per dim at every step after 0: steps, (steps, sets), (steps, n_boot, sets).
+
+        Images are resampled as for the AUROCs, so that the first draws of both belong together.
+        """
+        part, sets = run.scores[run.scores.group_size == 1], self.aurocs[run.name, 1].sets
+        steps = sorted(step for step in part.step.unique().tolist() if step > 0)
+        pairs = {}
+        for step in steps:
+            nll = {name: rows.sort_values("index").nll.to_numpy(dtype=np.float64)
+                   for name, rows in part[part.step == step].groupby("set")}
+            pairs[str(step)] = nll["id"], [nll[name] for name in sets]
+
+        def shared(a: NDArray, b: NDArray) -> float:
+            return overlap(a, b, bandwidth=bandwidth)
+
+        found = metrics.replicates_by_set(shared, pairs, n=n_boot, seed=self.seed)
+        return (steps, np.array([found[str(step)][0] for step in steps]),
+                np.array([found[str(step)][1] for step in steps]))
+
+    def steps_to_best(self, run: FlowRun, score: str = "density", *,
+                      within: float = 0.01) -> tuple[float, NDArray[np.float64]]:
+        """Share of the training after which the mean AUROC over the OOD sets is ``within`` of its best, and draws."""
+        found = self.aurocs[run.name, 1]
+        steps = np.array(sorted(step for step, name in found.values if name == score))
+        means = np.array([[found.values[step, score].mean(), *found.draws[step, score].mean(1)] for step in steps])
+        shares = steps[(means >= means.max(0) - within).argmax(0)] / steps[-1]
+        return float(shares[0]), shares[1:]
