@@ -97,8 +97,15 @@ def _compute() -> str:
         minutes = sum(epoch["seconds"] for epoch in facts["history"]) / 60
         nets.append([facts["name"], str(facts["seed"]), f"{100 * facts['accuracy']:.2f} % of {facts['n_test']}",
                      f"{minutes:.1f} ({facts['device']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)})"])
+    flows = []
+    for path in sorted((root() / "data" / "checkpoints").glob("*_s*[0-9]/run.json")):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        last = facts["history"][-1]
+        flows.append([facts["flow"], str(facts["seed"]), f"{last['step']} ({last['epoch']:.1f} epochs)",
+                      f"{last['validation_bpd']:.2f}", f"{last['seconds'] / 60:.1f}"])
     tables = [_table(names, body) for names, body in (
-        (head, rows), (["trained network", "training seed", "test accuracy", "minutes of training"], nets)) if body]
+        (head, rows), (["trained network", "training seed", "test accuracy", "minutes of training"], nets),
+        (["flow", "training seed", "steps", "validation bits/dim", "minutes of training"], flows)) if body]
     return "\n\n".join(tables) or "No reference results are committed yet."
 
 
