@@ -64,6 +64,18 @@ def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(name: str, project:
 
 
 @pytest.mark.slow
+def test_the_paper_profile_of_flows_runs_and_small_flows_reproduce_only_identities(
+        project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    extra = {"networks": "[latin_glow:0, textures_glow:0]", "n_boot": "10", "n_layers": "30", "n_samples": "30"}
+    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "05_immature_glow"], options)
+    assert run_all(plans, options) == []
+    verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
+    assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == {"immature_glow/C10"}
+
+
+@pytest.mark.slow
 def test_your_own_model_needs_no_more_than_unknown_images(project: Path, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OODLIB_ROOT", str(project))
