@@ -190,7 +190,8 @@ def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[st
     sets = {"fit": test.subset(slice(n_fit), split="fit"), "id": test.subset(slice(n_fit, None))}
     for name in spec.ood:
         if name == f"{spec.id_set}-jpeg":
-            sets[name] = _jpeg(_images(spec.id_set, "test", spec.image_shape, n_fit + n_test + n_ood), n_ood)
+            longer = _images(spec.id_set, "test", spec.image_shape, n_fit + n_test + n_ood)
+            sets[name] = _jpeg(longer.subset(slice(n_fit + n_test, None)))
             continue
         try:
             sets[name] = _images(name, "test", spec.image_shape, n_ood)
@@ -216,7 +217,7 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
     with_variants = (kept_step(history, 1), history[-1]["step"])
     for step in recipe.snapshots:
         path = folder / f"scores_{step:07d}.parquet"
-        if not path.exists():
+        if not _scored(path, sets):
             table = score_flow(load_weights(spec, snapshot_path(folder, step)).to(where), sets,
                                variants=step in with_variants, progress=progress)
             with atomic_path(path) as temporary:
@@ -313,18 +314,29 @@ def _images(name: str, split: str, shape: tuple[int, int, int], n: int | None) -
     return replace(images, images=255 - images.images) if name in _INVERTED else images
 
 
-def _jpeg(images: ImageSet, n: int) -> ImageSet:
-    """JPEG copies (quality 75) of the last n images."""
+def _jpeg(images: ImageSet) -> ImageSet:
+    """JPEG copies, quality 75."""
     from io import BytesIO
 
     from PIL import Image
 
     copies = []
-    for image in images.images[-n:]:
+    for image in images.images:
         file = BytesIO()
         Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(file, "JPEG", quality=75)
         copies.append(np.asarray(Image.open(file)).reshape(*image.shape[1:], -1).transpose(2, 0, 1))
-    return replace(images.subset(slice(-n, None)), name=f"{images.name}-jpeg", images=np.stack(copies))
+    return replace(images, name=f"{images.name}-jpeg", images=np.stack(copies))
+
+
+def _scored(path: Path, sets: dict[str, ImageSet]) -> bool:
+    """Whether a table holds scores of these sets: since it was made, one may have come to hand, or n have changed."""
+    import pandas as pd
+
+    if not path.exists():
+        return False
+    table = pd.read_parquet(path, columns=["group_size", "set"])
+    counts = table[table.group_size == 1]["set"].value_counts().to_dict()
+    return counts == {name: len(images) for name, images in sets.items() if name != "fit"}
 
 
 def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> Path:
