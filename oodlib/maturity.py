@@ -227,6 +227,11 @@ class Study:
                 labels += [f"{used[0].spec.id_set} → {ood}" for ood in found[0][0].sets]
         return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
 
+    def beats_chance(self, run: FlowRun, score: str = "density") -> bool:
+        """Whether the 95 % interval of the score's mean AUROC over the OOD sets lies above 1/2 at some kept step."""
+        found = self.aurocs[run.name, 1]
+        return any(np.quantile(draws.mean(1), 0.025) > 0.5 for (_, name), draws in found.draws.items() if name == score)
+
     def overlaps(self, run: FlowRun, *, bandwidth: float = 0.1,
                  n_boot: int = 100) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
         """Overlap of ID and OOD bits per dim at every step after 0: steps, (steps, sets), (steps, n_boot, sets).

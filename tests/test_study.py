@@ -104,3 +104,10 @@ def test_shared_half_is_one_for_agreement_zero_for_the_opposite_and_a_half_by_ch
     assert shared_half(values, -values)[0] == 0
     found, draws = shared_half(values, np.random.default_rng(1).normal(size=1000), n_boot=200)
     assert found == pytest.approx(0.5, abs=0.06) and np.quantile(draws, 0.01) < found < np.quantile(draws, 0.99)
+
+
+def test_a_flow_beats_chance_where_the_interval_of_its_mean_does(study: Study) -> None:
+    run = study.runs["latin_glow:0"]
+    assert study.beats_chance(run)
+    upside_down = replace(run, scores=run.scores.assign(density=-run.scores.density))
+    assert not Study([upside_down], ["density"], n_boot=30).beats_chance(upside_down)
