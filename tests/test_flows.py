@@ -275,14 +275,22 @@ def test_weights_of_a_step_that_was_not_kept_name_those_that_were(trained):
         flow_run("latin_glow:0").model(3)
 
 
-def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch):
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_threads):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     monkeypatch.setitem(FLOWS, "latin_glow", replace(TINY, ood=(), recipe=replace(TINY.recipe, snapshots=(0, 1))))
-    threads, used = torch.get_num_threads(), []
+    used: list[int] = []
     monkeypatch.setattr(flows, "run_flow", lambda *given, real=flows.run_flow, **options: (
         used.append(torch.get_num_threads()), real(*given, **options, progress=False)))
     first, again = (flow_run("latin_glow:live", n_fit=10, n_test=10, device="cpu") for _ in range(2))
-    assert used == [1] and torch.get_num_threads() == threads
+    assert used == [1] and torch.get_num_threads() == 2
     assert first.folder == again.folder and first.scores.equals(again.scores)
     assert flow_run("latin_glow:live", n_fit=11, n_test=10, device="cpu").folder != first.folder
 
