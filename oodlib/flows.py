@@ -53,7 +53,6 @@ class FlowSpec:
     n_train : the first so many images; None for all
     n : images of each test set: "fit", "id", and every OOD set
     published_bpd : test bits per dim of the paper's code after 250 epochs, where its network and images are ours
-    others_last : the last step of seeds other than 0, which may be trained for less
     shipped : steps whose weights are shipped, for seed 0
     """
 
@@ -69,13 +68,7 @@ class FlowSpec:
     n_validation: int = 1000
     n: int = 1000
     published_bpd: float | None = None
-    others_last: int | None = None
     shipped: tuple[int, ...] = ()
-
-    def recipe_of(self, seed: int) -> FlowRecipe:
-        """The recipe, ended early for seeds other than 0 where that is said."""
-        last = self.others_last if seed and self.others_last else self.recipe.snapshots[-1]
-        return replace(self.recipe, snapshots=tuple(step for step in self.recipe.snapshots if step <= last))
 
     def network(self, seed: int = 0) -> Glow:
         """The untrained flow of a seed."""
@@ -124,8 +117,8 @@ FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (
     _embedded("latin"), _embedded("textures"),
     _small("fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 8000, _GREY, shipped=_STEPS[1:]),
     _small("mnist_glow", "mnist", (1, 28, 28), 2, 32, 4000, _GREY),
-    _small("cifar10_glow", "cifar10", (3, 32, 32), 3, 64, 4000, ("cifar10-jpeg", *_COLOUR), augmented=True, n=500,
-           others_last=2000, shipped=(100, 1000, 4000)),
+    _small("cifar10_glow", "cifar10", (3, 32, 32), 3, 64, 2000, ("cifar10-jpeg", *_COLOUR), augmented=True, n=500,
+           shipped=(100, 1000, 2000)),
     _small("tiny_imagenet_glow", "tiny-imagenet", (3, 32, 32), 3, 64, 1000, _COLOUR, augmented=True, n=500),
     *map(_paper_flow, _PAPER),
 )}
@@ -209,7 +202,7 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
     """
     from oodlib.extraction import pick_device
 
-    where, recipe = pick_device(device), spec.recipe_of(seed)
+    where, recipe = pick_device(device), spec.recipe
     images, validation = spec.training_images()
     history = train_flow(spec.network(seed), images, validation, recipe, seed=seed, folder=folder, device=where,
                          progress=progress)

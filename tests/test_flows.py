@@ -295,11 +295,6 @@ def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_th
     assert flow_run("latin_glow:live", n_fit=11, n_test=10, device="cpu").folder != first.folder
 
 
-def test_seeds_other_than_zero_may_end_earlier():
-    spec = replace(TINY, others_last=2)
-    assert spec.recipe_of(0) == TINY.recipe and spec.recipe_of(1) == replace(TINY.recipe, snapshots=(0, 2))
-
-
 def test_networks_follow_the_seed():
     one, same, other = (TINY.network(seed).state_dict()["levels.0.steps.0.mix.lower"] for seed in (3, 3, 4))
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -345,7 +340,7 @@ def shipped_run(folder: Path) -> FlowRun:
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
 def test_a_shipped_folder_is_complete(folder):
     run = shipped_run(folder)
-    recipe, sets = run.spec.recipe_of(run.seed), {**run.record["sets"]}
+    recipe, sets = run.spec.recipe, {**run.record["sets"]}
     assert run.record["recipe"] == json.loads(json.dumps(asdict(recipe)))
     assert run.history.step.tolist() == sorted(run.scores.step.unique()) == list(recipe.snapshots)
     del sets["fit"]
