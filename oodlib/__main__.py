@@ -117,7 +117,8 @@ def data(given: argparse.Namespace) -> int:
 
 def train(given: argparse.Namespace) -> int:
     from oodlib.checkpoints import SPECS, train_and_save
-    from oodlib.flows import FLOWS, train_and_ship
+    from oodlib.flow_specs import FLOWS
+    from oodlib.flows import train_and_ship
 
     unknown = [name for name in given.names if name not in {**SPECS, **FLOWS}]
     if unknown:

@@ -85,12 +85,19 @@ def auroc_along(scores: pd.DataFrame, names: Sequence[str], *, group_size: int =
         a step is NaN there and left out
     names : of the scores
     leave_out : sets that are not wanted
+
+    Raises
+    ------
+    OodlibError : no rows of this group size, no OOD set left
     """
     rows = scores[scores.group_size == group_size]
     if rows.empty:
         raise OodlibError(f"auroc_along: no rows of group size {group_size}; there are "
                           f"{sorted(scores.group_size.unique().tolist())}.")
     sets = [name for name in rows["set"].unique() if name not in ("id", *leave_out)]
+    if not sets:
+        raise OodlibError(f"auroc_along: no OOD set is left of {', '.join(rows['set'].unique())} without "
+                          f"{', '.join(leave_out) or 'any'}. Bring one to hand, and score the flow again.")
     pairs, infinite = {}, {}
     for (step,), part in rows.groupby(["step"]):
         by_set = {name: part[part["set"] == name].sort_values("index") for name in ["id", *sets]}
@@ -178,7 +185,7 @@ class Pairs:
 
 
 class Study:
-    """Several flows along their trainings, and every AUROC of theirs.
+    """Several flows along their trainings, and every AUROC of theirs; of OOD sets that all seeds of a flow have.
 
     Attributes
     ----------
@@ -195,8 +202,10 @@ class Study:
         self.mains = {flow: next((r for r in members if r.weights), members[0])
                       for flow, members in self.families.items()}
         self.n_boot, self.seed = n_boot, seed
+        sets = {run.name: set(run.scores["set"]) for run in runs}
+        common = {flow: set.intersection(*(sets[r.name] for r in members)) for flow, members in self.families.items()}
         self.aurocs = {(run.name, size): auroc_along(run.scores, names, group_size=size, n_boot=n_boot, seed=seed,
-                                                     leave_out=leave_out)
+                                                     leave_out=[*leave_out, *sets[run.name] - common[run.spec.name]])
                        for run in runs for size in (1, 5)}
 
     def step(self, run: FlowRun, moment: Moment) -> int:

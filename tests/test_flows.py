@@ -15,15 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oodlib import OodlibError, doctor, flows
+from oodlib import OodlibError, doctor, flow_specs, flows
 from oodlib.__main__ import main
 from oodlib.checkpoints import SPECS
 from oodlib.data import EMBEDDED, ImageSet, assert_disjoint
 from oodlib.data.prepare import NotAtHand
 from oodlib.files import sha256
 from oodlib.flow_scores import SCORES, VARIANTS, dequantised, group_bits
+from oodlib.flow_specs import FLOWS, flow_sets, flow_spec
 from oodlib.flow_training import FlowRecipe
-from oodlib.flows import FLOWS, FlowRun, flow_run, flow_sets, flow_spec, run_flow, train_and_ship
+from oodlib.flows import FlowRun, flow_run, run_flow, train_and_ship
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glow.initialise. .* images are few")
 SHIPPED = sorted(path.parent for path in
@@ -138,7 +139,7 @@ def test_jpeg_copies_are_those_of_pillow(shape):
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
-    copies = flows._jpeg(ImageSet("cifar10", "test", pixels, np.arange(3)))
+    copies = flow_specs._jpeg(ImageSet("cifar10", "test", pixels, np.arange(3)))
     assert copies.name == "cifar10-jpeg" and copies.images.shape == pixels.shape and copies.labels.tolist() == [0, 1, 2]
     for original, copy in zip(pixels, copies.images, strict=True):
         file = BytesIO()
@@ -240,6 +241,43 @@ def test_damaged_weights_are_named(finished):
         make(finished)
 
 
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_damaged_record_of_weights_is_named(finished):
+    half(finished / "step_0000002.json")
+    (finished / "scores_0000002.parquet").unlink()
+    with pytest.raises(OodlibError, match=r"step_0000002\.json is missing or damaged.*Restore it"):
+        make(finished)
+
+
+def test_damaged_scores_are_named_and_made_again_once_deleted(finished, whole):
+    path = finished / "scores_0000002.parquet"
+    half(path)
+    with pytest.raises(OodlibError, match=r"scores_0000002\.parquet is missing or damaged.*delete it"):
+        make(finished)
+    path.unlink()
+    make(finished)
+    assert results(finished) == results(whole)
+
+
+def test_scores_without_the_variants_of_their_moment_are_made_again(finished, whole):
+    path = finished / "scores_0000004.parquet"
+    pd.read_parquet(path).drop(columns=list(VARIANTS)).to_parquet(path, index=False)
+    make(finished)
+    pd.testing.assert_frame_equal(tables(finished), tables(whole))
+
+
+def test_a_full_size_flow_has_the_variants_after_ten_epochs_too(tmp_path, monkeypatch):
+    spec = replace(TINY, name="paper_cifar10_glow", n=10, recipe=replace(TINY.recipe, snapshots=(0, 2, 20, 22)))
+    asked: dict[int, bool] = {}
+    monkeypatch.setattr(flows, "score_flow", lambda *given, variants, progress: (
+        asked.update({len(asked): variants}), pd.DataFrame({"group_size": [1], "set": ["id"]}))[1])
+    make(tmp_path, spec)
+    assert list(asked.values()) == [False, True, True, True]
+
+
 # --- runs by name ------------------------------------------------------------------------------------------------
 
 def test_an_unknown_flow_names_the_known_ones():
@@ -270,6 +308,21 @@ def test_a_run_that_was_trained_here_is_found(trained, whole):
     assert isinstance(mature, bool) and f"{run.history.validation_bpd.iloc[-1]:.2f} bits/dim" in why
 
 
+@pytest.mark.parametrize("name", ["run.json", "scores_0000002.parquet"])
+@pytest.mark.parametrize("damage", [half, Path.unlink, lambda path: path.write_text("{}")])
+def test_a_damaged_or_missing_file_of_a_run_is_named(trained, name, damage):
+    flow_run("latin_glow:0")
+    damage(trained / "data" / "training" / "latin_glow_s0" / name)
+    with pytest.raises(OodlibError, match=f"{name} is missing or damaged|neither shipped nor trained here"):
+        flow_run("latin_glow:0")
+
+
+def test_scores_of_steps_outside_the_history_do_not_count(trained, whole):
+    folder = trained / "data" / "training" / "latin_glow_s0"
+    shutil.copy(folder / "scores_0000004.parquet", folder / "scores_0000008.parquet")
+    pd.testing.assert_frame_equal(flow_run("latin_glow:0").scores, tables(whole))
+
+
 def test_weights_of_a_step_that_was_not_kept_name_those_that_were(trained):
     with pytest.raises(OodlibError, match=r"present: step_0000000, step_0000002, step_0000004.*train latin_glow"):
         flow_run("latin_glow:0").model(3)
@@ -293,6 +346,13 @@ def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_th
     assert used == [1] and torch.get_num_threads() == 2
     assert first.folder == again.folder and first.scores.equals(again.scores)
     assert flow_run("latin_glow:live", n_fit=11, n_test=10, device="cpu").folder != first.folder
+
+
+@pytest.mark.parametrize("id_set", ["cifar10", "svhn", "celeba", "gtsrb", "imagenet32"])
+def test_epochs_of_full_size_flows_are_those_of_their_images(id_set):
+    spec = FLOWS[f"paper_{id_set}_glow"]
+    epoch = (spec.n_train - spec.n_validation) // spec.recipe.batch_size           # as `train_flow` counts them
+    assert {epoch, 10 * epoch, 250 * epoch} <= set(spec.recipe.snapshots) and spec.recipe.snapshots[-1] == 250 * epoch
 
 
 def test_networks_follow_the_seed():

@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 
 from oodlib import metrics
 from oodlib.errors import OodlibError
-from oodlib.flows import FLOWS, FlowRun
+from oodlib.flow_specs import FLOWS
+from oodlib.flows import FlowRun
 from oodlib.maturity import Pairs, Study, overlap, shared_half, spearman_along
 
 STEPS = (0, 10, 40)
@@ -44,6 +45,17 @@ def test_pairs_average_seeds_first_and_then_count_alike(study: Study) -> None:
     expected = [*np.mean([of["latin_glow:0"], of["latin_glow:1"]], axis=0), *of["textures_glow:0"]]
     np.testing.assert_allclose(pairs.values, expected)
     assert pairs.draws.shape == (30, 3) and pairs.mean[0] == pytest.approx(np.mean(expected))
+
+
+def test_only_sets_that_all_seeds_have_are_averaged() -> None:
+    some = Study([made_run("latin_glow", 0, ("a", "b")), made_run("latin_glow", 1, ("a", "c"))], ["density"], n_boot=5)
+    assert some.pairs("density", "last").labels == ["latin_glow → a"]
+    assert all(found.sets == ["a"] for found in some.aurocs.values())
+
+
+def test_seeds_without_a_common_set_are_refused() -> None:
+    with pytest.raises(OodlibError, match=r"no OOD set is left of id, a without .*a.*Bring one to hand"):
+        Study([made_run("latin_glow", 0, ("a",)), made_run("latin_glow", 1, ("b",))], ["density"], n_boot=5)
 
 
 def test_an_auroc_is_that_of_the_scores(study: Study) -> None:
