@@ -212,7 +212,7 @@ _ENTRIES = (
     SetInfo(
         name="imagenet32", title="ImageNet at 32x32", terms="ImageNet terms: non-commercial research",
         citation="Chrabaszcz, Loshchilov, Hutter, A Downsampled Variant of ImageNet as an Alternative to the CIFAR "
-                 "arXiv 1707.08819, 2017",
+                 "Datasets, arXiv 1707.08819, 2017",
         size=(3, 32, 32), folders=("imagenet32",), partial=True,
         splits={"train": Split(1_281_167), "val": Split(50_000)},
         note="from a mirror only: its publisher asks for registration; without the JPEG copies that Immature Glow's "
