@@ -22,7 +22,7 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from oodlib.flows import FlowRun
 
-__all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature", "kept_step", "overlap", "shared_half",
+__all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature", "kept_step", "magnitude", "overlap", "shared_half",
            "spearman_along"]
 
 Moment = Literal["one epoch", "ten epochs", "last"]
@@ -151,6 +151,16 @@ def spearman_along(a: NDArray, b: NDArray) -> NDArray[np.float64]:
     x, y = x - x.mean(0), y - y.mean(0)
     norm = np.sqrt((x**2).sum(0) * (y**2).sum(0))
     return np.divide((x * y).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
+    """|difference|, and the ends of its 95 % interval from the signed bootstrap draws (n_boot,).
+
+    The lower end is 0 where the signed interval holds 0; quantiles of absolute draws never reach it.
+    """
+    low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
+    ends = sorted([abs(low), abs(high)])
+    return abs(value), [0.0 if low <= 0 <= high else float(ends[0]), float(ends[1])]
 
 
 def shared_half(first: ArrayLike, second: ArrayLike, *, n_boot: int = 1000,

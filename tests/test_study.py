@@ -14,7 +14,7 @@ from oodlib import metrics
 from oodlib.errors import OodlibError
 from oodlib.flow_specs import FLOWS
 from oodlib.flows import FlowRun
-from oodlib.maturity import Pairs, Study, overlap, shared_half, spearman_along
+from oodlib.maturity import Pairs, Study, magnitude, overlap, shared_half, spearman_along
 
 STEPS = (0, 10, 40)
 
@@ -123,3 +123,10 @@ def test_a_flow_beats_chance_where_the_interval_of_its_mean_does(study: Study) -
     assert study.beats_chance(run)
     upside_down = replace(run, scores=run.scores.assign(density=-run.scores.density))
     assert not Study([upside_down], ["density"], n_boot=30).beats_chance(upside_down)
+
+
+def test_a_magnitude_reaches_zero_where_the_signed_interval_holds_it() -> None:
+    draws = np.linspace(-1, 3, 401)
+    value, (low, high) = magnitude(-0.2, draws)
+    assert (value, low) == (0.2, 0.0) and high == pytest.approx(2.9)
+    assert magnitude(-2.0, -draws - 2)[1] == pytest.approx([1.1, 4.9])
