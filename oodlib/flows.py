@@ -24,7 +24,7 @@ from oodlib.files import atomic_folder, atomic_path, sha256, write_json
 from oodlib.flow_scores import VARIANTS, score_flow
 from oodlib.flow_specs import FlowSpec, flow_sets, flow_spec
 from oodlib.flow_training import snapshot_path, train_flow
-from oodlib.maturity import is_mature, kept_step
+from oodlib.maturity import kept_step
 from oodlib.models import glow
 from oodlib.models.glow import Glow
 from oodlib.project import root
@@ -74,10 +74,6 @@ class FlowRun:
     def model(self, step: int) -> Glow:
         """The flow after ``step`` steps, in evaluation mode. OodlibError: no weights of that step, a damaged file."""
         return load_weights(self.spec, snapshot_path(self.folder, step))
-
-    def mature(self) -> tuple[bool, str]:
-        """Whether the last step is mature, and why, in words; see `oodlib.maturity.is_mature`."""
-        return is_mature(self.record["history"], self.spec.published_bpd)
 
 
 def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = None, n_test: int | None = None,
@@ -161,8 +157,11 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
         return folder
     target = root() / "data" / "checkpoints" / folder.name
     with atomic_folder(target) as temporary:
-        for path in [folder / "run.json", *(_scores_path(folder, step) for step in spec.recipe.snapshots)]:
-            shutil.copy(path, temporary)
+        shutil.copy(folder / "run.json", temporary)
+        for step in spec.recipe.snapshots:
+            table = _table(_scores_path(folder, step))                   # bytes of floats side by side pack better
+            table.to_parquet(_scores_path(temporary, step), index=False, compression="zstd", compression_level=19,
+                             use_dictionary=["set"], use_byte_stream_split=[*table.select_dtypes("float32")])
         for step in spec.shipped if seed == 0 else ():
             state = {k: v.half() if v.is_floating_point() else v for k, v in
                      load_weights(spec, snapshot_path(folder, step)).state_dict().items()}

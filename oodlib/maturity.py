@@ -246,10 +246,19 @@ class Study:
                 labels += [f"{used[0].spec.id_set} → {ood}" for ood in found[0][0].sets]
         return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
 
-    def beats_chance(self, run: FlowRun, score: str = "density") -> bool:
-        """Whether the 95 % interval of the score's mean AUROC over the OOD sets lies above 1/2 at some kept step."""
-        found = self.aurocs[run.name, 1]
-        return any(np.quantile(draws.mean(1), 0.025) > 0.5 for (_, name), draws in found.draws.items() if name == score)
+    def mature(self, flow: str) -> tuple[bool, str]:
+        """Whether a flow's last step is mature, and why; by `is_mature` on the mean of its seeds, at common steps."""
+        found = [{row["step"]: row["validation_bpd"] for row in run.record["history"]} for run in self.families[flow]]
+        steps = sorted(set.intersection(*(set(history) for history in found)))
+        mean = [{"step": step, "validation_bpd": np.mean([history[step] for history in found])} for step in steps]
+        return is_mature(mean, self.families[flow][0].spec.published_bpd)
+
+    def beats_chance(self, flow: str, score: str = "density") -> bool:
+        """Whether the 95 % interval of the mean AUROC over a flow's pairs and seeds lies above 1/2 at a kept step."""
+        found = [self.aurocs[run.name, 1].draws for run in self.families[flow]]
+        common = set.intersection(*(set(draws) for draws in found))
+        means = [np.mean([draws[key].mean(1) for draws in found], axis=0) for key in common if key[1] == score]
+        return any(np.quantile(mean, 0.025) > 0.5 for mean in means)
 
     def overlaps(self, run: FlowRun, *, bandwidth: float = 0.1,
                  n_boot: int = 100) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:

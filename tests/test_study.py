@@ -119,10 +119,19 @@ def test_shared_half_is_one_for_agreement_zero_for_the_opposite_and_a_half_by_ch
 
 
 def test_a_flow_beats_chance_where_the_interval_of_its_mean_does(study: Study) -> None:
+    assert study.beats_chance("latin_glow")
     run = study.runs["latin_glow:0"]
-    assert study.beats_chance(run)
     upside_down = replace(run, scores=run.scores.assign(density=-run.scores.density))
-    assert not Study([upside_down], ["density"], n_boot=30).beats_chance(upside_down)
+    assert not Study([upside_down], ["density"], n_boot=30).beats_chance("latin_glow")
+
+
+def test_maturity_is_judged_on_the_mean_of_the_seeds(study: Study) -> None:
+    first, second = (study.runs[f"latin_glow:{seed}"] for seed in (0, 1))
+    assert not study.mature("latin_glow")[0]                             # 8, 7, 4 bits/dim: 1.5 per doubling
+    flat = [{**row, "validation_bpd": 7.0 + 0.001 * (row["step"] == 10)} for row in first.record["history"]]
+    runs = [replace(run, record={"history": flat}) for run in (first, second)]
+    assert Study(runs, ["density"], n_boot=5).mature("latin_glow")[0]
+    assert not Study([runs[0], second], ["density"], n_boot=5).mature("latin_glow")[0]
 
 
 def test_a_magnitude_reaches_zero_where_the_signed_interval_holds_it() -> None:
