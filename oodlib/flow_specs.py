@@ -131,7 +131,8 @@ def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[st
             sets[name] = _jpeg(longer.subset(slice(n_fit + n_test, None)))
             continue
         try:
-            sets[name] = _images(name, "test", spec.image_shape, n_ood)
+            found = _images(name, "test", spec.image_shape, n_ood)
+            sets[found.name] = found                                      # a partial copy says so in its name
         except NotAtHand as error:
             print(f"left out: {error}")
     return sets
