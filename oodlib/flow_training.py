@@ -151,6 +151,8 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
         row = {name: None if value != value else value for name, value in history[-1].items()}
         write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256(path), **row})
         save()
+        if progress:                                                # a log file shows no bar
+            tqdm.write(f"step {step}: {bpd:.3f} bits/dim on validation images")
 
     if not history:
         keep()

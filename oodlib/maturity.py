@@ -45,7 +45,8 @@ def is_mature(history: Sequence[Mapping[str, Any]], published_bpd: float | None 
     if before["step"] == 0:
         return False, f"{bpd}, only one kept step"
     gain = (before["validation_bpd"] - last["validation_bpd"]) / math.log2(last["step"] / before["step"])
-    return gain < MATURE_GAIN, f"{bpd}, gaining {gain:.3f} per doubling of the steps"
+    how = f"gaining {gain:.3f}" if gain > 0 else f"rising by {-gain:.3f} (past its best)"
+    return gain < MATURE_GAIN, f"{bpd}, {how} per doubling of the steps"
 
 
 def kept_step(history: Sequence[Mapping[str, Any]], epochs: float, *, nearest: bool = False) -> int:
@@ -205,6 +206,8 @@ class Study:
 
     def __init__(self, runs: Sequence[FlowRun], names: Sequence[str], *, n_boot: int = 1000, seed: int = 0,
                  leave_out: Sequence[str] = ()):
+        if not runs:
+            raise OodlibError("Study: needs at least one flow. Name one, for example latin_glow:0.")
         self.runs = {run.name: run for run in runs}
         self.families: dict[str, list[FlowRun]] = {}
         for run in runs:

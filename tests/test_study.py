@@ -139,3 +139,8 @@ def test_a_magnitude_reaches_zero_where_the_signed_interval_holds_it() -> None:
     value, (low, high) = magnitude(-0.2, draws)
     assert (value, low) == (0.2, 0.0) and high == pytest.approx(2.9)
     assert magnitude(-2.0, -draws - 2)[1] == pytest.approx([1.1, 4.9])
+
+
+def test_a_study_needs_a_flow() -> None:
+    with pytest.raises(OodlibError, match="at least one flow"):
+        Study([], ["density"])
