@@ -21,8 +21,9 @@ def history(*rows):
 # --- the rule ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("last", "gain", "mature"), [
-    ((200, 2.995), "gaining 0.005", True), ((200, 2.985), "gaining 0.015", False), ((400, 2.986), "gaining 0.007", True),
-    ((200, 3.5), "rising by 0.500 (past its best)", True)], ids=["slow", "fast", "slow per doubling", "rising"])
+    ((200, 2.995), "gaining 0.005", True), ((200, 2.985), "gaining 0.015", False),
+    ((400, 2.986), "gaining 0.007", True), ((200, 3.5), "rising by 0.500 (past its best)", True)],
+    ids=["slow", "fast", "slow per doubling", "rising"])
 def test_mature_is_gaining_under_a_hundredth_per_doubling(last, gain, mature):
     found, why = is_mature(history((0, 8.0), (100, 3.0), last))
     assert found is mature and f"{gain} per doubling" in why and f"{last[1]:.2f} bits/dim" in why
