@@ -115,11 +115,14 @@ def test_the_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.no_grad():
         answers = model(images).argmax(1)
     space |= {"model": model, "test_loader": [(images, answers)], "other_loader": [(2 * images, answers)]}
+    space |= {name: rng.integers(0, 256, (n, 1, 28, 28), np.uint8)
+              for name, n in (("id_images", 12), ("new_images", 4))}
     snippets = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
-    assert len(snippets) == 2
+    shapes = []
     for snippet in snippets:
         exec(snippet, space)
-    assert space["scores"].shape == (7,)
+        shapes.append(space["scores"].shape)
+    assert shapes == [(7,), (7,), (4,)]                  # the second snippet makes none
     assert len(re.findall(r"0\.\d+|1\.0", capsys.readouterr().out)) == 2
 
 
