@@ -25,7 +25,8 @@ from oodlib.models.networks import FastConvNet
 from oodlib.project import root
 from oodlib.training import Recipe, evaluate, normalise, train
 
-__all__ = ["SPECS", "Spec", "Trained", "load_or_train", "load_trained", "train_and_save"]
+__all__ = ["SPECS", "Spec", "Trained", "load_or_train", "load_trained", "made_once", "to_half", "to_single",
+           "train_and_save"]
 
 _KILO = 1024 * (1 + 1 / (1 - 0.85))     # Jordan 2024 states its rates per 1,024 images at infinite momentum
 
@@ -125,7 +126,7 @@ def load_trained(name: str, *, seed: int = 0, epoch: int | None = None, source: 
     provenance = json.loads(record.read_text())
     if sha256(weights) != provenance["sha256"]:
         raise OodlibError(f"load_trained: {weights} is not the file its provenance describes. Restore it from git.")
-    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()}
+    state = to_single(load_file(weights))
     if epoch is not None:
         prefix = f"epoch{epoch}."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -157,12 +158,12 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
 
     def keep(epoch: int, model: nn.Module) -> None:
         if epoch in spec.snapshots:
-            snapshots.update({f"epoch{epoch}.{k}": v for k, v in _half(model).items()})
+            snapshots.update({f"epoch{epoch}.{k}": v for k, v in to_half(model).items()})
 
     history = train(model, pixels, labels, spec.recipe, seed=seed, mean=mean, std=std, device=where,
                     checkpoint=None if spec.snapshots else resume, on_epoch=keep)
-    state = _half(model)
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    state = to_half(model)
+    model.load_state_dict(to_single(state))
     accuracy = evaluate(model, torch.from_numpy(test.images[:]), torch.from_numpy(test.labels[:]), mean, std,
                         device=where)
     provenance = {
@@ -182,31 +183,47 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
 def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     """The network trained here earlier, else trained now: the live route of the laptop profile.
 
-    One trained by another recipe, on other images or by other code is not used again. On a CPU it is trained by one
-    thread: the order of sums follows the number of threads, and with it the network and every number that rests on it.
+    One trained by another recipe, on other images or by other code is not used again.
     """
-    from filelock import FileLock
-
     spec = _spec(name)
     made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, torch.__version__, "1 thread",
                *(sha256(str(module.__file__)) for module in (networks, training))]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    output = folder().parent / "cache" / "trained" / key
-    output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / f"{name}_s{seed}.lock"):               # two notebooks may want the same network
-        if not (output / f"{name}_s{seed}.json").exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                train_and_save(name, seed=seed, device=device, output=output)
-            finally:
-                torch.set_num_threads(threads)
+    output = made_once(made_of, f"{name}_s{seed}.json",
+                       lambda output: train_and_save(name, seed=seed, device=device, output=output))
     return load_trained(name, seed=seed, source=output)
 
 
-def _half(model: nn.Module) -> dict[str, Tensor]:
+def made_once(made_of: list[Any], done: str, make: Callable[[Path], object]) -> Path:
+    """A folder of ``data/cache/trained`` for what ``made_of`` (JSON) decides; ``make`` fills it unless ``done`` exists.
+
+    On a CPU one thread makes it: the order of sums follows the number of threads, and with it every number that rests
+    on the result.
+    """
+    from filelock import FileLock
+
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    output = folder().parent / "cache" / "trained" / key
+    output.mkdir(parents=True, exist_ok=True)
+    with FileLock(output / f"{done}.lock"):                       # two notebooks may want the same
+        if not (output / done).exists():
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                make(output)
+            finally:
+                torch.set_num_threads(threads)
+    return output
+
+
+def to_half(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state as it is shipped: half precision, on the CPU."""
     return {k: (v.half() if v.is_floating_point() else v).cpu().contiguous().clone()
             for k, v in model.state_dict().items()}
+
+
+def to_single(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A shipped state in float32 again."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def _write(stem: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Path:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oodlib import flow_scores, flow_training, gradients, layer_rules, training
+from oodlib.checkpoints import made_once, to_half, to_single
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, atomic_path, sha256, write_json
@@ -163,8 +164,7 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
             table.to_parquet(_scores_path(temporary, step), index=False, compression="zstd", compression_level=19,
                              use_dictionary=["set"], use_byte_stream_split=[*table.select_dtypes("float32")])
         for step in spec.shipped if seed == 0 else ():
-            state = {k: v.half() if v.is_floating_point() else v for k, v in
-                     load_weights(spec, snapshot_path(folder, step)).state_dict().items()}
+            state = to_half(load_weights(spec, snapshot_path(folder, step)))
             path = snapshot_path(temporary, step)
             with atomic_path(path) as part:
                 save_file(state, part)
@@ -182,7 +182,7 @@ def load_weights(spec: FlowSpec, path: Path) -> Glow:
         raise OodlibError(f"load_weights: {path} is damaged: its checksum is not that of {record.name}. {_AGAIN} "
                           f"{spec.name}")
     model = spec.network()
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    model.load_state_dict(to_single(load_file(path)))
     return model.eval()
 
 
@@ -223,20 +223,8 @@ def _scored(path: Path, sets: dict[str, ImageSet], *, variants: bool) -> bool:
 
 def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> Path:
     """Folder of a flow trained and scored now, or earlier by the same code, recipe and counts."""
-    from filelock import FileLock
-
     made_of = [repr(spec), n_fit, n_test, n_ood, spec.training_images()[0].sum().item(), torch.__version__,
                *(sha256(str(module.__file__)) for module in (training, flow_training, flow_scores, glow, gradients,
                                                      layer_rules, layerwise))]
-    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    folder = root() / "data" / "cache" / "trained" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):                               # two notebooks may want the same flow
-        if not (folder / "run.json").exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                run_flow(spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device)
-            finally:
-                torch.set_num_threads(threads)
-    return folder
+    return made_once(made_of, "run.json", lambda folder: run_flow(
+        spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,9 +11,10 @@ from torch.func import functional_call, grad, vmap
 
 from oodlib.errors import OodlibError
 from oodlib.layer_rules import wide
+from oodlib.models.modes import eval_mode
 from oodlib.scores.arrays import check_temperature
 
-__all__ = ["eval_mode", "gradnorm_by_layer", "parameter_groups"]
+__all__ = ["gradnorm_by_layer", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
@@ -93,15 +93,3 @@ def gradnorm_by_layer(model: nn.Module, x: Tensor, *, groups: Mapping[str, Seque
             for group, names in members.items():                          # the q-norm of q-norms is the whole q-norm
                 parts[group].append(torch.linalg.vector_norm(torch.stack([norms[n] for n in names]), norm, dim=0))
     return {group: -torch.cat(values) for group, values in parts.items()}
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -20,6 +20,7 @@ from torch.nn.functional import conv2d, pad
 
 from oodlib.errors import OodlibError
 from oodlib.extraction import find_head
+from oodlib.models.modes import eval_mode
 from oodlib.moments import stream_means
 
 __all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images",
@@ -89,7 +90,7 @@ def split_forward(model: nn.Module, layer: str, x: Tensor, replace: Tensor | Non
     OodlibError : no such layer, it runs never or more than once, its output is no tensor, a path leads around it, no
         linear head
     """
-    with _eval_mode(model):
+    with eval_mode(model):
         return _split(model, layer, _check_split(model, layer, x[:2]), x, replace)
 
 
@@ -128,7 +129,7 @@ def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, 
     if not layers:
         raise OodlibError("early_prototypes: name at least one layer.")
     model.to(device)
-    with _eval_mode(model):
+    with eval_mode(model):
         means = torch.from_numpy(stream_means(maps(), num_classes).astype(np.float32))
     parts = means.split([shapes[layer].numel() for layer in layers], 1)
     return EarlyPrototypes({layer: part.reshape(num_classes, *shapes[layer])
@@ -167,7 +168,7 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
     prototypes = prototypes.to(device)
     features: list[NDArray] = []
     head, forwards = "", 0
-    with _eval_mode(model):
+    with eval_mode(model):
         for x, _ in batches:
             _check_batch("synthetic_features", x)
             x = x.to(device)
@@ -233,7 +234,7 @@ def noise_features(model: nn.Module, shape: tuple[int, int, int], *, n: int = 10
     model.to(device)
     kept: list[NDArray] = []
     forwards = 0
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         head = find_head(model, torch.zeros(2, *shape, device=device))
         while 10 * len(kept) < n:
             x = noise_images(100, shape, generator=generator)
@@ -311,13 +312,3 @@ def _hooks(model: nn.Module, after: Mapping[str, Callable], before: Mapping[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
