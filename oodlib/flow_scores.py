@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Literal
 from zlib import crc32
 
@@ -79,7 +80,7 @@ def score_flow(model: Glow, sets: Mapping[str, ImageSet], *, group_sizes: tuple[
             raise OodlibError(f"score_flow: {name} must hold at least {max(group_sizes)} images {model.image_shape}, "
                               f"got {images.images.shape}. Use ImageSet.resized.")
     noisy = {name: dequantised(images) for name, images in sets.items()}
-    codes = {codec: {name: compressed_bits(images.images, codec) for name, images in sets.items()}
+    codes = {codec: {name: _code_lengths(images, codec) for name, images in sets.items()}
              for codec in ("png", "jpeg2000")}
     objectives: tuple[Literal["log_prob", "sum_z"], ...] = ("log_prob", "sum_z") if variants else ("log_prob",)
     bar = tqdm(total=len(sets) * len(group_sizes) * len(objectives), desc="scoring", unit="set",
@@ -114,6 +115,12 @@ def score_flow(model: Glow, sets: Mapping[str, ImageSet], *, group_sizes: tuple[
                                        **{k: v.astype(np.float32) for k, v in columns.items()}}))
     bar.close()
     return pd.concat(parts, ignore_index=True)
+
+
+@lru_cache(maxsize=64)
+def _code_lengths(images: ImageSet, codec: str) -> NDArray[np.int64]:
+    """Bits of each image's file; the same images are scored at every kept step."""
+    return compressed_bits(images.images, codec)
 
 
 def _fitted(norms: Mapping[str, NDArray], *, leaky: bool = False, epsilon: float = 0.0) -> LayerwiseDensity:

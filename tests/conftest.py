@@ -1,5 +1,9 @@
 """Fixtures that several test modules share."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,17 @@ def batch():
     g = torch.Generator().manual_seed(0)
     h, w, b = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((20, 8), (5, 8), (5,)))
     return h, w, b, h @ w.T + b
+
+
+@pytest.fixture
+def killed_process():
+    """Runs ``module.call`` of a test module in a process of its own, which must end by SIGKILL."""
+    def run(module: str, call: str) -> None:
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module}; {module}.{call}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    return run
 
 
 @pytest.fixture(scope="session")

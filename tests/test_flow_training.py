@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -251,12 +249,8 @@ def run_until_killed(folder: str, step: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_flow_training import *; " \
-           f"run_until_killed({str(tmp_path)!r}, 7)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path, killed_process):
+    killed_process("test_flow_training", f"run_until_killed({str(tmp_path)!r}, 7)")
     assert flow_training._read(tmp_path / "resume.pt")["step"] == 6
     steps = []
     with before_each_step(lambda number, _: steps.append(number)):

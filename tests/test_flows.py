@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -219,12 +217,8 @@ def kill_while_writing(folder: str) -> None:
     make(Path(folder), replace(TINY, ood=()))
 
 
-def test_a_run_killed_while_scoring_completes_with_the_same_table(whole, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_flows; " \
-           f"test_flows.kill_while_writing({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_a_run_killed_while_scoring_completes_with_the_same_table(whole, tmp_path, killed_process):
+    killed_process("test_flows", f"kill_while_writing({str(tmp_path)!r})")
     assert [path.name for path in tmp_path.glob("scores_*")] == ["scores_0000000.parquet"]
     assert len(list(tmp_path.glob(".scores_*"))) == 1                    # the half that nobody reads
     make(tmp_path, replace(TINY, ood=()))
