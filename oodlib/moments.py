@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from oodlib.bank import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["Moments", "class_moments", "stream_means", "stream_moments"]
+__all__ = ["MomentSums", "Moments", "class_moments", "stream_means", "stream_moments"]
 
 _ROWS = 16384
 
@@ -34,8 +34,8 @@ class Moments:
     total_covariance: NDArray[np.float64]
 
 
-def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
-    r"""Moments of features that arrive in batches and need not fit in memory.
+class MomentSums:
+    r"""Moments of features that arrive in batches and need not fit in memory: `add` each, then `moments`.
 
     Sums are taken about the mean of the first batch, m, which removes the cancellation of raw moments:
     ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and
@@ -43,37 +43,52 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
 
     Parameters
     ----------
-    batches : pairs of features (n, D) and labels (n,) with values in 0 .. C-1
     num_classes : C
 
     Raises
     ------
     OodlibError : no batch, a label outside 0 .. C-1, a class without a sample
     """
-    scatter = np.empty((0, 0))
-    sums = np.empty((0, 0))
-    shift = np.empty(0)
-    counts = np.zeros(num_classes, dtype=np.int64)
-    for batch_features, batch_labels in batches:
-        features, labels = to_numpy(batch_features), to_numpy(batch_labels)
-        _check_labels("stream_moments", features, labels, num_classes)
-        if not counts.any():
-            shift = features[:_ROWS].mean(0, dtype=np.float64)
-            scatter, sums = np.zeros((len(shift), len(shift))), np.zeros((num_classes, len(shift)))
+
+    def __init__(self, num_classes: int):
+        self.counts = np.zeros(num_classes, dtype=np.int64)
+        self.shift, self.scatter, self.sums = np.empty(0), np.empty((0, 0)), np.empty((0, 0))
+
+    def add(self, features: Any, labels: Any) -> None:
+        """One batch: features (n, D) and labels (n,) with values in 0 .. C-1."""
+        features, labels = to_numpy(features), to_numpy(labels)
+        classes = len(self.counts)
+        _check_labels("stream_moments", features, labels, classes)
+        if not self.counts.any():
+            self.shift = features[:_ROWS].mean(0, dtype=np.float64)
+            size = len(self.shift)
+            self.scatter, self.sums = np.zeros((size, size)), np.zeros((classes, size))
         for start in range(0, len(features), _ROWS):
-            x = features[start:start + _ROWS].astype(np.float64) - shift
+            x = features[start:start + _ROWS].astype(np.float64) - self.shift
             y = labels[start:start + _ROWS]
-            scatter += x.T @ x
-            np.add.at(sums, y, x)                                    # a one-hot product costs C / D times the scatter
-            counts += np.bincount(y, minlength=num_classes)
-    _check_counts("stream_moments", counts)
-    n = int(counts.sum())
-    centred = sums.sum(0) / n                                        # mean - shift
-    means = sums / counts[:, None]                                   # class means - shift
-    total = scatter / n - np.outer(centred, centred)
-    spread = means - centred
-    within = total - (spread.T * (counts / n)) @ spread
-    return Moments(shift + centred, shift + means, counts, (within + within.T) / 2, (total + total.T) / 2)
+            self.scatter += x.T @ x
+            np.add.at(self.sums, y, x)                               # a one-hot product costs C / D times the scatter
+            self.counts += np.bincount(y, minlength=classes)
+
+    def moments(self) -> Moments:
+        """The moments of all that was added."""
+        _check_counts("stream_moments", self.counts)
+        n = int(self.counts.sum())
+        centred = self.sums.sum(0) / n                               # mean - shift
+        means = self.sums / self.counts[:, None]                     # class means - shift
+        total = self.scatter / n - np.outer(centred, centred)
+        spread = means - centred
+        within = total - (spread.T * (self.counts / n)) @ spread
+        return Moments(self.shift + centred, self.shift + means, self.counts.copy(), (within + within.T) / 2,
+                       (total + total.T) / 2)
+
+
+def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
+    """`MomentSums` of pairs of features (n, D) and labels (n,) with values in 0 .. C-1; errors as there."""
+    sums = MomentSums(num_classes)
+    for features, labels in batches:
+        sums.add(features, labels)
+    return sums.moments()
 
 
 def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArray[np.float64]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from oodlib.bank import FeatureBank
+from oodlib.bank import FeatureBank, Head
 from oodlib.errors import OodlibError
 from oodlib.scores.arrays import by_rows, tensor64
 from oodlib.scores.base import Detector, Info, register
@@ -38,6 +39,36 @@ def vim(features: Any, logits: Any, *, origin: Any, residual: Any, alpha: float)
                    features, logits)
 
 
+def vim_origin(head: Head) -> NDArray[np.float64]:
+    """(D,): o = -W^+ b, the feature whose logits are nearest to zero."""
+    return -np.linalg.pinv(np.asarray(head.weight, dtype=np.float64)) @ np.asarray(head.bias, dtype=np.float64)
+
+
+def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray[np.float64]:
+    """Orthonormal basis (D, D - dim) of what the ``dim`` principal directions leave over.
+
+    second : (D, D), second moment of the training features about the origin, in any scale
+    dim : see `ViM`
+    """
+    size = len(second)
+    if dim is None:
+        dim = 1000 if size >= 2048 else 512 if size >= 768 else size // 2
+    if not 0 < dim < size:
+        raise OodlibError(f"vim.fit: dim must lie in 1 .. {size - 1} (D = {size} features), got {dim}. At least "
+                          "one direction must be left over.")
+    return np.ascontiguousarray(np.linalg.eigh(second)[1][:, :size - dim])             # ascending eigenvalues
+
+
+def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
+    """Mean largest logit / mean residual norm of training features (N, D) with logits (N, C)."""
+    norms = by_rows("vim.fit", lambda h: ((h - tensor64(origin)) @ tensor64(residual)).norm(dim=1), features)
+    if not norms.mean() > 0:
+        size, left = np.shape(residual)
+        raise OodlibError(f"vim.fit: the training features lie in {size - left} dimensions, nothing is left over. "
+                          "Give a smaller dim.")
+    return float(np.asarray(logits, dtype=np.float64).max(1).mean() / norms.mean())
+
+
 @register(Info("vim", "ViM: Out-Of-Distribution with Virtual-logit Matching", "Wang, Li, Feng, Zhang", 2022,
                "2203.10807", "ood", needs="features",
                deviations=("below 768 features half of them are principal (512 would leave little or nothing)",)))
@@ -51,23 +82,13 @@ class ViM(Detector):
 
     def _fit(self, bank: FeatureBank) -> None:
         size = bank.features.shape[1]
-        dim = self.dim if self.dim is not None else 1000 if size >= 2048 else 512 if size >= 768 else size // 2
-        if not 0 < dim < size:
-            raise OodlibError(f"vim.fit: dim must lie in 1 .. {size - 1} (D = {size} features), got {dim}. At least "
-                              "one direction must be left over.")
-        weight = np.asarray(bank.head.weight, dtype=np.float64)
-        self.origin_ = -np.linalg.pinv(weight) @ np.asarray(bank.head.bias, dtype=np.float64)
+        self.origin_ = vim_origin(bank.head)
         second = np.zeros((size, size))
         for i in range(0, len(bank), 8192):
             x = np.asarray(bank.features[i:i + 8192], dtype=np.float64) - self.origin_
             second += x.T @ x
-        self.residual_ = np.ascontiguousarray(np.linalg.eigh(second)[1][:, :size - dim])   # ascending eigenvalues
-        norms = by_rows("vim.fit", lambda h: ((h - tensor64(self.origin_)) @ tensor64(self.residual_)).norm(dim=1),
-                        bank.features)
-        if not norms.mean() > 0:
-            raise OodlibError(f"vim.fit: the training features lie in {dim} dimensions, nothing is left over. "
-                              "Give a smaller dim.")
-        self.alpha_ = float(np.asarray(bank.logits, dtype=np.float64).max(1).mean() / norms.mean())
+        self.residual_ = vim_residual(second, self.dim)
+        self.alpha_ = vim_alpha(bank.features, bank.logits, self.origin_, self.residual_)
 
     def _score(self, bank: FeatureBank) -> Any:
         return vim(bank.features, bank.logits, origin=self.origin_, residual=self.residual_, alpha=self.alpha_)
