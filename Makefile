@@ -14,7 +14,7 @@ OPTIONS = $(if $(PROFILE),--profile $(PROFILE)) $(if $(DEVICE),--device $(DEVICE
 NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
 # `make 01_gradnorm` or any word of the name: `make gradnorm`
 WORDS := $(sort $(foreach name,$(NAMES),$(wordlist 2,9,$(subst _, ,$(name)))))
-COMMANDS := reproduce test lab data report verify student docs lint doctor clean
+COMMANDS := reproduce test lab data report verify student docs lint doctor clean train-vit
 
 .PHONY: help setup train $(COMMANDS) $(NAMES) $(WORDS)
 

@@ -129,6 +129,15 @@ def train(given: argparse.Namespace) -> int:
     return 0
 
 
+def train_vit(given: argparse.Namespace) -> int:
+    from oodlib.vits.workers import train_pool
+
+    pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
+    done = train_pool(pool, models=given.models, jobs=max(1, given.jobs), device=given.device or "cpu")
+    print(f"{len(done)} models of the pool {pool} are trained and scored.")
+    return 0
+
+
 def student(given: argparse.Namespace) -> int:
     from oodlib.course import make_course
     from oodlib.project import root
@@ -208,6 +217,7 @@ _HELP = {
     "docs": (docs, "write the API reference into build/docs/ and the README's generated tables"),
     "lint": (lint, "check the code with ruff"),
     "train": (train, "train the named checkpoints"),
+    "train-vit": (train_vit, "train and score a pool of small ViTs (laptop: embedded, benchmark: cifar); resumable"),
     "doctor": (doctor, "say what is installed, mismatched or missing, and what each profile could run"),
     "score": (None, "score your own images: see `score --help`"),
     "clean": (clean, "remove what runs have made (not data, not checkpoints)"),
@@ -232,6 +242,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--force", action="store_true", help="run even what is up to date")
         if name in ("notebook", "train"):
             command.add_argument("names", nargs="+", help="for example gradnorm" if name == "notebook" else None)
+        if name == "train-vit":
+            command.add_argument("--pool", help="embedded, cifar, or a table of such rows")
+            command.add_argument("--models", default="*", help="only rows whose name matches this pattern")
+            command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
         if name == "notebook":
             command.add_argument("--output", type=Path, help="folder instead of figures/")
         if name == "verify":

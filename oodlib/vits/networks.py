@@ -1,0 +1,79 @@
+"""The suite's small Vision Transformers: timm's `VisionTransformer` with small dimensions, for 32-pixel images.
+
+They are hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch projection, because
+a tiny ViT that sees a few hundred thousand images learns several times slower without them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from oodlib.errors import OodlibError
+
+__all__ = ["NETWORKS", "UnitNorm", "small_vit"]
+
+# name -> (width, depth, heads, channels of the convolutions, their strides)
+NETWORKS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
+    "vit_conv_96": (96, 3, 3, (32, 64, 128, 128, 96), (2, 2, 2, 1, 1)),
+    "vit_conv_48": (48, 3, 2, (16, 32, 64, 64, 48), (2, 2, 2, 1, 1)),
+}
+
+
+class UnitNorm(nn.Module):
+    """``scale * x / ||x||_2``: features on a sphere, as CLIP's objective sees them; the scale is part of the features.
+
+    Notes
+    -----
+    A head on unit features needs weights, hence gradients, that are larger by the norm the features would have had.
+    """
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * normalize(x, dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+
+def small_vit(name: str, num_classes: int, *, dropout: float = 0.0, stochastic_depth: float = 0.0, head: str = "raw",
+              seed: int = 0) -> nn.Module:
+    """A network of `NETWORKS` with fresh weights: mean of the normalised tokens, then a linear head.
+
+    Parameters
+    ----------
+    dropout : after each projection of attention and MLP and on the embedded patches (AugReg's "do")
+    stochastic_depth : rate of the last block, rising linearly from the first (AugReg's "sd")
+    head : "raw", or "unit" for a head on L2-normalised features, as that of the model soups
+    seed : of the weights; the global random state is left as it was
+
+    Raises
+    ------
+    OodlibError : unknown name or head
+    """
+    import timm
+    from timm.layers import HybridEmbed
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    if name not in NETWORKS or head not in ("raw", "unit"):
+        raise OodlibError(f'small_vit: the network must be one of {", ".join(NETWORKS)} and the head "raw" or "unit", '
+                          f"got {name!r} and {head!r}.")
+    width, depth, heads, channels, strides = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = ConvStem(channels=channels, stride=strides, depth=len(channels), act_layer=nn.GELU)
+        options: dict[str, Any] = {"img_size": 32, "patch_size": 1, "embed_dim": width, "depth": depth,
+                                   "num_heads": heads, "num_classes": num_classes, "class_token": False,
+                                   "global_pool": "avg", "fc_norm": False, "pos_drop_rate": dropout,
+                                   "proj_drop_rate": dropout, "drop_path_rate": stochastic_depth}
+        model = timm.create_model("vit_tiny_patch16_224", embed_layer=partial(HybridEmbed, stem, proj=False), **options)
+    if head == "unit":
+        model.fc_norm = UnitNorm(width ** 0.5)
+    return model
