@@ -95,8 +95,11 @@ def find_head(model: nn.Module, example: Tensor) -> str:
         output = outputs[name]
         if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
             return name
-    raise OodlibError("find_head: no linear layer gives the model's output as it stands: something (an activation, a "
-                      "pooling, a mean over two heads) follows the last one. Scores need logits = W features + b.")
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "no timm model")
+    raise OodlibError(f"find_head: in {type(model).__name__} ({architecture}) no linear layer gives the model's output "
+                      "as it stands: something (an activation, a pooling, a mean over two heads) follows the last one. "
+                      "Scores need logits = W features + b. Take a network with one linear head (for a distilled one "
+                      "its undistilled twin), or a module that returns such logits.")
 
 
 class _Taps:

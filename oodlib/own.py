@@ -49,7 +49,7 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
     Parameters
     ----------
     name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1, ``latin_fast``), a
-        public CIFAR network (``resnet20_cifar10``), a timm model, best with its tag, or a function of yours that
+        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of yours that
         returns ``(model, transform)``: ``package.module:function`` or ``path/to/file.py:function``
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number of classes where
         that is not the model's own

@@ -5,6 +5,7 @@ The network classes here only give published state dicts a body; checkpoints are
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad, relu
 
@@ -20,10 +22,11 @@ from oodlib.data.images import ImageSet
 from oodlib.data.prepare import data_root
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
+from oodlib.models.timm_checks import check_timm_name, load_npz, reachable_hub, require_positions
 from oodlib.training import evaluate
 
-__all__ = ["PUBLIC", "DenseNetBC", "ModelInfo", "ResNetA", "assert_accuracy", "paper_model", "public_model",
-           "resnet18_32x32"]
+__all__ = ["PUBLIC", "DenseNetBC", "ModelInfo", "ResNetA", "assert_accuracy", "fill", "paper_model", "public_model",
+           "read_state_dict", "resnet18_32x32"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def public_model(name: str, *, mirror: str | os.PathLike[str] | None = None, dow
         raise OodlibError(f"There is no public model {name!r}. Known: {', '.join(PUBLIC)}.")
     info, build = PUBLIC[name]
     model = build()
-    model.load_state_dict(_state_dict(_weights_file(info, mirror, download, data_dir)))
+    model.load_state_dict(read_state_dict(_weights_file(info, mirror, download, data_dir)))
     return model.eval(), info
 
 
@@ -216,8 +219,8 @@ def _weights_file(info: ModelInfo, mirror: str | os.PathLike[str] | None, downlo
                       f"or download {info.address} into {folder}.")
 
 
-def _state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without the ``module.`` of DataParallel."""
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without the ``module.`` of DataParallel; OodlibError where there is none."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                   # pickle, zip and runtime errors
@@ -232,7 +235,8 @@ def _state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load a state dict that came from ``path``; OodlibError unless names and shapes are the network's."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -254,8 +258,8 @@ def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_clas
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     if checkpoint is not None:
-        state = {k.replace(".shortcut.", ".downsample."): v for k, v in _state_dict(checkpoint).items()}
-        _fill(model, state, checkpoint)
+        state = {k.replace(".shortcut.", ".downsample."): v for k, v in read_state_dict(checkpoint).items()}
+        fill(model, state, checkpoint)
     return model.eval()
 
 
@@ -266,7 +270,8 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
 
     Parameters
     ----------
-    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k"; or torchvision's, for example
+    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k", without which it names no weights
+        (and so is enough only with a ``weights_file``, or random weights); or torchvision's, for example
         "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
     weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint in timm's names or
         in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm downloads the tag's
@@ -277,7 +282,8 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
 
     Raises
     ------
-    OodlibError : unknown model, missing or unreadable file, tensors that do not fit
+    OodlibError : unknown model or tag, no tag and no file, missing or unreadable file, tensors that do not fit, no
+        connection
 
     Notes
     -----
@@ -292,20 +298,31 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     from timm.data import create_transform, resolve_model_data_config
 
     suffix = "" if weights_file is None else Path(weights_file).suffix
-    native = suffix in (".npz", ".safetensors")
-    overlay: Any = {"file": str(weights_file), "custom_load": suffix == ".npz"} if native else None
+    download = weights_file is None and pretrained
+    check_timm_name(timm_name, tag_needed=download)
     head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if overlay is not None:
-        overlay |= head                          # else timm would take the file's head for another task's and drop it
-    try:
-        model = timm.create_model(timm_name, pretrained=native or (weights_file is None and pretrained),
-                                  pretrained_cfg_overlay=overlay, **head)
-    except Exception as error:                   # timm, hub and zip errors have no common base
-        raise OodlibError(f"paper_model: timm cannot build {timm_name} from {weights_file or 'its own weights'} "
-                          f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Check the name with "
-                          "timm.list_models(), and the file.") from error
-    if weights_file is not None and not native:
-        _fill(model, {_bit_name(k): v for k, v in _state_dict(weights_file).items()}, weights_file)
+    # without "num_classes" timm would take the file's head for another task's and drop it
+    overlay: Any = {"file": str(weights_file), "custom_load": False, **head} if suffix == ".safetensors" else None
+    with reachable_hub() if download else contextlib.nullcontext(False) as answers:
+        try:
+            model = timm.create_model(timm_name, pretrained=download or overlay is not None,
+                                      pretrained_cfg_overlay=overlay, **head)
+        except Exception as error:               # timm, hub and zip errors have no common base
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:3])[:300] or type(error).__name__
+            help_ = "Check that the file belongs to this network, with as many classes."
+            if download:
+                help_ = "Fetch them once, or give a file with weights."
+                reason = reason if answers else "the hub does not answer, and they are not in its local cache"
+            raise OodlibError(f"paper_model: timm cannot build {timm_name} from {weights_file or 'its own weights'} "
+                              f"({reason}). {help_}") from error
+    if suffix == ".npz":
+        load_npz(model, str(weights_file))
+    elif suffix == ".safetensors":
+        with safe_open(str(weights_file), framework="pt") as file:
+            if "pos_embed" in file.keys():                                              # noqa: SIM118 no dict
+                require_positions(model, file.get_slice("pos_embed").get_shape()[1], str(weights_file))
+    elif weights_file is not None:
+        fill(model, {_bit_name(k): v for k, v in read_state_dict(weights_file).items()}, weights_file)
     if preprocessing == "gradnorm":
         from torchvision import transforms
 
@@ -331,8 +348,8 @@ def _torchvision_model(name: str, weights_file: str | os.PathLike[str] | None, p
                           f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
                           "weights_file.") from error
     if weights_file is not None:
-        state = {k.replace(".shortcut.", ".downsample."): v for k, v in _state_dict(weights_file).items()}
-        _fill(model, state, weights_file)
+        state = {k.replace(".shortcut.", ".downsample."): v for k, v in read_state_dict(weights_file).items()}
+        fill(model, state, weights_file)
     return model.eval(), weights.transforms()
 
 
