@@ -82,7 +82,7 @@ def test_units_of_immature_glow(glow):
 
 @pytest.mark.parametrize("row, reason", [
     ("AUROC,OOD,101,%", "outside [0, 100]"), ("bpd,none,-1,bits/dim", "is negative"),
-    ("AUROC,OOD,0.9,fraction", "the unit is none of %, bits/dim, steps")])
+    ("AUROC,OOD,0.9,fraction", "the unit is none of %, bits/dim, steps, count, ratio")])
 def test_numbers_that_do_not_fit_their_unit(tmp_path, row, reason):
     head = "source,id_dataset,method,metric,positive_class,value,unit,note\n"
     (tmp_path / "x.csv").write_text(f"{head}a,i,m,steps,none,7000,steps,\na,i,m,{row},\n")

@@ -20,10 +20,10 @@ from oodlib.vits.study import (
     soup_against_members,
     spearman,
     spearman_difference,
+    spread_within,
     standing,
     top_share,
     wins,
-    within_bins,
 )
 
 NEAR = ["greek", "cyrillic"]
@@ -350,8 +350,9 @@ def test_share_of_the_most_accurate_that_fail() -> None:
     assert top_share(accuracy, fpr, part=0.5).value == 0.75
 
 
-def test_spread_within_bins_of_accuracy() -> None:
-    accuracy, value = [0.801, 0.809, 0.811, 0.818, 0.90], [0.0, 0.2, 5.0, 5.4, 77.0]
-    expected = np.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2)                     # alone in its bin: no part
-    assert within_bins(accuracy, value).value == pytest.approx(expected)
-    assert within_bins([0.1, 0.2], [1.0, 2.0]).value == 0
+def test_spread_within_groups() -> None:
+    groups, values = ["a", "a", "b", "b", "c"], [0.0, 0.2, 5.0, 5.4, 77.0]
+    expected = np.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2)                     # alone in its group: no part
+    assert spread_within(values, groups).value == pytest.approx(expected)
+    assert spread_within([1.0, 2.0], [0, 1]).value == 0
+    assert spread_within(values, groups, minus=[0.0, 1, 0, 0, 0]).value == pytest.approx(expected - 0.5)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["published"]
 
 _VALUES = ("value", "mean", "std", "note")       # everything else identifies a row
-_LARGEST = {"%": 100.0, "bits/dim": float("inf"), "steps": float("inf")}      # of a number, by its unit
+_LARGEST = {"%": 100.0} | dict.fromkeys(["bits/dim", "steps", "count", "ratio"], float("inf"))   # by unit
 _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 
 
@@ -28,7 +28,7 @@ def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> Da
     Returns
     -------
     DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in per cent unless
-    the column ``unit`` says "bits/dim" or "steps"
+    the column ``unit`` says "bits/dim", "steps", "count" or "ratio"
 
     Raises
     ------

@@ -188,7 +188,7 @@ def column(name: str, values: ArrayLike) -> Array:
     return x
 
 
-def same(name: str, *columns: Array) -> None:
+def same(name: str, *columns: NDArray) -> None:
     """Raise OodlibError unless all columns are of one length."""
     if len({len(c) for c in columns}) != 1:
         raise OodlibError(f"{name}: needs columns of equal length, got {[len(c) for c in columns]}.")

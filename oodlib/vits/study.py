@@ -12,8 +12,8 @@ from oodlib.errors import OodlibError
 from oodlib.maturity import spearman_along
 from oodlib.vits.effects import Array, Estimate, column, draw, estimate, groups, interval, same
 
-__all__ = ["eta_squared", "recipe_percentile", "soup_against_members", "spearman", "spearman_difference", "standing",
-           "top_share", "wins", "within_bins"]
+__all__ = ["eta_squared", "recipe_percentile", "soup_against_members", "spearman", "spearman_difference",
+           "spread_within", "standing", "top_share", "wins"]
 
 
 def spearman(x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, *, n_boot: int = 2000,
@@ -133,20 +133,21 @@ def top_share(accuracy: ArrayLike, value: ArrayLike, clusters: ArrayLike | None 
                      len(a), clusters, n_boot, seed)
 
 
-def within_bins(accuracy: ArrayLike, value: ArrayLike, clusters: ArrayLike | None = None, *, width: float = 0.01,
-                n_boot: int = 2000, seed: int = 0) -> Estimate:
-    """Standard deviation of ``value`` among models of like accuracy: pooled within bins of ``width``, from zero on.
+def spread_within(values: ArrayLike, groups: ArrayLike, clusters: ArrayLike | None = None, *,
+                  minus: ArrayLike | None = None, n_boot: int = 2000, seed: int = 0) -> Estimate:
+    """Standard deviation of ``values`` among models of one group, pooled over the groups (n,), for example the ID
+    accuracy in whole per cent, or the pretraining set; less that of other values where ``minus`` is given.
 
-    sqrt(sum_b sum_i (v_i - m_b)^2 / sum_b (n_b - 1)) over bins with two models or more; 0 where there is none. The
-    interval resamples clusters; models drawn twice make a resample narrower, so it lies a little low.
+    sqrt(sum_g sum_i (v_i - m_g)^2 / sum_g (n_g - 1)); 0 where every model is alone. The interval resamples clusters;
+    models drawn twice make a resample narrower, so it lies a little low.
     """
-    a, v = column("within_bins", accuracy), column("within_bins", value)
-    same("within_bins", a, v)
-    bins = np.floor(a / width + 1e-9).astype(int)
+    v, codes = column("spread_within", values), np.unique(np.asarray(groups), return_inverse=True)[1]
+    other = np.zeros(len(v)) if minus is None else column("spread_within", minus)
+    same("spread_within", v, codes, other)
 
-    def spread(i: NDArray) -> float:
-        count = np.bincount(bins[i])
-        centre = np.bincount(bins[i], weights=v[i]) / np.maximum(count, 1)
-        freedom = (count[count > 1] - 1).sum()
-        return float(np.sqrt(np.square(v[i] - centre[bins[i]]).sum() / freedom)) if freedom else 0.0
-    return estimate(spread, len(a), clusters, n_boot, seed)
+    def spread(x: Array, code: NDArray[np.int64]) -> float:
+        count = np.bincount(code)
+        centre = np.bincount(code, weights=x) / np.maximum(count, 1)
+        freedom = int((count[count > 1] - 1).sum())
+        return float(np.sqrt(np.square(x - centre[code]).sum() / freedom)) if freedom else 0.0
+    return estimate(lambda i: spread(v[i], codes[i]) - spread(other[i], codes[i]), len(v), clusters, n_boot, seed)
