@@ -138,6 +138,34 @@ def train_vit(given: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(given: argparse.Namespace) -> int:
+    from oodlib.project import root
+    from oodlib.vits.pools import find_pool
+    from oodlib.vits.sources import find_source
+    from oodlib.vits.sweep import chosen, describe, make_jobs
+
+    pool = find_pool(given.pool).resolve()
+    output = (given.output or root() / "data" / "sweeps" / pool.stem).resolve()
+    sizes = {name: int(value) for name, value in given.parameter or []}
+    source = find_source(pool, output, data=given.data_root, weights=given.weights, sizes=sizes, workers=given.cpus)
+    jobs = make_jobs(chosen(pool, given.models), source, output, all_features=given.all_features,
+                     device=given.device or "auto")
+    if given.dry_run:
+        from oodlib.vits.plan import describe_plan
+
+        print(describe_plan(jobs, tflops=given.tflops, cpus=given.cpus))
+        return 0
+    if given.status:
+        print(describe(jobs))
+        return 0
+    from oodlib.vits.launch import Resources, run_sweep
+
+    resources = Resources(given.jobs or (64 if given.where == "slurm" else 1), given.timeout, given.cpus,
+                          int(source.files) if given.gpus is None else given.gpus, given.partition,
+                          dict(given.slurm or []))
+    return run_sweep(jobs, output, given.where, resources, shard=given.shard)
+
+
 def student(given: argparse.Namespace) -> int:
     from oodlib.course import make_course
     from oodlib.project import root
@@ -218,6 +246,7 @@ _HELP = {
     "lint": (lint, "check the code with ruff"),
     "train": (train, "train the named checkpoints"),
     "train-vit": (train_vit, "train and score a pool of small ViTs (laptop: embedded, benchmark: cifar); resumable"),
+    "sweep": (sweep, "score every model of a pool, on this machine or a SLURM cluster; what is done is not done again"),
     "doctor": (doctor, "say what is installed, mismatched or missing, and what each profile could run"),
     "score": (None, "score your own images: see `score --help`"),
     "clean": (clean, "remove what runs have made (not data, not checkpoints)"),
@@ -250,7 +279,47 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--output", type=Path, help="folder instead of figures/")
         if name == "verify":
             command.add_argument("--update", action="store_true", help="make the finished run the reference")
+        if name == "sweep":
+            _sweep_options(command)
     return parser
+
+
+def _sweep_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--pool", required=True, help="a file, or the name of one in data/pools")
+    command.add_argument("--dry-run", action="store_true", help="print what it would cost, and stop")
+    command.add_argument("--status", action="store_true", help="print what is done, running, failed and missing")
+    command.add_argument("--output", type=Path, help="folder of results; default data/sweeps/<pool>")
+    command.add_argument("--models", default="*", metavar="GLOB", help="only the rows with such names")
+    command.add_argument("--where", default="local", choices=("local", "slurm", "submitit-local"))
+    command.add_argument("--jobs", type=int, metavar="N", help="jobs at a time; default 1, on SLURM 64")
+    command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts")
+    command.add_argument("--cpus", type=int, default=8, metavar="N", help="cores (and image decoders) of a job")
+    command.add_argument("--gpus", type=int, metavar="N", help="of a SLURM job; default 1 for ImageNet, else none")
+    command.add_argument("--timeout", type=int, default=1440, metavar="MIN", help="longest time of a job; default 1440")
+    command.add_argument("--partition", default="", help="of SLURM")
+    command.add_argument("--slurm", type=_pair, action="append", metavar="KEY=VALUE",
+                         help="any other option of sbatch, for example account=vision")
+    command.add_argument("--data-root", type=Path, metavar="DIR",
+                         help="of the ImageNet sets, as `data --profile paper` lists them")
+    command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the weight files")
+    command.add_argument("--all-features", action="store_true", help="keep the features of every training image too")
+    command.add_argument("--tflops", type=float, help="for --dry-run: what the device reaches in float32")
+    command.add_argument("-p", dest="parameter", nargs=2, action="append", metavar=("NAME", "VALUE"),
+                         help="n_fit, n_test or n_ood of the pools trained here")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard: I/N with 1 <= I <= N, for example 2/8")
+    return int(part), int(parts)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key.replace("-", "_"), value
 
 
 def main(arguments: list[str] | None = None) -> int:

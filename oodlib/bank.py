@@ -183,6 +183,9 @@ class FeatureBank:
             arrays = {name.removesuffix(".npy"): np.load(path / name, mmap_mode="r") for name in sidecar["sha256"]}
             head = Head(np.asarray(arrays["weight"]), np.asarray(arrays["bias"]))
             layers = {k.removeprefix("layer."): v for k, v in arrays.items() if k.startswith("layer.")}
+            if "logits" not in arrays:              # left out to halve the size: the head gives them
+                return cls.from_arrays(arrays["features"], weight=head.weight, bias=head.bias,
+                                       labels=arrays.get("labels"), layers=layers, meta=sidecar["meta"])
             return cls(arrays["features"], arrays["logits"], arrays.get("labels"), head, layers, sidecar["meta"])
         except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError) as error:
             raise OodlibError(f"FeatureBank.load: {path} is no complete bank ({error}). Extract again.") from error
