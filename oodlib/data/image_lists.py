@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from oodlib.errors import OodlibError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["PAPER_SETS", "ImageList", "PaperSet", "class_remap", "describe_paper_sets", "image_loader",
            "open_paper_set", "paper_set_status", "read_list"]
@@ -162,16 +165,20 @@ class ImageList(Dataset[tuple[Any, int]]):
             digest.update(f"{path} {label} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def picture(self, index: int) -> Image.Image:
+        """An image as it is on disk, in RGB; OodlibError if it does not decode."""
         from PIL import Image
 
         path = self.root / self.paths[index]
         try:
             with Image.open(path) as picture:
-                image = picture.convert("RGB")
+                return picture.convert("RGB")
         except Exception as error:                # Pillow raises many types for broken data
             raise OodlibError(f"{path}: the image cannot be decoded ({type(error).__name__}). Copy or download it "
                               "again.") from error
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.picture(index)
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
 

@@ -15,6 +15,7 @@ original stores every second picture as JPEG; here none is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import numpy as np
@@ -23,7 +24,10 @@ from numpy.typing import NDArray
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 
-__all__ = ["NEEDS_ID_IMAGES", "UNIT_TESTS", "unit_test"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["NEEDS_ID_IMAGES", "UNIT_TESTS", "draw", "unit_test"]
 
 Float = NDArray[np.float64]
 Maker = Callable[[np.random.Generator, int, int, "Float | None"], Float]
@@ -156,6 +160,17 @@ UNIT_TESTS: tuple[str, ...] = tuple(_MAKERS)
 NEEDS_ID_IMAGES: tuple[str, ...] = ("pixel_perm", "low_freq_pixel_perm")
 
 
+def draw(name: str, index: int, canvas: tuple[int, int], *, seed: int = 0, split: str = "test",
+         source: Image.Image | None = None) -> NDArray[np.uint8]:
+    """Picture ``index`` of a test as it is drawn, (h, w, 3); ``source`` is the image for ``NEEDS_ID_IMAGES``."""
+    from PIL import Image
+
+    h, w = canvas
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, crc32(f"{name}/{split}".encode()), index))))
+    pixels = None if source is None else np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
+    return (np.clip(_MAKERS[name](rng, h, w, pixels), 0, 1) * 255).astype(np.uint8)
+
+
 def unit_test(name: str, *, n: int = 400, seed: int = 0, size: int | None = 32,
               canvas: tuple[int, int] | None = None, id_images: ImageSet | None = None,
               split: str = "test") -> ImageSet:
@@ -197,13 +212,11 @@ def unit_test(name: str, *, n: int = 400, seed: int = 0, size: int | None = 32,
     shape = (h, w) if size is None else (size, size)
     images = np.empty((n, 3, *shape), dtype=np.uint8)
     for i in range(n):
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, crc32(f"{name}/{split}".encode()), i))))
         source = None
         if shuffles and id_images is not None:
-            picture = Image.fromarray(np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
-                                      .transpose(1, 2, 0).copy())
-            source = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC)) / 255
-        drawn = (np.clip(_MAKERS[name](rng, h, w, source), 0, 1) * 255).astype(np.uint8)
+            source = Image.fromarray(np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
+                                     .transpose(1, 2, 0).copy())
+        drawn = draw(name, i, canvas, seed=seed, split=split, source=source)
         if drawn.shape[:2] != shape:
             drawn = np.asarray(Image.fromarray(drawn).resize(shape[::-1], Image.Resampling.BICUBIC))
         images[i] = drawn.transpose(2, 0, 1)
