@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pandas import DataFrame
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, spearmanr, ttest_1samp, ttest_ind
 
 from oodlib import OodlibError, metrics
 from oodlib.vits.effects import group_difference, interaction, mean, paired_effects, pool_frame
@@ -208,13 +208,19 @@ def test_a_factor_of_the_finetuning_is_clustered_by_checkpoint() -> None:
     assert found.p == pytest.approx(binomtest(0, 8).pvalue)              # the four ties of seed 0 are dropped
 
 
-def test_the_interval_resamples_clusters_not_models() -> None:
+def test_with_few_clusters_the_interval_is_students_over_clusters_not_models() -> None:
     cells = made_cells()
     cells["maha"] += np.where(cells["pretraining"] == "tiny-imagenet", cells["seed"] - 1.0, 0)
-    found = paired_effects(cells, "pretraining", "cifar10", "tiny-imagenet", "maha", n_boot=4000)
-    values = np.tile([-0.7, 0.3, 1.3], 2)
-    exact = np.random.default_rng(1).choice(values, (20_000, 6)).mean(1)
-    np.testing.assert_allclose([found.low, found.high], np.quantile(exact, [0.025, 0.975]), atol=0.06)
+    found = paired_effects(cells, "pretraining", "cifar10", "tiny-imagenet", "maha", n_boot=400)
+    expected = ttest_1samp(np.tile([-0.7, 0.3, 1.3], 2), 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_where_clusters_are_skewed_the_bootstrap_is_the_wider() -> None:
+    values = np.repeat([0.0, 10.0], [98, 2])                            # a resample has five tens, rarely six
+    found, t = mean(values), ttest_1samp(values, 0).confidence_interval()
+    assert found.high == pytest.approx(0.5) and t.high < 0.49
+    assert found.low == pytest.approx(t.low)
 
 
 def test_an_interaction_is_the_difference_of_two_effects() -> None:
@@ -259,7 +265,9 @@ def test_bad_tables_of_models_are_named() -> None:
 def test_groups_differ_and_the_permutation_test_is_exact() -> None:
     values, chosen = np.array([5.0, 6, 7, 1, 2, 3, 4]), np.arange(7) < 3
     found = group_difference(values, chosen)
-    assert found.value == pytest.approx(3.5) and found.low > 0
+    expected = ttest_ind(values[chosen], values[~chosen]).confidence_interval()
+    assert found.value == pytest.approx(3.5) and (found.low, found.high) == pytest.approx(
+        (expected.low, expected.high))
     assert found.p == pytest.approx(2 / 35)                               # the most extreme of 35, on both sides
 
 

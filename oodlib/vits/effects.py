@@ -7,14 +7,15 @@ checkpoints), never single models.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from pandas import DataFrame
 from scipy.stats import binomtest, permutation_test
+from scipy.stats import t as student
 
 from oodlib.errors import OodlibError
 from oodlib.vits.pools import PoolRow
@@ -28,9 +29,9 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % percentile bootstrap interval; n counts what was averaged, clusters what was resampled.
+    """A value with its 95 % interval; n counts the models or pairs, clusters what was resampled.
 
-    With fewer than about five clusters such an interval is too narrow, with one it has no width.
+    A percentile bootstrap interval of few clusters is too narrow; of one, any interval has no width and means nothing.
     """
 
     value: float
@@ -38,6 +39,11 @@ class Estimate:
     high: float
     n: int
     clusters: int
+
+    def widened(self, error: float, freedom: int) -> Self:
+        """The same with an interval that holds value -+ t(freedom, 97.5 %) times the standard error too."""
+        half = float(student.ppf(0.975, freedom) * error) if freedom else 0.0
+        return replace(self, low=min(self.low, self.value - half), high=max(self.high, self.value + half))
 
     def __str__(self) -> str:
         return (f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] "
@@ -65,9 +71,16 @@ def pool_frame(rows: Iterable[PoolRow], measures: Iterable[dict[str, float]]) ->
 
 
 def mean(values: ArrayLike, clusters: ArrayLike | None = None, *, n_boot: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of values (n,); the interval resamples clusters (n,), or single values where there are none."""
+    """Mean of values (n,), with an interval over clusters (n,), or over single values where there are none.
+
+    The interval is the wider, at each end, of the percentile bootstrap over whole clusters and of Student's t over the
+    k cluster means: value -+ t(k - 1, 97.5 %) s / sqrt(k). With many clusters the two agree; with few the first is too
+    narrow.
+    """
     x = column("mean", values)
-    return estimate(lambda i: x[i].mean(), len(x), clusters, n_boot, seed)
+    found = estimate(lambda i: x[i].mean(), len(x), clusters, n_boot, seed)
+    means = np.array([x[rows].mean() for rows in groups(np.arange(len(x)) if clusters is None else clusters)])
+    return found.widened(means.std() / np.sqrt(max(len(means) - 1, 1)), len(means) - 1)
 
 
 def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: str, *, free: Sequence[str] = (),
@@ -75,9 +88,9 @@ def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: st
     """Mean over pairs of cells of ``value`` where ``factor`` is ``high`` minus where it is ``low``.
 
     A pair is equal in every column of `FACTORS` that the table has, but for ``factor`` and the columns in ``free``
-    (what changes with the factor, such as stochastic depth with dropout). The interval resamples, with replacement,
-    the pairs of pretrained checkpoints (both ends; a factor of the finetuning has one checkpoint at both), with all
-    cell pairs of each; seeds are checkpoints of their own. p: exact two-sided sign test of the cluster means, ties
+    (what changes with the factor, such as stochastic depth with dropout). The interval is that of `mean` over clusters;
+    a cluster is a pair of pretrained checkpoints (a factor of the finetuning has one at both ends) with all its cell
+    pairs; seeds are checkpoints of their own. p: exact two-sided sign test of the cluster means, ties
     dropped.
 
     Parameters
@@ -123,8 +136,9 @@ def group_difference(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike |
                      seed: int = 0) -> Effect:
     """Mean of the chosen models minus mean of the others, both over cluster means.
 
-    The interval resamples clusters within each group; p: two-sided permutation test of the groups of the clusters,
-    exact where there are at most 10,000 arrangements.
+    The interval is the wider, at each end, of the percentile bootstrap over clusters within each group and of
+    Student's t with the pooled variance of the cluster means. p: two-sided permutation test of the groups of the
+    clusters, exact where there are at most 10,000 arrangements.
 
     Parameters
     ----------
@@ -148,7 +162,10 @@ def group_difference(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike |
                          rng=np.random.default_rng(seed)).pvalue if len(means) > 2 else 1.0
     rng = np.random.default_rng(seed)
     draws = difference(*(x[rng.integers(0, len(x), (n_boot, len(x)))] for x in (a, b)))
-    return Effect(float(difference(a, b)), *interval(draws), len(frame), len(means), p=float(p))
+    found = Effect(float(difference(a, b)), *interval(draws), len(frame), len(means), p=float(p))
+    freedom = len(means) - 2
+    pooled = (a.var() * len(a) + b.var() * len(b)) / max(freedom, 1)
+    return found.widened(np.sqrt(pooled * (1 / len(a) + 1 / len(b))), freedom)
 
 
 def estimate(statistic: Callable[[NDArray], float], n: int, clusters: ArrayLike | None, n_boot: int,
@@ -162,9 +179,9 @@ def estimate(statistic: Callable[[NDArray], float], n: int, clusters: ArrayLike 
     return Estimate(float(statistic(np.arange(n))), *interval(draws), n, len(rows))
 
 
-def groups(clusters: NDArray) -> list[NDArray[np.int64]]:
+def groups(clusters: ArrayLike) -> list[NDArray[np.int64]]:
     """Rows of each cluster."""
-    return list(DataFrame({"c": clusters}).groupby("c", sort=True).indices.values())
+    return list(DataFrame({"c": np.asarray(clusters)}).groupby("c", sort=True).indices.values())
 
 
 def draw(rows: list[NDArray[np.int64]], rng: np.random.Generator) -> NDArray[np.int64]:
