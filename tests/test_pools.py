@@ -102,7 +102,6 @@ def test_augreg_rows_are_the_whole_grid(pool):
     assert finetunes == {(lr, side) for lr in (0.01, 0.03) for side in (224, 384)}
 
 
-@pytest.mark.xfail(strict=True, reason="PoolRow.checkpoint holds the network's resolution, which is the finetuning's")
 @pytest.mark.parametrize("pool", ["imagenet", "imagenet_b32"])
 def test_finetunes_of_one_checkpoint_share_it(pool):
     checkpoints = Counter(row.checkpoint for row in read_pool(pool) if not row.role)

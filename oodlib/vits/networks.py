@@ -19,8 +19,8 @@ __all__ = ["NETWORKS", "UnitNorm", "small_vit"]
 
 # name -> (width, depth, heads, channels of the convolutions, their strides)
 NETWORKS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
-    "vit_conv_96": (96, 3, 3, (32, 64, 128, 128, 96), (2, 2, 2, 1, 1)),
-    "vit_conv_48": (48, 3, 2, (16, 32, 64, 64, 48), (2, 2, 2, 1, 1)),
+    "vit_conv_64": (64, 3, 2, (24, 48, 96, 96, 64), (2, 2, 2, 1, 1)),
+    "vit_conv_48": (48, 3, 2, (16, 32, 48, 48, 48), (2, 2, 2, 1, 1)),
 }
 
 

@@ -31,7 +31,8 @@ class PoolRow:
     penalty : weight of the feature-space regulariser in the finetuning
     resolution : side of the input in pixels
     seed : of pretraining and finetuning
-    role : "" for a cell of the study, "member" for a soup's ingredient, "soup-uniform" and "soup-greedy" for the soups
+    role : "" for a cell of the study, "pretrained" for a checkpoint without finetuning (its head is zero), "member" for
+        a soup's ingredient, "soup-uniform" and "soup-greedy" for the soups
     """
 
     name: str
@@ -53,7 +54,8 @@ class PoolRow:
     @property
     def checkpoint(self) -> str:
         """Names the pretrained checkpoint: rows that share it are finetunes of one model, not independent."""
-        known = (self.network, self.pretraining, self.objective, self.aug, self.weight_decay, self.dropout,
+        architecture = self.network.partition(".")[0].removesuffix(f"_{self.resolution}")
+        known = (architecture, self.pretraining, self.objective, self.aug, self.weight_decay, self.dropout,
                  self.stochastic_depth)
         parts = [str(part) for part in known if part not in ("", None)]
         return "-".join([*parts, f"s{self.seed}"]) if self.objective else self.name

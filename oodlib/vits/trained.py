@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Budget:
 
 
 BUDGETS = {"embedded": Budget(100_000, 20_000, 5_000, 3_000, 1_000, 5),
-           "cifar": Budget(150_000, 100_000, 50_000, 20_000, 1_500, 15)}
+           "cifar": Budget(180_000, 250_000, 40_000, 20_000, 1_200, 12)}
 HELD_OUT = 1000                 # last training images, which finetuning leaves out: greedy soups choose by them
 
 
@@ -76,9 +77,9 @@ def pool_of(row: PoolRow) -> str:
 
 
 def pretrain_recipe(row: PoolRow) -> VitRecipe:
-    """AdamW, peak rate 3e-3, batches of 64 images."""
+    """AdamW, peak rate 4e-3, batches of 64 images."""
     task, budget = TASKS[pool_of(row)], BUDGETS[pool_of(row)]
-    return VitRecipe(budget.pretraining, "adamw", 3e-3, objective=row.objective,             # type: ignore[arg-type]
+    return VitRecipe(budget.pretraining, "adamw", 4e-3, objective=row.objective,             # type: ignore[arg-type]
                      weight_decay=row.weight_decay or 0.0, batch_size=64, aug=row.aug or "none", flip=task.flip,
                      shift=task.shift)
 
@@ -149,7 +150,7 @@ def load_row(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()
 
 def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows: Sequence[PoolRow] = (),
              folder: Path | None = None) -> Path:
-    """Finetune a row from its pretrained checkpoint, or mix a soup, and write its folder; returns it.
+    """Finetune a row from its pretrained checkpoint (or mix a soup, or leave it), and write its folder; returns it.
 
     rows : of the pool; a soup's members are those of role "member" with its checkpoint
     folder : instead of ``data/training/vits_<pool>/<row>``
@@ -168,12 +169,13 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
     if row.role.startswith("soup-"):
         held_out = (pixels[-HELD_OUT:], labels[-HELD_OUT:])
         extra = _soup(model, row, [r for r in rows if r.role == "member" and r.checkpoint == row.checkpoint], held_out)
-    else:
+    elif row.role != "pretrained":
         recipe, (mean, std) = finetune_recipe(row), _statistics(pool)
         resume = _folder(row) / "resume" / row.name
-        extra["history"] = fit_vit(model, pixels[:-HELD_OUT], labels[:-HELD_OUT], recipe,
-                                   seed=hash_seed(row.seed, 2), checkpoint=resume, device=pick_device(device),
-                                   progress=progress, title=row.name, mean=mean, std=std)
+        order = row.name if row.role == "member" else ""     # cells are compared on the same order of images
+        extra["history"] = fit_vit(model, pixels[:-HELD_OUT], labels[:-HELD_OUT], recipe, mean=mean, std=std,
+                                   seed=hash_seed(row.seed, crc32(order.encode())), checkpoint=resume,
+                                   device=pick_device(device), progress=progress, title=row.name)
         extra |= {"recipe": asdict(recipe)}
     model.cpu().eval()
     with atomic_folder(folder) as temporary:
@@ -259,7 +261,7 @@ def _fill_with_mean(model: nn.Module, states: list[dict[str, Tensor]]) -> None:
 
 def _live(row: PoolRow, device: str, rows: Sequence[PoolRow]) -> Path:
     """The folder of a model finetuned now, or earlier by the same code from the same checkpoint."""
-    made_of = [asdict(row), asdict(finetune_recipe(row)), _digest(load_file(pretrain(row, device=device))),
+    made_of = [asdict(row), repr(BUDGETS["embedded"]), _digest(load_file(pretrain(row, device=device))),
                torch.__version__, "1 thread", *_code()]
     made = made_once(made_of, "row/run.json", lambda output: made_row(row, device=device, progress=False, rows=rows,
                                                                       folder=output / "row"))
@@ -276,7 +278,7 @@ def _is_made(row: PoolRow, folder: Path) -> bool:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    recipe = None if row.role.startswith("soup-") else asdict(finetune_recipe(row))
+    recipe = asdict(finetune_recipe(row)) if row.role in ("", "member") else None
     return record.get("row") == asdict(row) and record.get("recipe") == recipe
 
 
