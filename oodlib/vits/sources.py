@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,18 +20,15 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
-    from oodlib.data.image_lists import ImageList
     from oodlib.data.images import ImageSet
 
 __all__ = ["FIT", "ImagenetSource", "Opened", "Source", "TrainedSource", "find_source"]
 
 FIT = "fit"
-# split -> name in `oodlib.data.image_lists.PAPER_SETS`
-IMAGENET = {FIT: "imagenet-1k-train", "id": "imagenet-1k"} | {name: name for name in (
-    "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")}
+# of `oodlib.vits.imagenet`, whose import takes seconds
+IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", "unit_tests")
 UNIT_TESTS = "unit_tests"
-_N_UNIT, _CANVAS = 400, (375, 500)       # of each unit test, as in the original
-_N_UNIT_SMALL = 50                       # for 32-pixel models
+_N_UNIT = 50                             # pictures of each unit test for 32-pixel models
 _PIECE = 1 << 20
 
 
@@ -101,7 +97,7 @@ def find_source(pool: Path, store: Path, *, data: Path | None, weights: Path | N
         raise OodlibError(f"sweep: the pool {pool.stem} has no parameter {unknown[0]!r}. The pools trained here have "
                           "n_fit, n_test and n_ood; the ImageNet pools are judged on whole sets.")
     if known is None:
-        return ImagenetSource(data, weights, store, workers)
+        return ImagenetSource(data, weights, workers)
     from oodlib.vits.trained import BUDGETS
 
     budget = BUDGETS[known]
@@ -148,7 +144,7 @@ class TrainedSource:
             seen = len({c.cifar100_class for c in tiny_imagenet_classes()} - {"", *OVERLAPS})
             classes = {"cifar100-seen": seen, "cifar100-unseen": 100 - len(OVERLAPS) - seen}
         near = {split: self.n_ood * classes[split] for split in self.splits()[2:-1]}
-        return {FIT: self.n_fit, "id": self.n_test, **near, UNIT_TESTS: 17 * min(_N_UNIT_SMALL, self.n_test)}
+        return {FIT: self.n_fit, "id": self.n_test, **near, UNIT_TESTS: 17 * min(_N_UNIT, self.n_test)}
 
     def manifest(self, split: str) -> str:
         return json.loads((self._drawn() / "manifest.json").read_text(encoding="utf-8"))[split]
@@ -178,18 +174,23 @@ class TrainedSource:
 
     def _drawn(self) -> Path:
         """Folder of the image sets, drawn by the first process that asks for them."""
-        def draw(folder: Path) -> None:
-            import numpy as np
+        import numpy as np
+        from filelock import FileLock
 
-            from oodlib.vits.sets import pool_sets
+        from oodlib.vits.sets import pool_sets
 
-            sets = pool_sets(self.pool, n_fit=self.n_fit, n_test=self.n_test, n_ood=self.n_ood, n_unit=_N_UNIT_SMALL)
-            for split in self.splits():
-                np.save(folder / f"{split}.images.npy", sets[split].images)
-                np.save(folder / f"{split}.labels.npy", sets[split].labels)
-            write_json(folder / "manifest.json", {split: sets[split].fingerprint for split in self.splits()})
-
-        return _made_once(self.store / "images", self.settings(), draw)
+        key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        folder = self.store / "images" / key
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                sets = pool_sets(self.pool, n_fit=self.n_fit, n_test=self.n_test, n_ood=self.n_ood, n_unit=_N_UNIT)
+                with atomic_folder(folder) as temporary:
+                    for split in self.splits():
+                        np.save(temporary / f"{split}.images.npy", sets[split].images)
+                        np.save(temporary / f"{split}.labels.npy", sets[split].labels)
+                    write_json(temporary / "manifest.json", {split: sets[split].fingerprint for split in self.splits()})
+        return folder
 
 
 @dataclass(frozen=True)
@@ -207,23 +208,31 @@ class ImagenetSource:
     per_class: ClassVar[int] = 50
     data: Path | None
     models: Path | None
-    store: Path
     workers: int
 
     def splits(self) -> tuple[str, ...]:
-        return (*IMAGENET, UNIT_TESTS)
+        return IMAGENET
 
     def settings(self) -> dict[str, Any]:
-        return {"pool": "imagenet", "unit_tests": [_N_UNIT, *_CANVAS]}
+        return {"pool": "imagenet"}
 
     def counts(self) -> dict[str, int]:
         from oodlib.data.image_lists import PAPER_SETS
 
-        return {split: max(PAPER_SETS[name].counts.values()) for split, name in IMAGENET.items()} | {
-            UNIT_TESTS: 17 * _N_UNIT}
+        sets = {FIT: "imagenet-1k-train", "id": "imagenet-1k"}
+        found = {split: max(PAPER_SETS[sets.get(split, split)].counts.values()) for split in IMAGENET[:-1]}
+        return {**found, UNIT_TESTS: 17 * 400}
 
     def manifest(self, split: str) -> str:
-        return _manifest(self._listed("id" if split == UNIT_TESTS else split, None))
+        """Hash over paths, labels and sizes, not times: the same for every copy of the set."""
+        from oodlib.data.prepare import data_root
+        from oodlib.vits.imagenet import imagenet_split
+
+        images = imagenet_split(split, data_root(self.data))
+        digest = hashlib.sha256()
+        for path, label in zip(images.paths, images.labels, strict=True):
+            digest.update(f"{path} {label} {(images.root / path).stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def weights(self, row: PoolRow) -> str:
         from oodlib.vits.tagged import find_weights
@@ -237,53 +246,14 @@ class ImagenetSource:
         import timm
 
         from oodlib.data.image_lists import image_loader
+        from oodlib.data.prepare import data_root
+        from oodlib.vits.imagenet import imagenet_split
         from oodlib.vits.tagged import load_tagged
 
         model, transform = load_tagged(row, weights=self.models)
-        images = self._unit_tests(transform) if split == UNIT_TESTS else self._listed(split, transform)
+        images = imagenet_split(split, data_root(self.data), transform)
         return Opened(model, image_loader(images, workers=self.workers), repr(transform),
                       provenance={"network": row.network, "file": row.weights, "timm": timm.__version__})
-
-    def _listed(self, split: str, transform: Callable[[Any], Any] | None) -> ImageList:
-        """A set with the classes of its folders as labels: OpenOOD's lists say -1 for every OOD image."""
-        from oodlib.data.image_lists import PAPER_SETS, ImageList, open_paper_set
-        from oodlib.data.prepare import data_root
-
-        name = IMAGENET[split]
-        images = open_paper_set(name, data_root(self.data), transform=transform)
-        if (images.labels >= 0).all() or "/<" not in PAPER_SETS[name].tree:
-            return images
-        folders = [Path(path).parent.name for path in images.paths]
-        rank = {folder: i for i, folder in enumerate(sorted(set(folders)))}
-        rows = [(path, rank[folder]) for path, folder in zip(images.paths, folders, strict=True)]
-        return ImageList(images.root, rows, transform=transform, name=name)
-
-    def _unit_tests(self, transform: Callable[[Any], Any] | None) -> ImageList:
-        """All unit tests, drawn by the first process that asks for them; labels number the tests."""
-        from oodlib.data import unit_tests
-        from oodlib.data.image_lists import ImageList
-
-        ids = self._listed("id", None)
-
-        def draw(folder: Path) -> None:
-            import numpy as np
-            from PIL import Image
-
-            from oodlib.data.images import ImageSet
-
-            chosen = np.random.default_rng(0).permutation(len(ids))[:_N_UNIT]
-            pixels = [np.asarray(ids[i][0].resize(_CANVAS[::-1], Image.Resampling.BICUBIC)) for i in chosen]
-            shuffled = ImageSet("id", "sweep", np.stack(pixels).transpose(0, 3, 1, 2), ids.labels[chosen])
-            for name in unit_tests.UNIT_TESTS:
-                drawn = unit_tests.unit_test(name, n=len(chosen), size=None, canvas=_CANVAS, id_images=shuffled)
-                (folder / name).mkdir()
-                for i, image in enumerate(drawn.images):
-                    Image.fromarray(image.transpose(1, 2, 0)).save(folder / name / f"{i:03}.png")
-
-        root = _made_once(self.store / "images", {"unit_tests": _manifest(ids)}, draw)
-        rows = [(path.relative_to(root).as_posix(), label) for label, name in enumerate(unit_tests.UNIT_TESTS)
-                for path in sorted((root / name).iterdir())]
-        return ImageList(root, rows, transform=transform, name=UNIT_TESTS)
 
 
 @cache
@@ -294,27 +264,6 @@ def _training_code() -> str:
     graph = ModuleGraph(Path(__file__).resolve().parents[1])
     modules = sorted(graph.reachable(["from oodlib.vits import sets, trained"]))
     return hashlib.sha256(" ".join(sha256(graph.files[name]) for name in modules).encode()).hexdigest()
-
-
-def _made_once(parent: Path, content: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """``parent/<hash of content>``, filled by ``make`` where it is not there; whole or not at all."""
-    from filelock import FileLock
-
-    folder = parent / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            with atomic_folder(folder) as temporary:
-                make(temporary)
-    return folder
-
-
-def _manifest(images: ImageList) -> str:
-    """Hash over paths, labels and sizes, not times: the same for every copy of the set."""
-    digest = hashlib.sha256()
-    for path, label in zip(images.paths, images.labels, strict=True):
-        digest.update(f"{path} {label} {(images.root / path).stat().st_size}\n".encode())
-    return digest.hexdigest()
 
 
 def _sampled(path: Path) -> str:
