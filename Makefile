@@ -16,7 +16,7 @@ NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
 WORDS := $(sort $(foreach name,$(NAMES),$(wordlist 2,9,$(subst _, ,$(name)))))
 COMMANDS := reproduce test lab data report verify student docs lint doctor clean train-vit
 
-.PHONY: help setup train $(COMMANDS) $(NAMES) $(WORDS)
+.PHONY: help setup train sweep $(COMMANDS) $(NAMES) $(WORDS)
 
 help:
 	@$(PYTHON) -m oodlib --help
@@ -36,6 +36,10 @@ $(COMMANDS): $(STAMP)
 # NAME= says which checkpoint
 train: $(STAMP)
 	$(OODLIB) train $(OPTIONS) $(NAME)
+
+# POOL= says which table of data/pools
+sweep: $(STAMP)
+	$(OODLIB) sweep --pool $(POOL) $(OPTIONS)
 
 $(NAMES) $(WORDS): $(STAMP)
 	$(OODLIB) notebook $@ $(OPTIONS)
