@@ -20,6 +20,7 @@ from torch import nn
 
 from oodlib import FeatureBank, OodlibError, extract, metrics
 from oodlib.__main__ import main
+from oodlib.files import write_json
 from oodlib.project import root
 from oodlib.vits import imagenet, sources, sweep, tagged
 from oodlib.vits.imagenet import imagenet_split
@@ -140,6 +141,12 @@ def test_a_damaged_result_fails_its_table_alone(swept: list[Job]) -> None:
     assert make_table(job.folder, tuple(ROWS)) == "failed"
     assert collect(job.output, ["good"], tuple(ROWS)) is None
     assert "good/scores: OodlibError: FeatureBank.load" in describe(swept)
+
+
+def test_splits_of_two_networks_make_no_table(swept: list[Job]) -> None:
+    write_json(swept[2].sidecar, {**read_record(swept[2].sidecar), "weights": "others", "finished": 0})
+    assert make_table(swept[0].folder, tuple(ROWS)) == "failed"
+    assert "went through other weights" in describe(swept)
 
 
 def test_a_table_is_made_once_and_again_after_a_new_result(swept: list[Job]) -> None:

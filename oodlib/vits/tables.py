@@ -50,6 +50,8 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
             return "done"
         path.unlink(missing_ok=True)
         try:
+            if len({(record["weights"], record["transform"]) for record in records.values()}) > 1:
+                raise OodlibError(f"the splits went through other weights or transforms. Delete {folder}, run again.")
             summary = _score(folder, [split for split in records if split != FIT], records["id"]["accuracy"])
         except Exception as error:                                # one model's table never stops the others
             write_json(path, {"state": "failed", "key": key, "error": f"{type(error).__name__}: {error}"})
