@@ -196,7 +196,7 @@ def score_row(model: nn.Module, pool: str) -> tuple[Any, dict[str, Any]]:
 
     The table is that of `score_table` with three columns more, of the notebook on GradNorm: its score ``gradnorm`` and
     the factors ``gradnorm_u`` = -U and ``gradnorm_v`` = -V, larger = more OOD. The measures: accuracy on "id" in
-    [0, 1], `geometry`, and the correlation of norm and score on the unit tests.
+    [0, 1], `geometry`, and the correlation of norm and score on the unit tests (None where one is constant).
     """
     sets = _sets(pool)
     options: dict[str, Any] = {"mean": TASKS[pool].mean, "std": TASKS[pool].std, "device": "cpu", "progress": False}
@@ -206,7 +206,8 @@ def score_row(model: nn.Module, pool: str) -> tuple[Any, dict[str, Any]]:
     parts = [_gradnorm(bank) for bank in banks.values()]
     table = table.assign(**{key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
     measures = {"accuracy": float(banks["id"].accuracy), "geometry": geometry(fitted),
-                "norm_correlation": norm_correlation(fitted, banks["unit_tests"]),
+                "norm_correlation": {score: None if rho != rho else rho            # of a constant score: a zero head
+                                     for score, rho in norm_correlation(fitted, banks["unit_tests"]).items()},
                 "sets": {name: {"n": len(images), "fingerprint": images.fingerprint} for name, images in sets.items()}}
     return table, measures
 
