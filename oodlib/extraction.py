@@ -20,6 +20,7 @@ from tqdm import tqdm
 from oodlib.bank import FeatureBank, Head, check_head, to_numpy
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
+from oodlib.modes import eval_mode
 from oodlib.stores import DiskStore, MemoryStore
 from oodlib.training import normalise
 
@@ -273,36 +274,33 @@ def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | 
     parts: list[dict[str, np.ndarray]] = []
     done, waiting = start, 0
     head, head_name = Head(np.empty((0, 0)), np.empty(0)), None
-    was_training = model.training
-    model.eval().to(where)
+    model.to(where)
 
     def bank() -> FeatureBank:
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
         return FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
                            {layer: arrays[f"layer.{layer}"] for layer in layers})
 
-    try:
-        with tqdm(total=rows, initial=start, desc=title, unit="img", disable=None if progress else True) as bar:
-            for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
-                x = x.to(where, memory_format=torch.channels_last) if x.ndim == 4 else x.to(where)
-                if head_name is None:
-                    head_name = find_head(model, x[:2])
-                    head = _read_head(model.get_submodule(head_name))
-                with _Taps(model, head_name, layers) as taps, torch.inference_mode():
-                    values = {"logits": model(x), "features": taps.features, "labels": y,
-                              **{f"layer.{k}": v for k, v in taps.layers.items()}}
-                arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in values.items()}
-                check_head(head, arrays["features"], arrays["logits"], rows=16)
-                parts.append(arrays)
-                waiting += len(x)
-                bar.update(len(x))
-                if waiting >= shard_rows:
-                    yield bank()
-                    done, parts, waiting = done + waiting, [], 0
+    with eval_mode(model), tqdm(total=rows, initial=start, desc=title, unit="img",
+                                disable=None if progress else True) as bar:
+        for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
+            x = x.to(where, memory_format=torch.channels_last) if x.ndim == 4 else x.to(where)
+            if head_name is None:
+                head_name = find_head(model, x[:2])
+                head = _read_head(model.get_submodule(head_name))
+            with _Taps(model, head_name, layers) as taps, torch.inference_mode():
+                values = {"logits": model(x), "features": taps.features, "labels": y,
+                          **{f"layer.{k}": v for k, v in taps.layers.items()}}
+            arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in values.items()}
+            check_head(head, arrays["features"], arrays["logits"], rows=16)
+            parts.append(arrays)
+            waiting += len(x)
+            bar.update(len(x))
+            if waiting >= shard_rows:
+                yield bank()
+                done, parts, waiting = done + waiting, [], 0
         if parts:
             yield bank()
         if done + waiting != rows:
             raise OodlibError(f"extract: {title} announced {rows} rows but gave {done + waiting}. "
                               "Check the loader's length and drop_last.")
-    finally:
-        model.train(was_training)

@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from oodlib.errors import OodlibError
 from oodlib.layer_gradnorm import gradnorm_by_layer, parameter_groups
 from oodlib.layer_rules import layer_squares, squared, wide
-from oodlib.models.modes import eval_mode
+from oodlib.modes import eval_mode
 
 __all__ = ["Objective", "gradnorm_by_layer", "layer_gradient_norms", "parameter_groups"]
 

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from oodlib.errors import OodlibError
 from oodlib.layer_rules import wide
-from oodlib.models.modes import eval_mode
+from oodlib.modes import eval_mode
 from oodlib.scores.arrays import check_temperature
 
 __all__ = ["gradnorm_by_layer", "parameter_groups"]

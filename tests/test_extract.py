@@ -37,6 +37,14 @@ def test_bank_holds_what_the_model_computes(model, images):
     np.testing.assert_array_equal(bank.labels, images.labels)
 
 
+def test_every_part_of_the_model_keeps_its_mode(images):
+    model = FastConvNet(4, widths=(8, 8, 8)).train()
+    model.blocks.eval()                                     # frozen batch statistics
+    before = [module.training for module in model.modules()]
+    extract(model, images, **STATS, device="cpu")
+    assert [module.training for module in model.modules()] == before
+
+
 def test_head_of_features_is_the_logits(model, images):
     bank = extract(model, images, **STATS, device="cpu")
     np.testing.assert_allclose(bank.head(bank.features), bank.logits, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from torch.nn.functional import conv2d, pad
 
 from oodlib.errors import OodlibError
 from oodlib.extraction import find_head
-from oodlib.models.modes import eval_mode
+from oodlib.modes import eval_mode
 from oodlib.moments import stream_means
 
 __all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images",
