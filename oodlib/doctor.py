@@ -141,11 +141,12 @@ def _in_mirror(info: SetInfo, split: str, mirror: Path) -> bool:
 
 
 def _weights() -> list[str]:
+    """Files of weights, and folders: of flows, pools, and what a user keeps apart."""
     folders = [root() / "data" / "checkpoints", root() / "data" / "weights"]
     if os.environ.get("OODLIB_MIRROR"):
         folders.append(Path(os.environ["OODLIB_MIRROR"]) / "weights")
     return [path.name for folder in folders for path in sorted(folder.glob("*"))
-            if path.suffix in (".safetensors", ".th", ".tar", ".pth", ".npz")]
+            if path.is_dir() or path.suffix in (".safetensors", ".th", ".tar", ".pth", ".npz")]
 
 
 def _profiles(missing: list[str], memory: float) -> dict[str, str]:

@@ -82,6 +82,15 @@ def test_a_package_that_differs_from_the_lock_is_named(root: Path) -> None:
     assert "abc" not in problems
 
 
+def test_doctor_names_files_and_folders_of_weights(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OODLIB_MIRROR", raising=False)
+    folder = root / "data" / "checkpoints"
+    (folder / "toy_glow_s0").mkdir(parents=True)
+    for name in ("toy_s0.safetensors", "toy_s0.json"):
+        (folder / name).touch()
+    assert re.search(r"^weights +toy_glow_s0, toy_s0.safetensors$", doctor.describe()[0], re.MULTILINE)
+
+
 # the tests themselves may be running under make, whose settings a second make would take over
 OUTSIDE_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
