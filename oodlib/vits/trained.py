@@ -34,10 +34,11 @@ from oodlib.vits.networks import small_vit
 from oodlib.vits.pools import PoolRow
 from oodlib.vits.scores import geometry, norm_correlation, reference, score_table
 from oodlib.vits.sets import TASKS, pool_sets, training_images
+from oodlib.vits.soups import fill_greedily, fill_with_mean
 from oodlib.vits.training import VitRecipe, decay_integral, fit_vit
 
-__all__ = ["BUDGETS", "Budget", "Loaded", "finetune_recipe", "load_row", "made_row", "pool_of", "pretrain_recipe",
-           "pretrained_path", "score_row"]
+__all__ = ["BUDGETS", "Budget", "Loaded", "finetune_recipe", "is_made", "load_row", "made_folder", "made_row",
+           "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "row_folder", "score_row", "train_command"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Budget:
     n_ood: int                  # of each near-OOD class
 
 
-BUDGETS = {"embedded": Budget(100_000, 20_000, 5_000, 3_000, 1_000, 5),
+BUDGETS = {"embedded": Budget(100_000, 8_000, 5_000, 3_000, 1_000, 5),
            "cifar": Budget(180_000, 250_000, 40_000, 20_000, 1_200, 12)}
 HELD_OUT = 1000                 # last training images, which finetuning leaves out: greedy soups choose by them
 
@@ -97,13 +98,19 @@ def pretrained_path(row: PoolRow) -> Path:
     """Where the pretrained checkpoint of a row lies: shipped, else among what was trained here."""
     name = f"{row.checkpoint}.safetensors"
     shipped = root() / "data" / "checkpoints" / f"vits_{pool_of(row)}" / name
-    return shipped if shipped.exists() else _folder(row) / "pretrained" / name
+    return shipped if shipped.with_suffix(".json").exists() else _folder(row) / "pretrained" / name
 
 
 def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Path:
-    """Pretrain the checkpoint that a row starts from (resumable), unless it is there; returns its file."""
+    """Pretrain the checkpoint that a row starts from (resumable), unless it is there; returns its file.
+
+    OodlibError : the file is not the one its record describes
+    """
     path = pretrained_path(row)
-    if path.exists():
+    if path.with_suffix(".json").exists():
+        if not path.exists() or sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+            raise OodlibError(f"{path} is not the file its {path.stem}.json describes. Restore both, or delete both "
+                              f"and train again: {train_command(row)}")
         return path
     pool, recipe = pool_of(row), pretrain_recipe(row)
     mean, std = _statistics(pool)
@@ -122,8 +129,32 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
         "images": len(images), "classes": len(images.class_names), "fingerprint": images.fingerprint,
         "dtype": "float16", "history": history, "sha256": sha256(path), "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "command": _command(row)})
+        "command": train_command(row)})
     return path
+
+
+def made_folder(row: PoolRow) -> Path:
+    """Where `made_row` writes: ``data/training/vits_<pool>/<row>``."""
+    return _folder(row) / row.name
+
+
+def is_made(row: PoolRow, folder: Path | None = None) -> bool:
+    """Whether the folder (default: `made_folder`) holds this row, finished, made by the recipe of today."""
+    try:
+        record = json.loads(((folder or made_folder(row)) / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    recipe = asdict(finetune_recipe(row)) if row.role in ("", "member") else None
+    return record.get("row") == asdict(row) and record.get("recipe") == recipe
+
+
+def row_folder(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()) -> Path:
+    """Folder of a finished row. Arguments and errors as of `load_row`, without a look at the weights."""
+    if pool_of(row) == "embedded":
+        return _live(row, device, rows)
+    if not is_made(row):
+        raise OodlibError(f"{row.name} is not trained yet: {train_command(row)}")
+    return made_folder(row)
 
 
 def load_row(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()) -> Loaded:
@@ -135,14 +166,11 @@ def load_row(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()
     ------
     OodlibError : a row of neither small pool, not trained yet, a damaged file
     """
-    pool = pool_of(row)
-    folder = _live(row, device, rows) if pool == "embedded" else _folder(row) / row.name
-    if not (folder / "run.json").exists():
-        raise OodlibError(f"{row.name} is not trained yet: {_command(row)}")
+    pool, folder = pool_of(row), row_folder(row, device=device, rows=rows)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if sha256(folder / "model.safetensors") != record["sha256"]:
         raise OodlibError(f"{folder / 'model.safetensors'} is not the file its run.json describes. Delete the folder "
-                          f"and train again: {_command(row)}")
+                          f"and train again: {train_command(row)}")
     model = small_vit(row.network, _classes(pool), head=row.head)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return Loaded(model.eval(), TASKS[pool].mean, TASKS[pool].std, record)
@@ -155,8 +183,8 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
     rows : of the pool; a soup's members are those of role "member" with its checkpoint
     folder : instead of ``data/training/vits_<pool>/<row>``
     """
-    folder = folder or _folder(row) / row.name
-    if _is_made(row, folder):
+    folder = folder or made_folder(row)
+    if is_made(row, folder):
         return folder
     pool, task = pool_of(row), TASKS[pool_of(row)]
     images = training_images(pool, task.id_set)
@@ -187,7 +215,7 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
             "held_out_accuracy": evaluate(model, pixels[-HELD_OUT:], labels[-HELD_OUT:], *_statistics(pool)),
             "decay_integral": decay_integral(pretrain_recipe(row)), "torch": torch.__version__,
             "sha256": sha256(temporary / "model.safetensors"), "threads": torch.get_num_threads(),
-            "command": _command(row)})
+            "command": train_command(row)})
     return folder
 
 
@@ -226,38 +254,22 @@ def _sets(pool: str) -> dict[str, ImageSet]:
 
 def _soup(model: nn.Module, row: PoolRow, members: Sequence[PoolRow],
           held_out: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Give ``model`` the mean weights of its members: all ("soup-uniform"), or greedily those that do not harm.
-
-    Greedy: in the order of their accuracy on held-out training images, a member stays if the mean with it is not worse.
-
-    References
-    ----------
-    Wortsman et al., ICML 2022, arXiv 2203.05482, section 2
-    """
+    """Give ``model`` the mean weights of its members: all ("soup-uniform"), or greedily those that do not harm."""
     if not members:
         raise OodlibError(f"{row.name}: a soup needs rows of role member with the checkpoint {row.checkpoint}.")
-    folders = {m.name: _folder(m) / m.name for m in members}
-    missing = [name for name, folder in folders.items() if not (folder / "run.json").exists()]
+    folders = {member.name: made_folder(member) for member in members}
+    missing = [member.name for member in members if not is_made(member)]
     if missing:
         raise OodlibError(f"{row.name}: its members {', '.join(missing)} are not trained yet.")
     states = {name: load_file(folder / "model.safetensors") for name, folder in folders.items()}
     accuracy = {name: json.loads((folder / "run.json").read_text())["held_out_accuracy"]
                 for name, folder in folders.items()}
-    order = sorted(states, key=lambda name: -accuracy[name])
-    chosen, best = (order, 0.0) if row.role == "soup-uniform" else ([order[0]], accuracy[order[0]])
-    for name in order[1:] if row.role == "soup-greedy" else ():
-        _fill_with_mean(model, [states[n] for n in [*chosen, name]])
-        found = evaluate(model, *held_out, *_statistics(pool_of(row)))
-        if found >= best:
-            chosen, best = [*chosen, name], found
-    _fill_with_mean(model, [states[n] for n in chosen])
+    if row.role == "soup-greedy":
+        return {"members": fill_greedily(model, states, accuracy,
+                                         lambda m: evaluate(m, *held_out, *_statistics(pool_of(row))))}
+    chosen = sorted(states, key=lambda name: -accuracy[name])
+    fill_with_mean(model, [states[name] for name in chosen])
     return {"members": chosen}
-
-
-def _fill_with_mean(model: nn.Module, states: list[dict[str, Tensor]]) -> None:
-    first = states[0]
-    model.load_state_dict({k: torch.stack([s[k] for s in states]).mean(0) if v.is_floating_point() else v
-                           for k, v in first.items()})
 
 
 def _live(row: PoolRow, device: str, rows: Sequence[PoolRow]) -> Path:
@@ -274,15 +286,6 @@ def _code() -> Iterator[str]:
     return (sha256(here / name) for name in ("networks.py", "training.py", "scores.py", "sets.py", "trained.py"))
 
 
-def _is_made(row: PoolRow, folder: Path) -> bool:
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    recipe = asdict(finetune_recipe(row)) if row.role in ("", "member") else None
-    return record.get("row") == asdict(row) and record.get("recipe") == recipe
-
-
 def _folder(row: PoolRow) -> Path:
     return root() / "data" / "training" / f"vits_{pool_of(row)}"
 
@@ -295,7 +298,8 @@ def _statistics(pool: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(TASKS[pool].mean), torch.tensor(TASKS[pool].std)
 
 
-def _command(row: PoolRow) -> str:
+def train_command(row: PoolRow) -> str:
+    """The command that trains a row."""
     return f"python -m oodlib train-vit --pool {pool_of(row)} --models {row.name}"
 
 
