@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,24 +27,16 @@ pytestmark = [
 ]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+@contextlib.contextmanager
+def one_node_slurm(folder: Path) -> Iterator[dict[str, str]]:
+    """A cluster of this machine alone, without accounting; everything it writes lies in ``folder``.
 
-
-def _answers(*command: str) -> bool:
-    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """One node with the cores of this machine, without accounting; everything it writes lies in the test's folder."""
-    monkeypatch.setenv("PATH", SEARCHED)
+    Yields the environment in which SLURM's commands find it.
+    """
     host = socket.gethostname().partition(".")[0]
-    home, munge = tmp_path / "slurm", tmp_path / "munge"
-    for folder in (home / "state", home / "spool", munge):
-        folder.mkdir(parents=True)
+    home, munge = folder / "slurm", folder / "munge"
+    for path in (home / "state", home / "spool", munge):
+        path.mkdir(parents=True)
     key, sock = munge / "key", munge / "socket"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
@@ -55,40 +47,62 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         f"StateSaveLocation={home}/state", f"SlurmdSpoolDir={home}/spool", f"SlurmctldPidFile={home}/ctld.pid",
         f"SlurmdPidFile={home}/slurmd.pid", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none",
         "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
-        "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core", "MinJobAge=10", "KillWait=2",
+        "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
         f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
         "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""]))
-    monkeypatch.setenv("SLURM_CONF", str(home / "slurm.conf"))
+    environment = {"PATH": SEARCHED, "SLURM_CONF": str(home / "slurm.conf")}
     # --force: a temporary folder that others may not look into will do
     commands = (["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={sock}",
                  f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"],
                 ["slurmctld", "-D", "-i"], ["slurmd", "-D"])
-    running: list[subprocess.Popen[bytes]] = []
-    logs = tmp_path / "daemons.log"
+    everything, running = {**os.environ, **environment}, []
     try:
-        with open(logs, "wb") as log:
+        with open(folder / "daemons.log", "wb") as log:
             for command in commands:
-                running.append(subprocess.Popen(command, stdout=log, stderr=log))
-                for _ in range(50):
-                    if command[0] != "munged" or sock.exists():
-                        break
-                    time.sleep(0.1)
-        for _ in range(100):
-            if _answers("srun", "--immediate=1", "true"):
-                break
-            time.sleep(0.2)
-        else:
-            pytest.skip(f"SLURM's daemons do not work here: {logs.read_text(errors='replace')[-1500:]}")
-        yield tmp_path
+                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=everything))
+                _wait(sock.exists, seconds=5)
+        srun = ["srun", "--immediate=1", "true"]
+        _wait(lambda: subprocess.run(srun, capture_output=True, env=everything).returncode == 0, seconds=20)
+        yield environment
     finally:
-        subprocess.run(["scancel", "--user=root", "--signal=KILL"], capture_output=True)
+        subprocess.run(["scancel", "--user=root"], capture_output=True, env=everything)
+        squeue = ["squeue", "--noheader"]                    # daemons that go first would leave their jobs behind
+        with contextlib.suppress(TimeoutError):
+            _wait(lambda: not subprocess.run(squeue, capture_output=True, env=everything).stdout, seconds=20)
         for process in reversed(running):
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _wait(condition: Callable[[], bool], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            environment = stack.enter_context(one_node_slurm(tmp_path))
+        except TimeoutError:
+            log = (tmp_path / "daemons.log").read_text(errors="replace")
+            pytest.skip(f"SLURM's daemons do not work here: {log[-1500:]}")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield tmp_path
 
 
 def test_a_rerun_on_slurm_does_only_what_was_killed_or_failed(cluster: Path, monkeypatch: pytest.MonkeyPatch,

@@ -136,14 +136,14 @@ class TrainedSource:
     def counts(self) -> dict[str, int]:
         from oodlib.data import EMBEDDED
         from oodlib.data.protocol import tiny_imagenet_classes
-        from oodlib.vits.sets import OVERLAPS
+        from oodlib.vits.sets import NEAR, OVERLAPS
 
         if self.pool == "embedded":
-            classes = {name: info.classes for name, info in EMBEDDED.items()}
+            classes = {name: EMBEDDED[name].classes for name in NEAR["embedded"]}
         else:
             seen = len({c.cifar100_class for c in tiny_imagenet_classes()} - {"", *OVERLAPS})
             classes = {"cifar100-seen": seen, "cifar100-unseen": 100 - len(OVERLAPS) - seen}
-        near = {split: self.n_ood * classes[split] for split in self.splits()[2:-1]}
+        near = {name: self.n_ood * n for name, n in classes.items()}
         return {FIT: self.n_fit, "id": self.n_test, **near, UNIT_TESTS: 17 * min(_N_UNIT, self.n_test)}
 
     def manifest(self, split: str) -> str:
