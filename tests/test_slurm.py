@@ -105,6 +105,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
+@pytest.mark.slow
 def test_a_rerun_on_slurm_does_only_what_was_killed_or_failed(cluster: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit", reason="needs submitit (pip install 'oodlib[sweep]')")

@@ -40,6 +40,7 @@ def children_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["local", "submitit-local"])
 def test_a_rerun_does_only_what_was_killed_or_failed(where: str, tmp_path: Path, children_find_the_tests: None,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
