@@ -130,9 +130,14 @@ def train(given: argparse.Namespace) -> int:
 
 
 def train_vit(given: argparse.Namespace) -> int:
+    pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
+    if given.ship:
+        from oodlib.vits.stored import ship
+
+        print(ship(pool))
+        return 0
     from oodlib.vits.workers import train_pool
 
-    pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
     done = train_pool(pool, models=given.models, jobs=max(1, given.jobs), device=given.device or "cpu")
     print(f"{len(done)} models of the pool {pool} are trained and scored.")
     return 0
@@ -275,6 +280,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--pool", help="embedded, cifar, or a table of such rows")
             command.add_argument("--models", default="*", help="only rows whose name matches this pattern")
             command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+            command.add_argument("--ship", action="store_true",
+                                 help="train nothing; pack what is finished into data/checkpoints")
         if name == "notebook":
             command.add_argument("--output", type=Path, help="folder instead of figures/")
         if name == "verify":
