@@ -11,14 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from oodlib import metrics
+from oodlib.report import Run, judge
 from oodlib.scores import Detector, create
 
 if TYPE_CHECKING:
-    from oodlib.report import Run
     from oodlib.testbed import Testbed
 
-__all__ = ["AVERAGE", "METRICS", "Scores", "font_control", "interval", "judged", "mean_metric", "record", "score",
-           "wide_table"]
+__all__ = ["AVERAGE", "METRICS", "Scores", "font_control", "interval", "judge_each", "judged", "mean_metric", "record",
+           "score", "wide_table"]
 
 Scores = Mapping[str, NDArray[np.float64]]      # "id" and each OOD set -> (n,)
 AVERAGE = "average"                             # unweighted mean over the OOD sets, not pooled
@@ -136,3 +136,28 @@ def interval(methods: Mapping[str, Mapping[str, Scores]], statistic: Callable[[d
     draws = statistic({m: np.mean([r[m][1] for r in per_network], axis=0) for m in names})
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(value), float(low), float(high)
+
+
+def judge_each(run: Run, claim: str, found: Sequence[float], each: Mapping[str, Sequence[float]], *, n: int,
+               detail: str = "") -> list[dict[str, str]]:
+    """Judge a claim over all networks, print the verdict, and judge each network alone by the same rule.
+
+    Parameters
+    ----------
+    claim : "opnp/C1"
+    found, each : (value, low, high), over all networks and of each of them
+    n, detail : as `Run.claim` takes them
+
+    Returns
+    -------
+    one row a network: claim ("C1"), network, measured (value and interval), unit, verdict
+    """
+    def numbers(x: Sequence[float]) -> str:
+        return f"{rule.show(x[0])} [{rule.show(x[1])}, {rule.show(x[2])}]"
+
+    value, low, high = found
+    verdict = run.claim(claim, value=value, low=low, high=high, n=n, network=", ".join(each), detail=detail)
+    rule, name = verdict.claim, claim.split("/")[-1]
+    print(f"{name}: {numbers(found)} {rule.unit}  ->  {verdict.verdict}")
+    return [{"claim": name, "network": network, "measured": numbers(x), "unit": rule.unit,
+             "verdict": judge(rule, run.profile, x[0], x[1], x[2], n).verdict} for network, x in each.items()]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from oodlib.errors import OodlibError
+from oodlib.evaluation import judge_each
 from oodlib.project import STAMP
 from oodlib.report import Run
 from oodlib.report.build import build_report, collect, verdict_lines
@@ -91,6 +92,18 @@ def test_a_forgotten_claim_is_an_error_in_a_headless_run(root: Path, monkeypatch
         run.finish()
     with pytest.raises(OodlibError, match="no claim 'toy/C9'"):
         run.claim("toy/C9", value=1.0)
+
+
+def test_a_claim_is_judged_over_all_networks_and_on_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run("01_toy", profile="laptop", seed=0)
+    each = {"good": (0.9, 0.8, 0.95), "bad": (0.3, 0.2, 0.4)}
+    rows = judge_each(run, "toy/C1", (0.6, 0.45, 0.7), each, n=10, detail="mean")
+    assert [(r["claim"], r["network"], r["measured"], r["unit"], r["verdict"]) for r in rows] == [
+        ("C1", "good", "90.00 [80.00, 95.00]", "percent", "trend holds"),
+        ("C1", "bad", "30.00 [20.00, 40.00]", "percent", "trend absent")]
+    verdict = run.verdicts["toy/C1"]
+    assert (verdict.verdict, verdict.network, verdict.detail) == ("inconclusive", "good, bad", "mean")
+    assert capsys.readouterr().out == "C1: 60.00 [45.00, 70.00] percent  ->  inconclusive\n"
 
 
 def test_by_hand_a_cell_may_be_left_out(root: Path) -> None:
