@@ -151,21 +151,22 @@ def sweep(given: argparse.Namespace) -> int:
 
     pool = find_pool(given.pool).resolve()
     output = (given.output or root() / "data" / "sweeps" / pool.stem).resolve()
-    sizes = {name: int(value) for name, value in given.parameter or []}
-    source = find_source(pool, output, data=given.data_root, weights=given.weights, sizes=sizes, workers=given.cpus)
+    source = find_source(pool, output, data=given.data_root, weights=given.weights, workers=given.cpus or 8,
+                         sizes=dict(given.parameter or []))
+    cpus = given.cpus or (8 if source.files else 1)
     jobs = make_jobs(chosen(pool, given.models), source, output, all_features=given.all_features,
                      device=given.device or "auto")
     if given.dry_run:
         from oodlib.vits.plan import describe_plan
 
-        print(describe_plan(jobs, tflops=given.tflops, cpus=given.cpus))
+        print(describe_plan(jobs, tflops=given.tflops, cpus=cpus))
         return 0
     if given.status:
         print(describe(jobs))
         return 0
     from oodlib.vits.launch import Resources, run_sweep
 
-    resources = Resources(given.jobs or (64 if given.where == "slurm" else 1), given.timeout, given.cpus,
+    resources = Resources(given.jobs or (64 if given.where == "slurm" else 1), given.timeout, cpus,
                           int(source.files) if given.gpus is None else given.gpus, given.partition,
                           dict(given.slurm or []))
     return run_sweep(jobs, output, given.where, resources, shard=given.shard)
@@ -300,7 +301,8 @@ def _sweep_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--where", default="local", choices=("local", "slurm", "submitit-local"))
     command.add_argument("--jobs", type=int, metavar="N", help="jobs at a time; default 1, on SLURM 64")
     command.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts")
-    command.add_argument("--cpus", type=int, default=8, metavar="N", help="cores (and image decoders) of a job")
+    command.add_argument("--cpus", type=int, metavar="N",
+                         help="cores (and image decoders) of a job; default 8 for ImageNet, else 1")
     command.add_argument("--gpus", type=int, metavar="N", help="of a SLURM job; default 1 for ImageNet, else none")
     command.add_argument("--timeout", type=int, default=1440, metavar="MIN", help="longest time of a job; default 1440")
     command.add_argument("--partition", default="", help="of SLURM")

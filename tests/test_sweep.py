@@ -16,6 +16,7 @@ import pytest
 import sweep_pool
 from PIL import Image
 from sweep_pool import ROWS, TinySource, check_scenario, tiny_jobs
+from test_cli import OUTSIDE_MAKE
 from torch import nn
 
 from oodlib import FeatureBank, OodlibError, extract, metrics
@@ -293,6 +294,20 @@ def test_without_submitit_the_error_says_how_to_get_it(tmp_path: Path, monkeypat
         run_submitit([], tmp_path, "slurm", Resources(), print)
 
 
+def test_without_slurm_the_error_says_where_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="needs submitit (pip install 'oodlib[sweep]')")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(OodlibError, match="no sbatch"):
+        run_submitit([], tmp_path, "slurm", Resources(), print)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_sweep_is_one_call() -> None:
+    shown = subprocess.run(["make", "-n", "-o", ".venv/.installed", "sweep", "POOL=imagenet", "ARGS=--dry-run"],
+                           cwd=root(), env=OUTSIDE_MAKE, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [".venv/bin/python", "-m", "oodlib", "sweep", "--pool", "imagenet", "--dry-run"]
+
+
 def test_an_array_is_no_larger_than_the_site_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Executor:
         def __init__(self) -> None:
@@ -318,8 +333,10 @@ def test_an_array_is_no_larger_than_the_site_allows(tmp_path: Path, monkeypatch:
 def test_the_source_follows_from_the_name_of_the_pool(tmp_path: Path) -> None:
     options = {"data": None, "weights": None, "workers": 1, "sizes": {}}
     assert isinstance(find_source(Path("imagenet_timm.csv"), tmp_path, **options), ImagenetSource)
-    cifar = find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_test": 7}}))
+    cifar = find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_test": "7"}}))
     assert isinstance(cifar, TrainedSource) and cifar.n_test == 7 and cifar.n_fit > 7
+    with pytest.raises(OodlibError, match="n_ood must be a number of images, got 'few'"):
+        find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_ood": "few"}}))
 
 
 def test_a_sweep_that_is_done_starts_nothing(swept: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -147,8 +148,9 @@ def run_submitit(jobs: Sequence[Job], output: Path, where: str, resources: Resou
         raise OodlibError("sweep: SLURM needs submitit. Install it: pip install 'oodlib[sweep]' (or pip install "
                           "submitit).") from error
     cluster = "slurm" if where == "slurm" else "local"
-    if cluster == "slurm" and not submitit.SlurmExecutor.affinity():
-        raise OodlibError("sweep: there is no SLURM here (no srun). Start it where sbatch works, or --where local.")
+    if cluster == "slurm" and shutil.which("sbatch") is None:
+        raise OodlibError("sweep: there is no SLURM here (no sbatch). Start it on a machine of the cluster, or with "
+                          "--where local.")
     executor = submitit.AutoExecutor(folder=output / "logs" / "%j", cluster=cluster, slurm_max_num_timeout=0)
     executor.update_parameters(name="oodlib-sweep", timeout_min=resources.timeout, cpus_per_task=resources.cpus,
                                **({"gpus_per_node": resources.gpus} if resources.gpus else {}))

@@ -85,24 +85,29 @@ class Source(Protocol):
 
 
 def find_source(pool: Path, store: Path, *, data: Path | None, weights: Path | None, workers: int,
-                sizes: dict[str, int]) -> Source:
+                sizes: dict[str, str]) -> Source:
     """The source of a pool: files called ``embedded*`` and ``cifar*`` are of models trained here, others of ImageNet's.
 
     ``store`` : folder for images that are drawn once for all models
-    ``sizes`` : ``n_fit``, ``n_test``, ``n_ood`` of the pools that are trained here, where not as in the study
+    ``sizes`` : ``n_fit``, ``n_test``, ``n_ood`` of the pools that are trained here, as typed, where not as in the study
+
+    OodlibError: another name, or no whole number.
     """
     known = next((name for name in ("embedded", "cifar") if pool.stem.startswith(name)), None)
     unknown = sorted(set(sizes) - ({"n_fit", "n_test", "n_ood"} if known else set()))
     if unknown:
         raise OodlibError(f"sweep: the pool {pool.stem} has no parameter {unknown[0]!r}. The pools trained here have "
                           "n_fit, n_test and n_ood; the ImageNet pools are judged on whole sets.")
+    wrong = next((name for name, text in sizes.items() if not text.isdigit()), None)
+    if wrong:
+        raise OodlibError(f"sweep: {wrong} must be a number of images, got {sizes[wrong]!r}.")
     if known is None:
         return ImagenetSource(data, weights, workers)
     from oodlib.vits.trained import BUDGETS
 
     budget = BUDGETS[known]
     return TrainedSource(known, pool, store, **{"n_fit": budget.n_fit, "n_test": budget.n_test, "n_ood": budget.n_ood,
-                                                **sizes})
+                                                **{name: int(text) for name, text in sizes.items()}})
 
 
 @dataclass(frozen=True)
