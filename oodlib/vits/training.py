@@ -32,9 +32,10 @@ __all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
 
 SAVE_EVERY = 30.0                                              # seconds between two states to resume from
 Objective = Literal["sigmoid", "softmax", "cosine"]
-# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude)
+# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); its light0, of magnitude 0, is left
+# out: there timm's posterize keeps no bit, which Pillow refuses
 AUGMENTATIONS: dict[str, tuple[float, int, int]] = {
-    "none": (0.0, 0, 0), "light0": (0.0, 2, 0), "light1": (0.2, 2, 10), "medium1": (0.2, 2, 15),
+    "none": (0.0, 0, 0), "light1": (0.2, 2, 10), "medium1": (0.2, 2, 15),
     "medium2": (0.5, 2, 15), "strong1": (0.5, 2, 20), "strong2": (0.8, 2, 20)}
 
 
