@@ -21,7 +21,7 @@ from oodlib.errors import OodlibError
 __all__ = ["NEAR", "OVERLAPS", "TASKS", "Task", "assert_never_trained_on", "pool_sets", "training_images"]
 
 OVERLAPS = ("bus", "pickup_truck")      # automobile and truck of CIFAR-10, by its search terms
-N_VAL = 200                             # images for choices, ID and OOD
+N_VAL = 150                             # images for choices, ID and OOD
 NEAR = {"embedded": ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math"),
         "cifar": ("cifar100-seen", "cifar100-unseen")}
 
@@ -63,7 +63,7 @@ def training_images(pool: str, name: str) -> ImageSet:
     return load(name, "train").resized(32)
 
 
-def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 40,
+def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 30,
               seed: int = 0) -> dict[str, ImageSet]:
     """The sets that every model of a pool is scored on, 32 x 32 RGB.
 

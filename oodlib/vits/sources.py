@@ -28,7 +28,7 @@ FIT = "fit"
 # of `oodlib.vits.imagenet`, whose import takes seconds
 IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", "unit_tests")
 UNIT_TESTS = "unit_tests"
-_N_UNIT = 50                             # pictures of each unit test for 32-pixel models
+_N_UNIT = 30                             # pictures of each unit test for 32-pixel models
 _PIECE = 1 << 20
 
 

@@ -53,8 +53,8 @@ class Budget:
     n_ood: int                  # of each near-OOD class
 
 
-BUDGETS = {"embedded": Budget(100_000, 8_000, 5_000, 3_000, 1_000, 5),
-           "cifar": Budget(180_000, 250_000, 40_000, 20_000, 1_200, 12)}
+BUDGETS = {"embedded": Budget(100_000, 8_000, 4_000, 3_000, 800, 3),
+           "cifar": Budget(180_000, 150_000, 40_000, 20_000, 1_000, 10)}
 HELD_OUT = 1000                 # last training images, which finetuning leaves out: greedy soups choose by them
 
 
@@ -120,16 +120,17 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
     if recipe.objective == "sigmoid":
         nn.init.constant_(_head(model).bias, -math.log(len(images.class_names)))   # every class starts at its frequency
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(np.array(images.labels))
-    history = fit_vit(model, pixels, labels, recipe, seed=row.seed, checkpoint=path.with_suffix(".resume"),
-                      device=pick_device(device), progress=progress, title=row.checkpoint, mean=mean, std=std)
+    resume = path.with_suffix(".resume")
+    history = fit_vit(model, pixels, labels, recipe, seed=row.seed, checkpoint=resume, device=pick_device(device),
+                      progress=progress, title=row.checkpoint, mean=mean, std=std)
     with atomic_path(path) as temporary:
         save_file(to_half(_without_head(model)), temporary)
     write_json(path.with_suffix(".json"), {
         "checkpoint": row.checkpoint, "recipe": asdict(recipe), "decay_integral": decay_integral(recipe),
         "images": len(images), "classes": len(images.class_names), "fingerprint": images.fingerprint,
         "dtype": "float16", "history": history, "sha256": sha256(path), "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "command": train_command(row)})
+        "threads": torch.get_num_threads(), "command": train_command(row)})
+    resume.unlink()
     return path
 
 
@@ -190,6 +191,7 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
     images = training_images(pool, task.id_set)
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(np.array(images.labels))
     model, extra = small_vit(row.network, _classes(pool), head=row.head), {}
+    resume = _folder(row) / "resume" / row.name
     start = to_single(load_file(pretrain(row, device=device, progress=progress)))
     model.load_state_dict(start, strict=False)
     nn.init.zeros_(_head(model).weight)
@@ -199,7 +201,6 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
         extra = _soup(model, row, [r for r in rows if r.role == "member" and r.checkpoint == row.checkpoint], held_out)
     elif row.role != "pretrained":
         recipe, (mean, std) = finetune_recipe(row), _statistics(pool)
-        resume = _folder(row) / "resume" / row.name
         order = row.name if row.role == "member" else ""     # cells are compared on the same order of images
         extra["history"] = fit_vit(model, pixels[:-HELD_OUT], labels[:-HELD_OUT], recipe, mean=mean, std=std,
                                    seed=hash_seed(row.seed, crc32(order.encode())), checkpoint=resume,
@@ -216,6 +217,7 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
             "decay_integral": decay_integral(pretrain_recipe(row)), "torch": torch.__version__,
             "sha256": sha256(temporary / "model.safetensors"), "threads": torch.get_num_threads(),
             "command": train_command(row)})
+    resume.unlink(missing_ok=True)
     return folder
 
 

@@ -107,7 +107,7 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
     images, labels : (n, c, h, w) uint8 and (n,) int64, on the CPU
     mean, std : (c,), in units of pixel / 255
     seed : of order, augmentation, dropout and class codes; initialise the weights yourself
-    checkpoint : file of this run alone, removed when it is done
+    checkpoint : file of this run alone; to be deleted by who has stored the result
 
     Raises
     ------
@@ -161,15 +161,13 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
                 history.append({"step": step, "loss": float(np.mean(losses)),
                                 "seconds": seconds + time.monotonic() - started})
                 losses = []
-            if checkpoint and time.monotonic() - saved > SAVE_EVERY:
+            if checkpoint and (step == recipe.steps or time.monotonic() - saved > SAVE_EVERY):
                 saved = time.monotonic()
                 with atomic_path(checkpoint) as temporary:
                     torch.save({"key": key, "model": model.state_dict(), "codes": codes.state_dict(), "step": step,
                                 "optimiser": optimiser.state_dict(), "history": history, "losses": losses,
                                 "seconds": seconds + saved - started}, temporary)
     bar.close()
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
     model.eval()
     return history
 
