@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import re
 import sys
@@ -21,9 +23,11 @@ from oodlib.data.image_lists import SUFFIXES, ImageList
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
 
-__all__ = ["FEATURE_SUFFIXES", "ClassCheck", "FeatureFile", "check_classes", "load_network", "open_images"]
+__all__ = ["FEATURE_SUFFIXES", "UNREADABLE", "ClassCheck", "EveryImage", "FeatureFile", "check_classes", "load_network",
+           "open_images"]
 
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
+UNREADABLE = int(np.iinfo(np.int64).min)                   # label of an image that does not decode
 Transform = Callable[[Any], Any]
 _OWN: set[str] = set()                                     # modules that were loaded from a user's file
 
@@ -138,6 +142,32 @@ def open_images(path: str | Path, transform: Transform) -> ImageList:
         raise OodlibError(f"score: {path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with "
                           "one path per line.") from error
     return ImageList(path.parent, [_list_row(path.parent, line) for line in lines], transform=transform, name=path.stem)
+
+
+class EveryImage(ImageList):
+    """The same images, for a pass that must not stop at a damaged file: another image of the list stands in for it.
+
+    Its label is `UNREADABLE`, so that nothing made of the stand-in is used. OodlibError: no image decodes.
+    """
+
+    def __init__(self, images: ImageList):
+        rows = list(zip(images.paths, images.labels.tolist(), strict=True))
+        super().__init__(images.root, rows, transform=images.transform, name=images.name)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            picture, label = self.picture(index), int(self.labels[index])
+        except OodlibError:
+            picture, label = self._stand_in, UNREADABLE
+        return (picture if self.transform is None else self.transform(picture)), label
+
+    @functools.cached_property
+    def _stand_in(self) -> Any:
+        for index in range(len(self)):
+            with contextlib.suppress(OodlibError):
+                return self.picture(index)
+        raise OodlibError(f"score: none of the {len(self)} images of {self.name} can be decoded. Check the folder, or "
+                          "copy the images again.")
 
 
 def _list_row(folder: Path, line: str) -> tuple[str, int]:

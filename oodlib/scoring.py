@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,21 @@ import numpy as np
 from torch import nn
 
 from oodlib.bank import FeatureBank
-from oodlib.data.image_lists import image_loader
+from oodlib.data.image_lists import ImageList, image_loader
 from oodlib.errors import OodlibError
 from oodlib.extraction import extract, pick_device, stream, weights_hash
 from oodlib.files import sha256, write_json
 from oodlib.metrics import threshold
-from oodlib.own import FEATURE_SUFFIXES, FeatureFile, Transform, check_classes, load_network, open_images
+from oodlib.own import (
+    FEATURE_SUFFIXES,
+    UNREADABLE,
+    EveryImage,
+    FeatureFile,
+    Transform,
+    check_classes,
+    load_network,
+    open_images,
+)
 from oodlib.project import root
 from oodlib.scores import Detector, create, load_detector, names
 
@@ -45,19 +55,21 @@ class Images:
     def __len__(self) -> int:
         return len(self.list)
 
-    def _loader(self) -> Any:
-        return image_loader(self.list, batch_size=self.given.batch_size, workers=self.given.workers)
+    def _loader(self, images: ImageList) -> Any:
+        return image_loader(images, batch_size=self.given.batch_size, workers=self.given.workers)
 
     def bank(self) -> FeatureBank:
         """All of it from one pass; a finished one is read from the cache, an interrupted one goes on."""
         with _plain_errors(Exception):
-            return extract(self.model, self._loader(), cache=self.given.cache or root() / "data" / "cache" / "banks",
-                           shard_rows=SHARD, device=self.given.device,
+            return extract(self.model, self._loader(self.list), shard_rows=SHARD, device=self.given.device,
+                           cache=self.given.cache or root() / "data" / "cache" / "banks",
                            model_name="".join(c if c.isalnum() or c in "._-" else "-" for c in self.given.model))
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        """Image by image; the label of one that does not decode is `UNREADABLE`."""
         with _plain_errors(Exception):
-            yield from stream(self.model, self._loader(), start=start, shard_rows=rows, device=self.given.device)
+            yield from stream(self.model, self._loader(EveryImage(self.list)), start=start, shard_rows=rows,
+                              device=self.given.device)
 
     def names(self, start: int, stop: int) -> list[str]:
         return [str(self.list.root / path) for path in self.list.paths[start:stop]]
@@ -91,8 +103,10 @@ def _plain_errors(kind: type[Exception]) -> Iterator[None]:
 
 
 def write_scores(source: Images | FeatureFile, detector: Detector, limit: float | None, output: str | Path, *,
-                 made_by: str) -> tuple[int, int]:
+                 made_by: str) -> tuple[int, Counter[str]]:
     """Score the rows of ``source`` shard by shard into a CSV file: path, score, decision.
+
+    An image that does not decode has no score and the decision "unreadable".
 
     Memory holds one shard, whatever the number of images (and their paths). The rows go to ``<output>.part`` with a
     record of how many are safe beside it; the finished file takes the name ``output``. Interrupted, the same call goes
@@ -101,12 +115,12 @@ def write_scores(source: Images | FeatureFile, detector: Detector, limit: float 
 
     Returns
     -------
-    (images scored, images called OOD)
+    (rows, how many of each decision)
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     part, record = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.part.json")
-    start, size, flagged, key = _resume(source, part, record, f"{made_by} {source.made_by} {limit}")
+    start, size, counts, key = _resume(source, part, record, f"{made_by} {source.made_by} {limit}")
     try:
         with open(part, "r+b" if start else "wb") as file:
             file.truncate(size)
@@ -114,44 +128,47 @@ def write_scores(source: Images | FeatureFile, detector: Detector, limit: float 
             if not start:
                 file.write(b"path,score,decision\n")
             for bank in source.banks(start, SHARD):
-                scores, stop = detector.score(bank).tolist(), start + len(bank)
-                decisions = ["" if limit is None else "OOD" if score > limit else "ID" for score in scores]
+                stop = start + len(bank)
+                read = np.full(len(bank), True) if bank.labels is None else bank.labels != UNREADABLE
+                rows = [(score, "" if limit is None else "OOD" if score > limit else "ID") if ok else ("", "unreadable")
+                        for score, ok in zip(detector.score(bank).tolist(), read, strict=True)]
                 text = io.StringIO()
                 csv.writer(text, lineterminator="\n").writerows(
-                    zip(source.names(start, stop), scores, decisions, strict=True))
+                    (name, *row) for name, row in zip(source.names(start, stop), rows, strict=True))
                 file.write(_bytes(text.getvalue()))
                 file.flush()
                 os.fsync(file.fileno())
                 key.update(_bytes(source.stamp(start, stop)))
-                start, flagged = stop, flagged + decisions.count("OOD")
-                write_json(record, {"rows": stop, "bytes": file.tell(), "flagged": flagged, "key": key.hexdigest()})
+                start = stop
+                counts.update(decision for _, decision in rows)
+                write_json(record, {"rows": stop, "bytes": file.tell(), "counts": counts, "key": key.hexdigest()})
     finally:
         if not start:                                      # no row is safe: there is nothing to go on from
             part.unlink(missing_ok=True)
     os.replace(part, output)
     record.unlink(missing_ok=True)
-    return start, flagged
+    return start, counts
 
 
 def _bytes(text: str) -> bytes:
     return text.encode(errors="surrogateescape")           # file names need not be UTF-8
 
 
-def _resume(source: Images | FeatureFile, part: Path, record: Path, made_by: str) -> tuple[int, int, int, Any]:
-    """Rows and bytes that are safe, OOD rows among them, and the running hash of what they depend on."""
+def _resume(source: Images | FeatureFile, part: Path, record: Path, made_by: str) -> tuple[int, int, Counter[str], Any]:
+    """Rows and bytes that are safe, their decisions counted, and the running hash of what they depend on."""
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
-        rows, size, flagged, expected = (known[name] for name in ("rows", "bytes", "flagged", "key"))
+        rows, size, counts, expected = (known[name] for name in ("rows", "bytes", "counts", "key"))
         if rows <= len(source) and part.stat().st_size >= size:
             key = hashlib.sha256(_bytes(made_by))
             for start in range(0, rows, SHARD):
                 key.update(_bytes(source.stamp(start, min(start + SHARD, rows))))
             if key.hexdigest() == expected:
                 print(f"Going on behind {rows} rows that {part} holds.")
-                return rows, size, flagged, key
+                return rows, size, Counter(counts), key
     except (OSError, KeyError, json.JSONDecodeError):
         pass                                               # there is nothing to go on from
-    return 0, 0, 0, hashlib.sha256(_bytes(made_by))
+    return 0, 0, Counter(), hashlib.sha256(_bytes(made_by))
 
 
 def _source(path: str, network: tuple[nn.Module, Transform] | None, given: argparse.Namespace) -> Images | FeatureFile:
@@ -227,10 +244,12 @@ def _load(path: str, weights: str) -> tuple[Detector, float | None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m oodlib score", allow_abbrev=False, description="Write an OOD "
-                                     "score for each image into a CSV file (path, score, decision). Larger scores "
-                                     "mean further from the training data. Images may be replaced by a file of "
-                                     "features and head, or of logits (.npz, .safetensors), in all three places.")
+    parser = argparse.ArgumentParser(
+        prog="python -m oodlib score", allow_abbrev=False, description="Write an OOD score for each image into a CSV "
+        "file (path, score, decision). Larger scores mean further from the training data. An image that cannot be "
+        "decoded gets no score and the decision unreadable, and the exit code is 1; among fit and ID images it stops "
+        "the run. Images may be replaced by a file of features and head, or of logits (.npz, .safetensors), in all "
+        "three places.")
     add = parser.add_argument
     add("--model", help="your function, as package.module:function or path/to/file.py:function, that returns (model, "
         "transform); a timm name with its tag; or cifar10_fast, latin_fast, resnet20_cifar10, ...")
@@ -256,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @_plain_errors(OSError)
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, or raises OodlibError for bad input."""
+    """Run the command; returns 0, 1 where images could not be decoded, or raises OodlibError for bad input."""
     given = _parser().parse_args(arguments)
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError("score: --detector-file brings a fitted detector; --detector, -p and --fit-images would "
@@ -303,10 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(_sidecar(given.save_detector), {
             "detector": detector.info.key, "model": given.model, "weights": weights, "threshold": limit,
             "tpr": given.tpr, "sha256": sha256(given.save_detector)})
-    n, flagged = write_scores(images, detector, limit, given.output, made_by=f"{weights} {made_by}")
-    verdict = "no threshold: give --id-images" if limit is None else f"{flagged} called OOD"
-    print(f"{n} images scored with {detector.info.key}, {verdict}. Written: {given.output}")
-    return 0
+    n, counts = write_scores(images, detector, limit, given.output, made_by=f"{weights} {made_by}")
+    unreadable = counts["unreadable"]
+    verdict = "no threshold: give --id-images" if limit is None else f"{counts['OOD']} called OOD"
+    print(f"{n - unreadable} images scored with {detector.info.key}, {verdict}. Written: {given.output}")
+    if unreadable:
+        print(f"warning: {unreadable} of {n} images cannot be decoded; their rows say unreadable.", file=sys.stderr)
+    return int(unreadable > 0)
 
 
 def _check_writable(option: str, path: Path) -> None:

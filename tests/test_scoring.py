@@ -45,12 +45,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def score(made, tmp_path):
-    """Run the command on the made network; gives the rows of the CSV."""
+    """Run the command on the made network; gives the rows of the CSV, and keeps the exit code."""
     def run(*arguments, images=made / "new"):
         output = tmp_path / "out" / "scores.csv"
-        scoring.main(["--model", TAG, "--weights", str(made / "net.safetensors"), "--num-classes", str(CLASSES),
-                      "--images", str(images), "--output", str(output), "--cache", str(tmp_path / "cache"),
-                      "--device", "cpu", "--workers", "0", *map(str, arguments)])
+        run.code = scoring.main([
+            "--model", TAG, "--weights", str(made / "net.safetensors"), "--num-classes", str(CLASSES), "--images",
+            str(images), "--output", str(output), "--cache", str(tmp_path / "cache"), "--device", "cpu",
+            "--workers", "0", *map(str, arguments)])
         with open(output, newline="") as file:
             return list(csv.DictReader(file))
     return run
@@ -297,13 +298,47 @@ def test_a_run_with_another_ood_prototype_starts_again(made, score, interrupted,
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_damaged_image_is_named_in_one_line_and_no_csv_is_left(made, score, tmp_path, workers):
+def test_images_that_cannot_be_decoded_are_named_and_the_others_are_scored(made, score, tmp_path, capsys, workers):
+    shutil.copytree(made / "new", tmp_path / "mixed")
+    for name in ("a cut.jpg", "im 2 cut.png"):
+        (tmp_path / "mixed" / name).write_bytes(b"\xff\xd8\xff")
+    rows = score("--workers", workers, "--detector", "energy", images=tmp_path / "mixed")
+    assert [i for i, row in enumerate(rows) if row["decision"] == "unreadable" and row["score"] == ""] == [0, 3]
+    np.testing.assert_allclose(values(rows[i] for i in (1, 2, 4, 5, 6)), create("energy").score(bank(made, "new")),
+                               rtol=1e-5)
+    shown = capsys.readouterr()
+    assert "5 images scored with energy" in shown.out and "2 of 7 images cannot be decoded" in shown.err
+    assert score.code == 1
+
+
+def test_images_that_cannot_be_decoded_are_counted_over_an_interruption(made, score, interrupted, tmp_path, capsys):
+    shutil.copytree(made / "new", tmp_path / "mixed")
+    for name in ("im 1.png", "im 4.png"):                    # one in the safe rows, one behind them
+        (tmp_path / "mixed" / name).write_bytes(b"")
+
+    def run():
+        return score("--batch-size", 4, images=tmp_path / "mixed")
+    interrupted(run)
+    assert [row["decision"] for row in run()] == ["", "unreadable", "", "", "unreadable"]
+    shown = capsys.readouterr()
+    assert "Going on behind 4 rows" in shown.out and "2 of 5 images cannot be decoded" in shown.err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_no_csv_is_left_where_no_image_can_be_decoded(made, score, tmp_path, workers):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(OodlibError, match=r"cut\.jpg: the image cannot be decoded") as caught:
+    with pytest.raises(OodlibError, match="none of the 1 images of bad can be decoded") as caught:
         score("--workers", workers, images=tmp_path / "bad")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_damaged_image_among_the_id_images_is_named(made, score, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(OodlibError, match=r"cut\.jpg: the image cannot be decoded"):
+        score("--id-images", tmp_path / "bad")
 
 
 def test_file_that_is_no_list(tmp_path):
