@@ -6,6 +6,8 @@ checkpoints), never single models.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
@@ -20,8 +22,8 @@ from scipy.stats import t as student
 from oodlib.errors import OodlibError
 from oodlib.vits.pools import PoolRow
 
-__all__ = ["FACTORS", "Effect", "Estimate", "column", "draw", "estimate", "group_difference", "groups", "interaction",
-           "interval", "mean", "paired_effects", "pool_frame", "same"]
+__all__ = ["FACTORS", "Effect", "Estimate", "column", "common_levels", "draw", "estimate", "group_difference", "groups",
+           "interaction", "interval", "mean", "paired_effects", "pool_frame", "same"]
 
 FACTORS = tuple(f.name for f in fields(PoolRow) if f.name not in ("name", "weights"))
 Array = NDArray[np.float64]
@@ -124,6 +126,19 @@ def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: st
                          cluster=pairs["checkpoint_low"] + " / " + pairs["checkpoint_high"])
     found = mean(pairs["difference"], pairs["cluster"], n_boot=n_boot, seed=seed)
     return Effect(**asdict(found), p=_sign_test(pairs.groupby("cluster")["difference"].mean()), pairs=pairs)
+
+
+def common_levels(cells: DataFrame, factor: str, *, free: Sequence[str] = ()) -> tuple[Any, Any] | None:
+    """The two levels of a factor that most pairs of cells have, lower first; where equal, the higher levels.
+
+    None where no two cells differ in the factor alone.
+    """
+    found = []
+    for low, high in itertools.combinations(sorted(cells[factor].dropna().unique()), 2):
+        with contextlib.suppress(OodlibError):
+            counted = cells.assign(_one=1.0)
+            found.append((paired_effects(counted, factor, low, high, "_one", free=free, n_boot=1).n, low, high))
+    return max(found)[1:] if found else None
 
 
 def interaction(cells: DataFrame, factor: str, low: Any, high: Any, first: str, second: str, **options: Any) -> Effect:

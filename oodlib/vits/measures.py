@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,13 @@ from pandas import DataFrame
 
 from oodlib.errors import OodlibError
 from oodlib.metrics import auroc, replicates, threshold
-from oodlib.vits.effects import Estimate, interval
+from oodlib.vits.effects import Estimate, interval, pool_frame
 from oodlib.vits.scores import SCORES
 
-__all__ = ["FAILED", "against_best", "averaged", "choose_weights", "flat", "per_class", "summary"]
+__all__ = ["BROAD", "FAILED", "against_best", "averaged", "choose_weights", "flat", "model_frame", "per_class",
+           "summary"]
 
+BROAD = ("unicode", "tiny-imagenet", "in21k")     # pretraining sets of many classes, others than the task's
 FAILED = 0.10                    # a unit test fails where its FPR95 is above (arXiv 2306.00826)
 _KEYS = ["set", "index", "label"]
 _MOST = 10_000                   # grid points of `choose_weights`
@@ -84,6 +86,33 @@ def summary(table: DataFrame, *, near: Sequence[str], unit_tests: str | None = "
             rows.append({"score": score, "suite": suite, "fpr": classes["fpr"].mean(), "auroc": classes["auroc"].mean(),
                          **pooled, "failed": failed, "classes": len(classes), "images": classes["images"].sum()})
     return DataFrame(rows)
+
+
+def model_frame(models: Iterable[Any], *, near: Sequence[str], quality: Literal["auroc", "fpr"] = "auroc") -> DataFrame:
+    """One row a model, by name: the pool's columns, ``checkpoint``, ``data``, and everything that was measured.
+
+    Parameters
+    ----------
+    models : with ``row``, ``record`` and ``table`` (`oodlib.vits.stored.Scored`)
+    quality : what "Q/<score>/<suite>" holds, larger = better: AUROC, or 1 - FPR95
+
+    Returns
+    -------
+    DataFrame. ``data`` is "CLIP-like" (cosine objective), else "broad" (`BROAD` sets) or "narrow"; ``accuracy``,
+    `summary` as "<score>/<suite>/<metric>", the record's geometry, ``moved`` and ``decay`` (NaN where not known)
+    """
+    rows, found = [], []
+    for model in models:
+        numbers, record = flat(summary(model.table, near=near)), model.record
+        best = {f"Q/{name.removesuffix('/' + quality)}": value if quality == "auroc" else 1 - value
+                for name, value in numbers.items() if name.endswith("/" + quality)}
+        rows.append(model.row)
+        found.append({"accuracy": record["accuracy"], "moved": record.get("moved", np.nan),
+                      "decay": record.get("decay_integral", np.nan), **record["geometry"], **numbers, **best})
+    frame = pool_frame(rows, found).set_index("name", drop=False)
+    broad = np.where(frame["pretraining"].isin(BROAD), "broad", "narrow")
+    frame.insert(1, "data", np.where(frame["objective"] == "cosine", "CLIP-like", broad))
+    return frame
 
 
 def flat(summary: DataFrame) -> dict[str, float]:

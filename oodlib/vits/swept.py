@@ -1,0 +1,76 @@
+"""Models of an ImageNet-scale pool from a sweep: what is missing is done now, on this machine, the rest is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from oodlib.errors import OodlibError
+from oodlib.extraction import pick_device
+from oodlib.project import root
+from oodlib.vits.pools import PoolRow, find_pool, read_pool
+from oodlib.vits.reference import Reference
+from oodlib.vits.scores import geometry
+from oodlib.vits.sources import FIT, ImagenetSource
+from oodlib.vits.stored import Models, Scored
+from oodlib.vits.sweep import make_jobs, prepare, run_job
+from oodlib.vits.tables import collect, read_record
+
+__all__ = ["swept_models"]
+
+
+def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", weights: str = "",
+                 device: str = "auto") -> Models:
+    """Scores of ImageNet models, in the form of `oodlib.vits.stored.pool_models`.
+
+    Parameters
+    ----------
+    networks : one pool (a name of ``data/pools`` or a table), or timm models by name and tag
+    data_root : folder laid out as ``python -m oodlib data --profile paper`` prints
+    output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``. Jobs that are not done
+        there are done now, one after the other; those of a split that is not at hand are left out
+    weights : folder that the ``weights`` of a pool lie below
+
+    Raises
+    ------
+    OodlibError : no data root, an unknown pool, images or weights of no model at hand
+    """
+    if not data_root:
+        raise OodlibError("swept_models: give data_root, the folder of the ImageNet-scale sets. "
+                          "`python -m oodlib data --profile paper` says what must be in it.")
+    rows, name = _rows(networks)
+    folder = Path(output) if output else root() / "data" / "sweeps" / name
+    source = ImagenetSource(Path(data_root), Path(weights) if weights else None,
+                            min(16, os.cpu_count() or 1))
+    jobs, _ = prepare(make_jobs(rows, source, folder, device=str(pick_device(device))))
+    for job in jobs:
+        run_job(job)
+    collect(folder, [row.name for row in rows], source.splits())
+    found, missing = [], {}
+    for row in rows:
+        records = {split: read_record(folder / row.name / f"{split}.json") for split in (FIT, "id", "scores")}
+        bad = next((split for split, record in records.items() if record["state"] != "done"), None)
+        if bad:
+            missing[row.name] = str(records[bad].get("error", f"{bad} is not done"))
+            continue
+        fitted = Reference.load(folder / row.name / f"{FIT}.safetensors")
+        record = {"accuracy": records["id"]["accuracy"], "geometry": geometry(fitted),
+                  "sets": {split: {"fingerprint": read_record(folder / row.name / f"{split}.json").get("inputs", ["", ""])[1]}
+                           for split in source.splits()}, "sha256": records["id"]["weights"]}
+        found.append(Scored(row, record, pd.read_parquet(folder / row.name / "scores.parquet")))
+    if not found:
+        raise OodlibError(f"swept_models: no model could be scored. {next(iter(missing.values()))}")
+    return Models(found, missing)
+
+
+def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
+    """Rows of the pool that is named, or of the models that are: with their factors where a pool knows them."""
+    if len(networks) == 1:
+        with contextlib.suppress(OodlibError):
+            return list(read_pool(find_pool(networks[0]))), Path(networks[0]).stem
+    known = {row.network: row for row in read_pool("imagenet_timm")}
+    return [known.get(name, PoolRow(name, name)) for name in networks], "timm_models"
