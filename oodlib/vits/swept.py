@@ -58,9 +58,9 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
             missing[row.name] = str(records[bad].get("error", f"{bad} is not done"))
             continue
         fitted = Reference.load(folder / row.name / f"{FIT}.safetensors")
-        record = {"accuracy": records["id"]["accuracy"], "geometry": geometry(fitted),
-                  "sets": {split: {"fingerprint": read_record(folder / row.name / f"{split}.json").get("inputs", ["", ""])[1]}
-                           for split in source.splits()}, "sha256": records["id"]["weights"]}
+        sets = {job.split: {"fingerprint": job.inputs[1]} for job in jobs}
+        record = {"accuracy": records["id"]["accuracy"], "geometry": geometry(fitted), "sets": sets,
+                  "sha256": records["id"]["weights"]}
         found.append(Scored(row, record, pd.read_parquet(folder / row.name / "scores.parquet")))
     if not found:
         raise OodlibError(f"swept_models: no model could be scored. {next(iter(missing.values()))}")
