@@ -95,7 +95,7 @@ def imagenet_split(split: str, data_root: str | Path, transform: Transform | Non
 
     Parameters
     ----------
-    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (400 without it)
+    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (without it 400, or one per ID image where they are fewer)
 
     Raises
     ------
@@ -105,7 +105,7 @@ def imagenet_split(split: str, data_root: str | Path, transform: Transform | Non
         raise OodlibError(f"There is no split {split!r} of the ImageNet models. Known: {', '.join(SPLITS)}.")
     if split == "unit_tests":
         ids = open_paper_set("imagenet-1k", data_root)
-        return UnitTests(ids, transform=transform, n=400 if n is None else n, seed=seed)
+        return UnitTests(ids, transform=transform, n=min(400, len(ids)) if n is None else n, seed=seed)
     images = open_paper_set(_SETS[split], data_root, transform=transform)
     images.labels = ood_classes(images)
     if n is not None and n < len(images):

@@ -1,11 +1,11 @@
 """The finished models of a small pool, trained here or shipped: for each its record and its scores on the pool's sets.
 
-Shipped, in ``data/checkpoints/vits_<pool>``, are the pretrained checkpoints of the ``embedded`` pool, which is
-finetuned live, and of ``cifar`` the scores of all models (``scores.parquet``) and their records (``runs.json``).
+Shipped, in ``data/checkpoints/vits_<pool>``, are scores (``scores.parquet``) and records (``runs.json``) of the models;
+of some of the ``embedded`` pool (`is_live`) the pretrained checkpoints instead: they are finetuned on the spot.
 
 Scores are shipped as dense ranks among the images of their model (ties stay ties): AUROC, FPR and averages on the scale
-of ranks see the order only, and two bytes a score compress better than four. Models of ``cifar`` that were trained here
-are ranked too, so that a number does not depend on where a table came from.
+of ranks see the order only, and two bytes a score compress better than four. Models that were trained here are ranked
+too, so that a number does not depend on where a table came from.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from oodlib.files import atomic_folder, sha256, write_json
 from oodlib.project import root
 from oodlib.vits.pools import PoolRow, read_pool
 from oodlib.vits.scores import SCORES
-from oodlib.vits.trained import is_made, made_folder, pretrained_path, row_folder, train_command
+from oodlib.vits.trained import is_made, made_folder, pool_of, pretrained_path, row_folder, train_command
 
-__all__ = ["STORED", "Models", "Scored", "pool_models", "ranked", "ship"]
+__all__ = ["STORED", "Models", "Scored", "is_live", "pool_models", "ranked", "ship"]
 
 STORED = (*SCORES, "gradnorm", "gradnorm_u")
 _KEYS = ["set", "index", "label"]
@@ -45,7 +45,7 @@ class Scored:
     record : ``run.json`` (row, accuracy, held_out_accuracy, geometry, norm_correlation, moved, decay_integral, recipe,
         members of a soup, sets, sha256 of the weights, torch), its history as ``losses`` and ``seconds``, and
         ``pretraining``: the record of the checkpoint it started from
-    table : set, index, label and the scores of `STORED`; larger = more OOD. Those of ``cifar`` are ranks
+    table : set, index, label and the scores of `STORED`; larger = more OOD. Ranks, but for models finetuned on the spot
     """
 
     row: PoolRow
@@ -63,7 +63,7 @@ class Models(list[Scored]):
 
 def pool_models(pool: str, *, rows: Sequence[PoolRow] | None = None, device: str = "auto",
                 progress: bool = True) -> Models:
-    """The models of a small pool: finetuned now or earlier ("embedded"); trained here, else shipped ("cifar").
+    """The models of a small pool: finetuned on the spot where `is_live`, else trained here, else shipped.
 
     Parameters
     ----------
@@ -73,13 +73,11 @@ def pool_models(pool: str, *, rows: Sequence[PoolRow] | None = None, device: str
     ------
     OodlibError : a damaged file; models that were scored on different images
     """
-    rows = read_pool(pool) if rows is None else rows
-    if pool == "embedded":
-        bar = tqdm(rows, desc="models", unit="model", disable=None if progress else True)
-        return _checked([_trained(row, row_folder(row, device=device)) for row in bar], {})
     shipped, found, missing = _shipped(_folder(pool)), [], {}
-    for row in rows:
-        if is_made(row):
+    for row in tqdm(read_pool(pool) if rows is None else rows, desc="models", disable=None if progress else True):
+        if is_live(row):
+            found.append(_trained(row, row_folder(row, device=device)))
+        elif is_made(row):
             model = _trained(row, made_folder(row))
             found.append(Scored(row, model.record, ranked(model.table)))
         elif row.name in shipped and shipped[row.name].row == row:
@@ -87,6 +85,12 @@ def pool_models(pool: str, *, rows: Sequence[PoolRow] | None = None, device: str
         else:
             missing[row.name] = train_command(row)
     return _checked(found, missing)
+
+
+def is_live(row: PoolRow) -> bool:
+    """Whether a row is finetuned on the spot: cells of the embedded pool whose pretrained checkpoint is shipped."""
+    return (pool_of(row) == "embedded" and row.seed == 0 and row.weight_decay == 0.1
+            and row.role in ("", "pretrained"))
 
 
 def ranked(table: DataFrame) -> DataFrame:
@@ -112,38 +116,34 @@ def ship(pool: str) -> Path:
     OodlibError : nothing is finished; as `pool_models`
     """
     target = _folder(pool)
+    rows = read_pool(pool)
+    models = pool_models(pool, rows=[row for row in rows if not is_live(row)])
+    checkpoints = {pretrained_path(row) for row in rows if is_live(row)}
+    absent = [path.name for path in checkpoints if not path.with_suffix(".json").exists()]
+    if not models or absent:
+        raise OodlibError(f"ship: {', '.join(absent) or 'every model'} of the pool {pool} is missing. Train it: "
+                          f"python -m oodlib train-vit --pool {pool}")
     with atomic_folder(target) as temporary:
-        if not (_copy_checkpoints if pool == "embedded" else _pack)(pool, temporary):
-            raise OodlibError(f"ship: nothing of the pool {pool} is finished. Train it: python -m oodlib train-vit "
-                              f"--pool {pool}")
+        _pack(models, temporary)
+        for path in checkpoints:
+            shutil.copy(path, temporary)
+            shutil.copy(path.with_suffix(".json"), temporary)
     return target
 
 
-def _copy_checkpoints(pool: str, folder: Path) -> int:
-    paths = {pretrained_path(row) for row in read_pool(pool)}
-    done = [path for path in paths if path.with_suffix(".json").exists()]
-    for path in done:
-        shutil.copy(path, folder)
-        shutil.copy(path.with_suffix(".json"), folder)
-    return len(done)
-
-
-def _pack(pool: str, folder: Path) -> int:
+def _pack(models: Sequence[Scored], folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    models = pool_models(pool)
-    if models:
-        table = pd.concat([model.table.assign(model=model.row.name) for model in models], ignore_index=True)
-        table = table[["model", *_KEYS, *STORED]].astype(dict.fromkeys(STORED, np.int32))     # two bytes are zero
-        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / "scores.parquet",
-                       compression="zstd", compression_level=19, use_dictionary=["model", "set"],
-                       use_byte_stream_split=list(STORED))
-        own = {m.row.name: {k: v for k, v in m.record.items() if k not in ("sets", "pretraining")} for m in models}
-        write_json(folder / "runs.json", {
-            "models": own, "pretraining": {m.row.checkpoint: m.record["pretraining"] for m in models},
-            "sets": models[0].record["sets"], "sha256": sha256(folder / "scores.parquet")})
-    return len(models)
+    table = pd.concat([model.table.assign(model=model.row.name) for model in models], ignore_index=True)
+    table = table[["model", *_KEYS, *STORED]].astype(dict.fromkeys(STORED, np.int32))     # two bytes are zero
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / "scores.parquet",
+                   compression="zstd", compression_level=19, use_dictionary=["model", "set"],
+                   use_byte_stream_split=list(STORED))
+    own = {m.row.name: {k: v for k, v in m.record.items() if k not in ("sets", "pretraining")} for m in models}
+    write_json(folder / "runs.json", {
+        "models": own, "pretraining": {m.row.checkpoint: m.record["pretraining"] for m in models},
+        "sets": models[0].record["sets"], "sha256": sha256(folder / "scores.parquet")})
 
 
 def _shipped(folder: Path) -> dict[str, Scored]:
