@@ -22,7 +22,7 @@ from oodlib.errors import OodlibError
 from oodlib.report.readme import readme_text, update_readme
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "data/published/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "data/published/README.md", "data/pools/README.md"]
 
 
 def page(name: str) -> str:
@@ -172,6 +172,12 @@ def test_every_detector_has_a_complete_record_a_reference_and_a_test() -> None:
 def test_the_five_papers_are_cited() -> None:
     for arxiv in ("2110.00218", "2402.10062", "2312.14427", "2405.17447", "2502.00820"):
         assert f"{{{arxiv}}}" in page("docs/papers.bib") and arxiv in page("README.md")
+
+
+def test_every_paper_that_the_vit_study_names_is_in_the_bibliography() -> None:
+    files = [*sorted((ROOT / "oodlib" / "vits").glob("*.py")), ROOT / "data" / "pools" / "README.md"]
+    cited = {found for file in files for found in re.findall(r"\b\d{4}\.\d{5}\b", file.read_text(encoding="utf-8"))}
+    assert cited and not {number for number in cited if f"{{{number}}}" not in page("docs/papers.bib")}
 
 
 def test_no_tracked_file_names_a_machine() -> None:
