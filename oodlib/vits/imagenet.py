@@ -95,7 +95,8 @@ def imagenet_split(split: str, data_root: str | Path, transform: Transform | Non
 
     Parameters
     ----------
-    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (without it 400, or one per ID image where they are fewer)
+    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (without it 400, or as many as
+        there are ID images)
 
     Raises
     ------
