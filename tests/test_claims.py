@@ -92,3 +92,9 @@ def test_the_committed_claims() -> None:
     for claim in load_claims().values():
         assert set(claim.own_setting) <= set(claim.judged_at) or not claim.judged_at
         assert claim.published is None or claim.published["source"]
+
+
+def test_a_doubt_found_in_the_run_leaves_the_numbers_and_takes_the_verdict() -> None:
+    verdict = judge(TREND, "laptop", 0.6, 0.55, 0.65, 1000, doubt="the models are weak")
+    assert (verdict.verdict, verdict.reason, verdict.measured) == ("inconclusive", "the models are weak", 0.6)
+    assert judge(TREND, "smoke", 0.6, 0.55, 0.65, 1000, doubt="the models are weak").verdict == "not testable here"

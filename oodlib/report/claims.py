@@ -146,13 +146,15 @@ def load_claims(notebook: str | None = None) -> dict[str, Claim]:
 
 
 def judge(claim: Claim, profile: str, value: float, low: float | None = None, high: float | None = None,
-          n: int | None = None, *, detail: str = "", network: str = "", own: bool = True) -> Verdict:
+          n: int | None = None, *, detail: str = "", network: str = "", own: bool = True,
+          doubt: str = "") -> Verdict:
     """Verdict of one measurement, by the rule fixed in the claim.
 
     ``value``, ``low`` and ``high`` are in the units that the metrics return (fractions, not per cent). The whole
     interval must lie on one side of the margin, otherwise "inconclusive". An identity is judged by its value.
     "reproduced" and "not reproduced" are kept for identities and the paper's own setting; ``own=False`` says that this
-    run of such a profile used another network, other weights or fewer images.
+    run of such a profile used another network, other weights or fewer images. ``doubt``, where not empty, is a reason
+    found in the run why nothing can be concluded: what would be a verdict is then "inconclusive".
 
     Raises
     ------
@@ -173,6 +175,8 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
         raise OodlibError(f"claim {claim.id}: the interval [{low}, {high}] is reversed.")
 
     word, reason = _decide(claim, profile, float(value), low, high, n, own)
+    if doubt and word != "not testable here":
+        word, reason = "inconclusive", doubt
     return Verdict(claim, profile, word, reason, float(value), low, high, n, detail, network)
 
 

@@ -109,15 +109,17 @@ class Run:
             "index": np.arange(len(flat)), "score": flat}))
 
     def claim(self, claim: str, *, value: float, low: float | None = None, high: float | None = None,
-              n: int | None = None, detail: str = "", network: str = "", own: bool = True) -> Verdict:
+              n: int | None = None, detail: str = "", network: str = "", own: bool = True,
+              doubt: str = "") -> Verdict:
         """Judge one claim; see :func:`oodlib.report.judge`. ``detail`` says what was measured, ``network`` on what.
 
-        ``own=False`` where a run of the paper's profile is not on its own network, weights and images.
+        ``own=False`` where a run of the paper's profile is not on its own network, weights and images; ``doubt`` is a
+        reason why it can conclude nothing.
         """
         if claim not in self.claims:
             raise OodlibError(f"Run.claim: {self.notebook} has no claim {claim!r}. Known: {', '.join(self.claims)}.")
         verdict = judge(self.claims[claim], self.profile, value, low, high, n, detail=detail, network=network,
-                        own=own)
+                        own=own, doubt=doubt)
         self.verdicts[claim] = verdict
         return verdict
 
