@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -29,6 +28,7 @@ FIT = "fit"
 IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", "unit_tests")
 UNIT_TESTS = "unit_tests"
 _N_UNIT = 30                             # pictures of each unit test for 32-pixel models
+_MADE_BY = ("networks", "training", "trained", "sets")
 _PIECE = 1 << 20
 
 
@@ -261,14 +261,10 @@ class ImagenetSource:
                       provenance={"network": row.network, "file": row.weights, "timm": timm.__version__})
 
 
-@cache
 def _training_code() -> str:
-    """Hash over the modules that the trained pools and their images are made by."""
-    from oodlib.depends import ModuleGraph
-
-    graph = ModuleGraph(Path(__file__).resolve().parents[1])
-    modules = sorted(graph.reachable(["from oodlib.vits import sets, trained"]))
-    return hashlib.sha256(" ".join(sha256(graph.files[name]) for name in modules).encode()).hexdigest()
+    """Hash over the modules that say how a model of the small pools is made, and which images are drawn."""
+    here = Path(__file__).parent
+    return hashlib.sha256(" ".join(sha256(here / f"{name}.py") for name in _MADE_BY).encode()).hexdigest()
 
 
 def _sampled(path: Path) -> str:
