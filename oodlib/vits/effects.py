@@ -173,8 +173,8 @@ def group_difference(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike |
     def difference(x: Array, y: Array, axis: int = -1) -> Array:
         return x.mean(axis) - y.mean(axis)
 
-    p = permutation_test((a, b), difference, n_resamples=10_000, vectorized=True,
-                         rng=np.random.default_rng(seed)).pvalue if len(means) > 2 else 1.0
+    p = permutation_test((a, b), difference, n_resamples=10_000, vectorized=True,            # needs two on either side
+                         rng=np.random.default_rng(seed)).pvalue if min(len(a), len(b)) > 1 else 1.0
     rng = np.random.default_rng(seed)
     draws = difference(*(x[rng.integers(0, len(x), (n_boot, len(x)))] for x in (a, b)))
     found = Effect(float(difference(a, b)), *interval(draws), len(frame), len(means), p=float(p))
