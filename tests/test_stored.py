@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -174,7 +175,7 @@ def test_a_damaged_folder_of_a_trained_row_is_named_with_its_command(tables):
 def test_nothing_to_ship_leaves_the_shipped_files_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     write_pool(tmp_path / "data" / "pools" / "cifar.csv", ROWS)
-    with pytest.raises(OodlibError, match="nothing of the pool cifar is finished"):
+    with pytest.raises(OodlibError, match="every model of the pool cifar is missing"):
         ship("cifar")
     assert not [path for path in (tmp_path / "data").rglob("*") if "vits" in path.name]
 
@@ -202,15 +203,19 @@ def test_the_command_ships_without_training(tables, tmp_path, capsys):
     assert not made_folder(OTHER).exists()
 
 
-def test_the_embedded_pool_ships_its_pretrained_checkpoints(tmp_path, monkeypatch):
+def test_of_the_embedded_pool_checkpoints_are_shipped_where_rows_are_finetuned_on_the_spot(tmp_path, monkeypatch):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
-    rows = [replace(CELL, pretraining="latin"), replace(CELL, name="low", pretraining="latin", ft_lr=0.03),
-            replace(CELL, name="later", pretraining="unicode")]
-    write_pool(tmp_path / "data" / "pools" / "embedded.csv", rows)
-    path = pretrained_path(rows[0])
-    path.parent.mkdir(parents=True)
+    live = replace(CELL, pretraining="latin")
+    other = replace(live, name="other", weight_decay=0.5)
+    write_pool(tmp_path / "data" / "pools" / "embedded.csv", [live, replace(live, name="low", ft_lr=0.03), other])
+    train(other, {}, 0)
+    with pytest.raises(OodlibError, match=rf"ship: {re.escape(live.checkpoint)}\.safetensors .* is missing"):
+        ship("embedded")
+    path = pretrained_path(live)
     path.write_bytes(b"weights")
     write_json(path.with_suffix(".json"), {})
     folder = ship("embedded")
-    assert sorted(p.name for p in folder.iterdir()) == [path.with_suffix(s).name for s in (".json", ".safetensors")]
-    assert pretrained_path(rows[0]) == folder / path.name
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "runs.json", "scores.parquet", *(path.with_suffix(suffix).name for suffix in (".json", ".safetensors"))]
+    assert pretrained_path(live) == folder / path.name
+    assert list(json.loads((folder / "runs.json").read_text())["models"]) == ["other"]

@@ -5,9 +5,10 @@ import math
 import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,13 +16,13 @@ from safetensors.torch import load_file
 from oodlib.data import EMBEDDED, ImageSet
 from oodlib.errors import OodlibError
 from oodlib.extraction import extract, find_head
-from oodlib.vits import networks, sets, trained, workers
+from oodlib.vits import networks, sets, trained, training, workers
 from oodlib.vits.networks import NETWORKS, small_vit
 from oodlib.vits.pools import PoolRow, write_pool
 from oodlib.vits.scores import SCORES
 from oodlib.vits.sets import assert_never_trained_on, pool_sets, training_images
 from oodlib.vits.soups import fill_greedily
-from oodlib.vits.stored import pool_models
+from oodlib.vits.stored import pool_models, ranked
 from oodlib.vits.trained import Budget, load_row, made_folder, made_row, pretrained_path
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
@@ -76,7 +77,7 @@ def test_the_embedded_sets_are_what_they_say_and_were_never_trained_on(monkeypat
         monkeypatch.setitem(EMBEDDED[name].default_n, "train", n)
     found = pool_sets("embedded", n_fit=52, n_test=60, n_ood=2, n_unit=3)
     assert list(found) == ["fit", "val", "id", "ood_val", *NEAR, "unit_tests"]
-    assert [len(found[name]) for name in ("fit", "val", "id", "ood_val")] == [52, 200, 60, 200]
+    assert [len(found[name]) for name in ("fit", "val", "id", "ood_val")] == [52, sets.N_VAL, 60, sets.N_VAL]
     for name in NEAR:
         assert (np.bincount(found[name].labels) == 2).all() and len(found[name].class_names) == EMBEDDED[name].classes
     assert {images.images.shape[1:] for images in found.values()} == {(3, 32, 32)}
@@ -177,6 +178,7 @@ def test_a_row_is_pretrained_finetuned_scored_and_loaded(small):
     folder = made_row(CELL)
     assert small == [CELL.checkpoint, "cell"]
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "run.json", "scores.parquet"]
+    assert not [path for path in folder.parent.rglob("*") if "resume" in path.name and path.is_file()]
     found = record(CELL)
     assert found["recipe"]["samples"] == 192 and found["moved"] > 0 and set(found["norm_correlation"]) == set(SCORES)
     assert found["sets"].keys() == {"fit", "val", "id", "unit_tests"}
@@ -208,6 +210,19 @@ def test_what_is_finished_is_left_alone_and_checkpoints_are_shared(small, tmp_pa
     assert stamps(tmp_path) == before and len(small) == 2
     made_row(replace(CELL, name="low", ft_lr=0.03))
     assert small[2:] == ["low"]
+
+
+def test_a_row_killed_before_its_scores_were_stored_is_not_trained_again(small, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trained, "score_row", kill)
+        made_row(CELL)
+    assert not made_folder(CELL).exists()
+    monkeypatch.setattr(training, "_loss", kill)
+    made_row(CELL)
+    assert record(CELL)["history"][-1]["step"] == 6
 
 
 def test_another_recipe_trains_again(small, monkeypatch):
@@ -263,11 +278,18 @@ def test_the_embedded_pool_is_finetuned_live_and_once(small, tmp_path):
     assert small == [LIVE.checkpoint, "cell"] and not made_folder(LIVE).exists()
     again = load_row(LIVE)
     assert len(small) == 2 and again.provenance == first.provenance
-    model, = pool_models("embedded", rows=[LIVE], progress=False)
-    assert len(small) == 2 and model.record["sha256"] == first.provenance["sha256"]
-    assert model.record["pretraining"]["checkpoint"] == LIVE.checkpoint and len(model.table) == 52 + 52 + 34
     load_row(replace(LIVE, ft_lr=0.05))
     assert small[2:] == ["cell"]
+
+
+def test_models_finetuned_on_the_spot_stand_beside_those_that_were_stored(small):
+    other = replace(LIVE, name="other", seed=1)
+    folder = made_row(other)
+    live, stored = pool_models("embedded", rows=[LIVE, other], progress=False)
+    assert small == [other.checkpoint, "other", LIVE.checkpoint, "cell"] and not made_folder(LIVE).exists()
+    assert (live.record["pretraining"]["checkpoint"], live.record["row"]) == (LIVE.checkpoint, asdict(LIVE))
+    assert len(live.table) == 52 + 52 + 34 and np.ptp(live.table["msp"]) <= 1
+    pd.testing.assert_frame_equal(stored.table, ranked(pd.read_parquet(folder / "scores.parquet")))
 
 
 @pytest.mark.parametrize("row", [replace(CELL, pretraining="in21k"), replace(CELL, ft_lr=None)])
