@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,11 +12,13 @@ import torch
 import yaml
 from nbclient import NotebookClient
 from PIL import Image
+from safetensors.torch import save_file
 
 from oodlib.course import student_copy
 from oodlib.data import embedded
 from oodlib.project import list_notebooks, root
 from oodlib.runner import Options, make_plans, run_all
+from oodlib.vits.pools import PoolRow, write_pool
 
 NOTEBOOKS = list_notebooks()
 MAX_CORE_CELLS, MAX_LINES, MAX_FIGURES = 32, 30, 8
@@ -73,6 +76,34 @@ def test_the_paper_profile_of_flows_runs_and_small_flows_reproduce_only_identiti
     assert run_all(plans, options) == []
     verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
     assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == {"immature_glow/C10"}
+
+
+@pytest.mark.slow
+def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(project: Path, tree: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    data = tmp_path / "data"
+    shutil.copytree(tree, data)
+    train = data / "images_largescale" / "imagenet_1k" / "train"
+    picture = next(train.rglob("*.JPEG"))
+    for label in range(2, 1000):                          # the covariance needs an image of every class
+        (train / f"n{label:04d}").mkdir()
+        shutil.copy(picture, train / f"n{label:04d}" / "0.JPEG")
+    pool = [PoolRow(f"net-{data_set}", "test_vit.r160_in1k", f"{data_set}.safetensors", data_set, "sigmoid",
+                    weight_decay=0.1, ft_lr=0.01) for data_set in ("in1k", "in21k")]
+    for seed, row in enumerate(pool):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(row.network).state_dict(), tmp_path / row.weights)
+    write_pool(tmp_path / "two.csv", pool)
+    monkeypatch.setenv("OODLIB_ROOT", str(project))
+    extra = {"networks": f"[{tmp_path / 'two.csv'}]", "data_root": str(data), "weights": str(tmp_path), "n_boot": "20",
+             "sweep": str(tmp_path / "sweep")}
+    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "04_vit_training_study"], options)
+    assert run_all(plans, options) == []
+    claims = json.loads((plans[0].folder / "claims.json").read_text())
+    assert not [c["id"] for c in claims if c["verdict"].endswith("reproduced")]
+    assert (tmp_path / "sweep" / "net-in21k" / "scores.json").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,8 @@ from pandas import DataFrame
 from scipy.stats import binomtest, spearmanr, ttest_1samp, ttest_ind
 
 from oodlib import OodlibError, metrics
-from oodlib.vits.effects import group_difference, interaction, mean, paired_effects, pool_frame
-from oodlib.vits.measures import against_best, averaged, choose_weights, flat, per_class, summary
+from oodlib.vits.effects import common_levels, group_difference, interaction, mean, paired_effects, pool_frame
+from oodlib.vits.measures import against_best, averaged, choose_weights, flat, model_frame, per_class, summary
 from oodlib.vits.pools import PoolRow
 from oodlib.vits.study import (
     eta_squared,
@@ -364,3 +365,27 @@ def test_spread_within_groups() -> None:
     assert spread_within(values, groups).value == pytest.approx(expected)
     assert spread_within([1.0, 2.0], [0, 1]).value == 0
     assert spread_within(values, groups, minus=[0.0, 1, 0, 0, 0]).value == pytest.approx(expected - 0.5)
+
+
+# --- a pool as one table of models
+
+def test_the_two_levels_that_most_pairs_have_are_compared() -> None:
+    def rows(*cells: tuple[float, float]) -> DataFrame:
+        pool = [PoolRow(f"m{i}", "vit", weight_decay=wd, ft_lr=lr) for i, (wd, lr) in enumerate(cells)]
+        return pool_frame(pool, [{}] * len(pool))
+
+    assert common_levels(rows((0.1, 1), (0.5, 1), (0.1, 2), (0.5, 2), (1.0, 1)), "weight_decay") == (0.1, 0.5)
+    assert common_levels(rows((0.1, 1), (0.5, 1), (1.0, 1)), "weight_decay") == (0.5, 1.0)
+    assert common_levels(rows((0.1, 1), (0.5, 2)), "weight_decay") is None
+
+
+@pytest.mark.parametrize(("quality", "sign"), [("auroc", 1), ("fpr", -1)])
+def test_models_become_rows_whose_quality_grows_with_detection(quality: str, sign: int) -> None:
+    kinds = {"a": ("unicode", "sigmoid"), "b": ("latin", "softmax"), "c": ("unicode", "cosine")}
+    models = [SimpleNamespace(row=PoolRow(name, "vit", pretraining=data, objective=objective), table=made_table(seed),
+                              record={"accuracy": 0.9, "geometry": {"nc1": 1.0}})
+              for seed, (name, (data, objective)) in enumerate(kinds.items())]
+    frame = model_frame(models, near=NEAR, quality=quality)
+    assert frame["data"].to_dict() == {"a": "broad", "b": "narrow", "c": "CLIP-like"}
+    expected = frame[f"msp/near/{quality}"] if sign == 1 else 1 - frame[f"msp/near/{quality}"]
+    assert frame["Q/msp/near"].equals(expected) and frame.loc["a", "nc1"] == 1.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, sha256, write_json
-from oodlib.vits.pools import PoolRow, read_pool
+from oodlib.vits.pools import PoolRow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +172,7 @@ class TrainedSource:
 
         drawn = self._drawn()
         images, labels = (np.load(drawn / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
-        loaded = load_row(row, rows=read_pool(self.table))
+        loaded = load_row(row)
         return Opened(loaded.model, ImageSet(split, "sweep", images, np.asarray(labels)),
                       f"(pixel / 255 - {loaded.mean}) / {loaded.std}", loaded.mean, loaded.std,
                       {"file": loaded.provenance["sha256"], "command": loaded.provenance["command"]})

@@ -27,7 +27,7 @@ from oodlib.files import atomic_folder, sha256, write_json
 from oodlib.project import root
 from oodlib.vits.pools import PoolRow, read_pool
 from oodlib.vits.scores import SCORES
-from oodlib.vits.trained import is_made, made_folder, pool_of, pretrained_path, row_folder, train_command
+from oodlib.vits.trained import is_made, live_folder, made_folder, pool_of, pretrained_path, train_command
 
 __all__ = ["STORED", "Models", "Scored", "is_live", "pool_models", "ranked", "ship"]
 
@@ -76,7 +76,7 @@ def pool_models(pool: str, *, rows: Sequence[PoolRow] | None = None, device: str
     shipped, found, missing = _shipped(_folder(pool)), [], {}
     for row in tqdm(read_pool(pool) if rows is None else rows, desc="models", disable=None if progress else True):
         if is_live(row):
-            found.append(_trained(row, row_folder(row, device=device)))
+            found.append(_trained(row, live_folder(row, device=device)))
         elif is_made(row):
             model = _trained(row, made_folder(row))
             found.append(Scored(row, model.record, ranked(model.table)))

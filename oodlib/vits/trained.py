@@ -37,8 +37,8 @@ from oodlib.vits.sets import TASKS, pool_sets, training_images
 from oodlib.vits.soups import fill_greedily, fill_with_mean
 from oodlib.vits.training import VitRecipe, decay_integral, fit_vit
 
-__all__ = ["BUDGETS", "Budget", "Loaded", "finetune_recipe", "is_made", "load_row", "made_folder", "made_row",
-           "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "row_folder", "score_row", "train_command"]
+__all__ = ["BUDGETS", "Budget", "Loaded", "finetune_recipe", "is_made", "live_folder", "load_row", "made_folder",
+           "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row", "train_command"]
 
 
 @dataclass(frozen=True)
@@ -149,25 +149,18 @@ def is_made(row: PoolRow, folder: Path | None = None) -> bool:
     return record.get("row") == asdict(row) and record.get("recipe") == recipe
 
 
-def row_folder(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()) -> Path:
-    """Folder of a finished row. Arguments and errors as of `load_row`, without a look at the weights."""
-    if pool_of(row) == "embedded":
-        return _live(row, device, rows)
-    if not is_made(row):
-        raise OodlibError(f"{row.name} is not trained yet: {train_command(row)}")
-    return made_folder(row)
-
-
-def load_row(row: PoolRow, *, device: str = "auto", rows: Sequence[PoolRow] = ()) -> Loaded:
-    """A model of the embedded pool (finetuned now or earlier by this code), or of another one (trained before).
-
-    rows : of the pool, where the row is a soup: its members are among them
+def load_row(row: PoolRow, *, device: str = "auto") -> Loaded:
+    """A model of a small pool: trained here before, else, of the embedded pool, now.
 
     Raises
     ------
     OodlibError : a row of neither small pool, not trained yet, a damaged file
     """
-    pool, folder = pool_of(row), row_folder(row, device=device, rows=rows)
+    pool, folder = pool_of(row), made_folder(row)
+    if not is_made(row):
+        if pool != "embedded" or row.role.startswith("soup-"):
+            raise OodlibError(f"{row.name} is not trained yet: {train_command(row)}")
+        folder = live_folder(row, device=device)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if sha256(folder / "model.safetensors") != record["sha256"]:
         raise OodlibError(f"{folder / 'model.safetensors'} is not the file its run.json describes. Delete the folder "
@@ -274,11 +267,11 @@ def _soup(model: nn.Module, row: PoolRow, members: Sequence[PoolRow],
     return {"members": chosen}
 
 
-def _live(row: PoolRow, device: str, rows: Sequence[PoolRow]) -> Path:
-    """The folder of a model finetuned now, or earlier by the same code from the same checkpoint."""
+def live_folder(row: PoolRow, *, device: str = "auto") -> Path:
+    """Folder of a model finetuned now, or earlier by the same code from the same checkpoint."""
     made_of = [asdict(row), repr(BUDGETS["embedded"]), _digest(load_file(pretrain(row, device=device))),
                torch.__version__, "1 thread", *_code()]
-    made = made_once(made_of, "row/run.json", lambda output: made_row(row, device=device, progress=False, rows=rows,
+    made = made_once(made_of, "row/run.json", lambda output: made_row(row, device=device, progress=False,
                                                                       folder=output / "row"))
     return made / "row"
 
