@@ -129,16 +129,18 @@ def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: st
 
 
 def common_levels(cells: DataFrame, factor: str, *, free: Sequence[str] = ()) -> tuple[Any, Any] | None:
-    """The two levels of a factor that most pairs of cells have, lower first; where equal, the higher levels.
+    """The two levels of a factor that most pairs of cells have, lower first ("none" is the lowest); where equal, the
+    higher levels.
 
     None where no two cells differ in the factor alone.
     """
+    ordered = sorted(cells[factor].dropna().unique(), key=lambda level: (level != "none", level))
     found = []
-    for low, high in itertools.combinations(sorted(cells[factor].dropna().unique()), 2):
+    for low, high in itertools.combinations(ordered, 2):
         with contextlib.suppress(OodlibError):
             counted = cells.assign(_one=1.0)
             found.append((paired_effects(counted, factor, low, high, "_one", free=free, n_boot=1).n, low, high))
-    return max(found)[1:] if found else None
+    return max(reversed(found), key=lambda pair: pair[0])[1:] if found else None
 
 
 def interaction(cells: DataFrame, factor: str, low: Any, high: Any, first: str, second: str, **options: Any) -> Effect:

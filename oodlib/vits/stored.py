@@ -192,8 +192,9 @@ def _checked(models: list[Scored], missing: dict[str, str]) -> Models:
         same = (model.record["sets"] == models[0].record["sets"]
                 and model.table[_KEYS].equals(models[0].table[_KEYS]))
         if not same:
-            raise OodlibError(f"{model.row.name} was scored on other images than {models[0].row.name}. Delete its "
-                              f"folder and train again: {train_command(model.row)}")
+            raise OodlibError(f"{model.row.name} was scored on other images than {models[0].row.name}. Shipped "
+                              "scores need the locked versions of the libraries that draw images (make doctor); what "
+                              f"was trained here: delete its folder, then {train_command(model.row)}")
     return Models(models, missing)
 
 
