@@ -147,6 +147,11 @@ def test_of_equally_good_weights_the_even_ones_are_taken() -> None:
     assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys("abcd", 0.25)
 
 
+def test_equal_weights_are_among_those_looked_at() -> None:
+    tables = dict.fromkeys("abcdefgh", made_table(1))                     # no multiple of a quarter is an eighth
+    assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys("abcdefgh", 0.125)
+
+
 def test_an_average_is_held_against_the_best_model() -> None:
     tables = {str(seed): made_table(seed) for seed in range(4)}
     average = averaged(tables, "mahalanobis")
@@ -207,6 +212,14 @@ def test_a_factor_of_the_finetuning_is_clustered_by_checkpoint() -> None:
     found = paired_effects(cells, "ft_lr", 0.01, 0.03, "maha")
     assert found.value == pytest.approx(-0.1) and (found.n, found.clusters) == (12, 12)
     assert found.p == pytest.approx(binomtest(0, 8).pvalue)              # the four ties of seed 0 are dropped
+
+
+def test_a_checkpoint_with_more_pairs_has_one_vote() -> None:
+    rows = [PoolRow(f"{lr}{head}{seed}", "vit", objective="sigmoid", ft_lr=lr, head=head, seed=seed)
+            for lr in (0.01, 0.03) for head, seed in (("raw", 0), ("unit", 0), ("raw", 1))]
+    cells = pool_frame(rows, [{"v": 0.0}] * 3 + [{"v": 1.0}, {"v": 1.0}, {"v": 4.0}])
+    found = paired_effects(cells, "ft_lr", 0.01, 0.03, "v")
+    assert (found.value, found.n, found.clusters) == (2.5, 3, 2)
 
 
 def test_with_few_clusters_the_interval_is_students_over_clusters_not_models() -> None:
@@ -351,6 +364,13 @@ def test_the_recipe_is_ranked_among_the_others() -> None:
     assert middle.value == 0.5 and middle.low < 0.3 and middle.high > 0.7
     with pytest.raises(OodlibError, match="a cell each"):
         recipe_percentile(values, [False] * 5, larger_is_better=True)
+
+
+def test_two_checkpoints_that_disagree_leave_a_recipe_open() -> None:
+    values, chosen = [0.9, 0.9, 0.1, 0.5, 0.6], [True, True, True, False, False]
+    found = recipe_percentile(values, chosen, list("aabcd"), larger_is_better=True)
+    assert found.value == pytest.approx(2 / 3) and found.clusters == 2   # the recipe's alone
+    assert (found.low, found.high) == (0, 1)                             # Student's is wider; a share ends at 0 and 1
 
 
 def test_share_of_the_most_accurate_that_fail() -> None:

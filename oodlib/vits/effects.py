@@ -47,6 +47,10 @@ class Estimate:
         half = float(student.ppf(0.975, freedom) * error) if freedom else 0.0
         return replace(self, low=min(self.low, self.value - half), high=max(self.high, self.value + half))
 
+    def within(self, least: float, most: float) -> Self:
+        """The same with an interval that ends where values do: a share lies in 0 .. 1, Student's interval need not."""
+        return replace(self, low=max(self.low, least), high=min(self.high, most))
+
     def __str__(self) -> str:
         return (f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] "
                 f"({self.clusters} cluster{'s' * (self.clusters != 1)})")
@@ -87,13 +91,12 @@ def mean(values: ArrayLike, clusters: ArrayLike | None = None, *, n_boot: int = 
 
 def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: str, *, free: Sequence[str] = (),
                    n_boot: int = 2000, seed: int = 0) -> Effect:
-    """Mean over pairs of cells of ``value`` where ``factor`` is ``high`` minus where it is ``low``.
+    """``value`` where ``factor`` is ``high`` minus where it is ``low``: mean over clusters of the mean of their pairs.
 
     A pair is equal in every column of `FACTORS` that the table has, but for ``factor`` and the columns in ``free``
-    (what changes with the factor, such as stochastic depth with dropout). The interval is that of `mean` over clusters;
-    a cluster is a pair of pretrained checkpoints (a factor of the finetuning has one at both ends) with all its cell
-    pairs; seeds are checkpoints of their own. p: exact two-sided sign test of the cluster means, ties
-    dropped.
+    (what changes with the factor, such as stochastic depth with dropout). A cluster is a pair of pretrained checkpoints
+    (a factor of the finetuning has one at both ends) with all its cell pairs; seeds are checkpoints of their own. The
+    interval is that of `mean` over the cluster means. p: exact two-sided sign test of them, ties dropped.
 
     Parameters
     ----------
@@ -124,8 +127,9 @@ def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: st
                           f"{', '.join(map(repr, pd.unique(cells[factor])))}.")
     pairs = pairs.assign(difference=pairs["high"] - pairs["low"],
                          cluster=pairs["checkpoint_low"] + " / " + pairs["checkpoint_high"])
-    found = mean(pairs["difference"], pairs["cluster"], n_boot=n_boot, seed=seed)
-    return Effect(**asdict(found), p=_sign_test(pairs.groupby("cluster")["difference"].mean()), pairs=pairs)
+    means = pairs.groupby("cluster")["difference"].mean()
+    found = replace(mean(means, n_boot=n_boot, seed=seed), n=len(pairs))
+    return Effect(**asdict(found), p=_sign_test(means), pairs=pairs)
 
 
 def common_levels(cells: DataFrame, factor: str, *, free: Sequence[str] = ()) -> tuple[Any, Any] | None:

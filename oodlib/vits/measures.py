@@ -152,7 +152,8 @@ def choose_weights(tables: Mapping[str, DataFrame], score: str, *, validation_oo
                    scale: Literal["z", "rank"] = "z", steps: int = 4) -> dict[str, float]:
     """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation images.
 
-    Looks at every vector of multiples of 1 / ``steps`` that sums to 1; of equals the most even one wins.
+    Looks at equal weights and at every vector of multiples of 1 / ``steps`` that sums to 1; of equals the most even one
+    wins.
 
     Parameters
     ----------
@@ -172,8 +173,9 @@ def choose_weights(tables: Mapping[str, DataFrame], score: str, *, validation_oo
                           "Give fewer models or steps.")
     grid.sort(key=lambda w: sum(x * x for x in w))                       # the most even first: max keeps the first
     ids, ood = values[sets == validation], values[sets == validation_ood]
-    best = max(grid, key=lambda w: auroc(ids @ np.array(w), ood @ np.array(w)))
-    return {name: weight / steps for name, weight in zip(tables, best, strict=True)}
+    vectors = [np.full(len(tables), 1 / len(tables)), *(np.array(w) / steps for w in grid)]
+    best = max(vectors, key=lambda w: auroc(ids @ w, ood @ w))
+    return dict(zip(tables, best.tolist(), strict=True))
 
 
 def against_best(average: DataFrame, tables: Mapping[str, DataFrame], score: str, *, near: Sequence[str],

@@ -99,8 +99,9 @@ def recipe_percentile(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike 
                       larger_is_better: bool, n_boot: int = 2000, seed: int = 0) -> Estimate:
     """Mean share of the other cells that a cell of the recipe beats (`standing`).
 
-    The interval resamples clusters, the recipe's cells and the others apart. Arguments as in `group_difference`, but
-    a cluster may have cells in both groups.
+    The interval resamples clusters, the recipe's cells and the others apart, and holds Student's over the means of the
+    recipe's clusters too, which are few: ``clusters`` of the estimate counts them alone. Arguments as in
+    `group_difference`, but a cluster may have cells in both groups.
 
     Raises
     ------
@@ -113,12 +114,14 @@ def recipe_percentile(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike 
     (a, rows_a), (b, rows_b) = ((x[part], groups(names[part])) for part in (inside, ~inside))
     rng, draws = np.random.default_rng(seed), np.empty(n_boot)
 
-    def statistic(own: Array, others: Array) -> float:
-        return float(np.mean([standing(v, others, larger_is_better=larger_is_better) for v in own]))
+    def standings(own: Array, others: Array) -> Array:
+        return np.array([standing(v, others, larger_is_better=larger_is_better) for v in own])
 
     for i in range(n_boot):
-        draws[i] = statistic(a[draw(rows_a, rng)], b[draw(rows_b, rng)])
-    return Estimate(statistic(a, b), *interval(draws), len(x), len(rows_a) + len(rows_b))
+        draws[i] = standings(a[draw(rows_a, rng)], b[draw(rows_b, rng)]).mean()
+    found, k = standings(a, b), len(rows_a)
+    error = np.std([found[rows].mean() for rows in rows_a]) / np.sqrt(max(k - 1, 1))
+    return Estimate(float(found.mean()), *interval(draws), len(x), k).widened(float(error), k - 1).within(0, 1)
 
 
 def top_share(accuracy: ArrayLike, value: ArrayLike, clusters: ArrayLike | None = None, *, limit: float = 0.5,

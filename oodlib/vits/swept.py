@@ -17,7 +17,7 @@ from oodlib.vits.reference import Reference
 from oodlib.vits.scores import geometry
 from oodlib.vits.sources import FIT, ImagenetSource
 from oodlib.vits.stored import Models, Scored
-from oodlib.vits.sweep import make_jobs, prepare, run_job
+from oodlib.vits.sweep import make_jobs, prepare, run_job, state
 from oodlib.vits.tables import collect, read_record
 
 __all__ = ["swept_models"]
@@ -30,40 +30,46 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
     Parameters
     ----------
     networks : one pool (a name of ``data/pools`` or a table), or timm models by name and tag
-    data_root : folder laid out as ``python -m oodlib data --profile paper`` prints
-    output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``. Jobs that are not done
-        there are done now, one after the other; those of a split that is not at hand are left out
+    data_root : folder laid out as ``python -m oodlib data --profile paper`` prints; "" where the sweep has done it all
+    output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``. What is done there
+        counts, whether or not its images and weights are at hand here too. Other jobs are done now, one after the
+        other; those of a split that is not at hand are left out
     weights : folder that the ``weights`` of a pool lie below
 
     Raises
     ------
-    OodlibError : no data root, an unknown pool, images or weights of no model at hand
+    OodlibError : an unknown pool; no model has its scores: no data root, images or weights of none at hand
     """
-    if not data_root:
-        raise OodlibError("swept_models: give data_root, the folder of the ImageNet-scale sets. "
-                          "`python -m oodlib data --profile paper` says what must be in it.")
     rows, name = _rows(networks)
     folder = Path(output) if output else root() / "data" / "sweeps" / name
-    source = ImagenetSource(Path(data_root), Path(weights) if weights else None,
+    source = ImagenetSource(Path(data_root) if data_root else None, Path(weights) if weights else None,
                             min(16, os.cpu_count() or 1))
-    jobs, _ = prepare(make_jobs(rows, source, folder, device=str(pick_device(device))))
-    for job in jobs:
-        run_job(job)
+    jobs = make_jobs(rows, source, folder, device=str(pick_device(device)))
+    todo = [job for job in jobs if state(job)[0] != "done"]          # asked without inputs: they may be elsewhere
+    reason = "" if data_root else ("Give data_root, the folder of the ImageNet-scale sets; `python -m oodlib data "
+                                   "--profile paper` says what must be in it.")
+    if todo and data_root:
+        try:
+            for job in prepare(todo)[0]:
+                run_job(job)
+        except OodlibError as error:                                 # of none of these splits are the images at hand
+            reason = str(error)
     collect(folder, [row.name for row in rows], source.splits())
     found, missing = [], {}
     for row in rows:
-        records = {split: read_record(folder / row.name / f"{split}.json") for split in (FIT, "id", "scores")}
-        bad = next((split for split, record in records.items() if record["state"] != "done"), None)
+        records = {split: read_record(folder / row.name / f"{split}.json") for split in (*source.splits(), "scores")}
+        bad = next((split for split in (FIT, "id", "scores") if records[split]["state"] != "done"), None)
         if bad:
             missing[row.name] = str(records[bad].get("error", f"{bad} is not done"))
             continue
         fitted = Reference.load(folder / row.name / f"{FIT}.safetensors")
-        sets = {job.split: {"fingerprint": job.inputs[1]} for job in jobs}
+        sets = {split: {"fingerprint": record["inputs"][1]} for split, record in records.items()
+                if split != "scores" and record["state"] == "done"}
         record = {"accuracy": records["id"]["accuracy"], "geometry": geometry(fitted), "sets": sets,
                   "sha256": records["id"]["weights"]}
         found.append(Scored(row, record, pd.read_parquet(folder / row.name / "scores.parquet")))
     if not found:
-        raise OodlibError(f"swept_models: no model could be scored. {next(iter(missing.values()))}")
+        raise OodlibError(f"swept_models: no model could be scored. {reason or next(iter(missing.values()))}")
     return Models(found, missing)
 
 
