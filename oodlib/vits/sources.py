@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -106,7 +107,7 @@ def find_source(pool: Path, store: Path, *, data: Path | None, weights: Path | N
     from oodlib.vits.trained import BUDGETS
 
     budget = BUDGETS[known]
-    return TrainedSource(known, pool, store, **{"n_fit": budget.n_fit, "n_test": budget.n_test, "n_ood": budget.n_ood,
+    return TrainedSource(known, store, **{"n_fit": budget.n_fit, "n_test": budget.n_test, "n_ood": budget.n_ood,
                                                 **{name: int(text) for name, text in sizes.items()}})
 
 
@@ -116,14 +117,14 @@ class TrainedSource:
 
     Attributes
     ----------
-    pool, table : its name and its file
+    pool : its name
+    store : folder for images that are drawn once for all models
     n_fit, n_test, n_ood : as for `oodlib.vits.sets.pool_sets`
     """
 
     files: ClassVar[bool] = False
     per_class: ClassVar[int] = 100
     pool: str
-    table: Path
     store: Path
     n_fit: int
     n_test: int
@@ -261,6 +262,7 @@ class ImagenetSource:
                       provenance={"network": row.network, "file": row.weights, "timm": timm.__version__})
 
 
+@cache                                               # of the code as it was when this process began
 def _training_code() -> str:
     """Hash over the modules that say how a model of the small pools is made, and which images are drawn."""
     here = Path(__file__).parent
