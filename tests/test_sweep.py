@@ -255,7 +255,7 @@ def test_operations_are_those_of_the_formula() -> None:
 def test_the_plan_of_a_pool_trained_here(tmp_path: Path) -> None:
     source, networks = TrainedSource("cifar", tmp_path, 100, 50, 2), list(NETWORKS)
     text = describe_plan(make_jobs([PoolRow(name, name) for name in networks[:2]], source, tmp_path))
-    images = 2 * (100 + 50 + 2 * 98 + 17 * 50)
+    images = 2 * (100 + 50 + 2 * 98 + 17 * sources._N_UNIT)
     assert f"{images:,}" in text and "CPU h" in text and "Training" in text
 
 
