@@ -278,7 +278,8 @@ def live_folder(row: PoolRow, *, device: str = "auto") -> Path:
 
 def _code() -> Iterator[str]:
     here = Path(__file__).parent
-    return (sha256(here / name) for name in ("networks.py", "training.py", "scores.py", "sets.py", "trained.py"))
+    return (sha256(here / name) for name in ("networks.py", "training.py", "reference.py", "scores.py",
+                                          "sets.py", "trained.py"))
 
 
 def _folder(row: PoolRow) -> Path:
