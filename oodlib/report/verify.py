@@ -88,7 +88,7 @@ def update_reference(profile: str) -> list[str]:
     if not folders:
         raise OodlibError(f"No finished run under figures/{profile}/. Run `make reproduce PROFILE={profile}` first.")
     files = {folder.name: [path for path in sorted(folder.iterdir())
-                           if path.name in _KEPT or path.suffix in (".md", ".tex", ".png")] for folder in folders}
+                           if path.name in _KEPT or path.suffix in (".md", ".png")] for folder in folders}
     others = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()
                  and not (path.parent.parent.name == profile and path.parent.name in files))
     content = {path: _content(path) for kept in files.values() for path in kept}
