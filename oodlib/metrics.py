@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from oodlib.bank import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["aupr", "auroc", "bootstrap", "fpr_at_tpr", "paired_bootstrap", "replicates", "replicates_by_set",
-           "threshold"]
+__all__ = ["aupr", "auroc", "bootstrap", "fpr_at_tpr", "paired_bootstrap", "percentile_interval", "replicates",
+           "replicates_by_set", "threshold"]
 
 Positive = Literal["id", "ood"]
 Metric = Callable[..., float]
@@ -104,7 +104,7 @@ def bootstrap(metric: Metric, id_scores: Any, ood_scores: Any, *, n: int = 1000,
     (value, low, high)
     """
     (value, draws), = replicates(metric, {"": (id_scores, ood_scores)}, n=n, seed=seed).values()
-    return value, *_interval(draws)
+    return value, *percentile_interval(draws)
 
 
 def paired_bootstrap(metric: Metric, id_a: Any, ood_a: Any, id_b: Any, ood_b: Any, *, n: int = 1000,
@@ -119,7 +119,7 @@ def paired_bootstrap(metric: Metric, id_a: Any, ood_a: Any, id_b: Any, ood_b: An
     """
     values = replicates(metric, {"a": (id_a, ood_a), "b": (id_b, ood_b)}, n=n, seed=seed)
     (a, draws_a), (b, draws_b) = values["a"], values["b"]
-    return a - b, *_interval(draws_a - draws_b)
+    return a - b, *percentile_interval(draws_a - draws_b)
 
 
 def replicates(metric: Metric, methods: Mapping[str, tuple[Any, Any]], *, n: int = 1000,
@@ -238,6 +238,7 @@ def _check_positive(positive: Any, name: str) -> None:
                           f"{positive!r}. The value depends on it.")
 
 
-def _interval(draws: NDArray) -> tuple[float, float]:
+def percentile_interval(draws: Any) -> tuple[float, float]:
+    """2.5 % and 97.5 % quantile of bootstrap draws (n,)."""
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)

@@ -20,10 +20,11 @@ from scipy.stats import binomtest, permutation_test
 from scipy.stats import t as student
 
 from oodlib.errors import OodlibError
+from oodlib.metrics import percentile_interval
 from oodlib.vits.pools import PoolRow
 
 __all__ = ["FACTORS", "Effect", "Estimate", "column", "common_levels", "draw", "estimate", "group_difference", "groups",
-           "interaction", "interval", "mean", "paired_effects", "pool_frame", "same"]
+           "interaction", "mean", "paired_effects", "pool_frame", "same"]
 
 FACTORS = tuple(f.name for f in fields(PoolRow) if f.name not in ("name", "weights"))
 Array = NDArray[np.float64]
@@ -62,12 +63,6 @@ class Effect(Estimate):
 
     p: float = 1.0
     pairs: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
-
-
-def interval(draws: ArrayLike) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantile of bootstrap draws (n,)."""
-    low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def pool_frame(rows: Iterable[PoolRow], measures: Iterable[dict[str, float]]) -> DataFrame:
@@ -183,7 +178,7 @@ def group_difference(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike |
                          rng=np.random.default_rng(seed)).pvalue if min(len(a), len(b)) > 1 else 1.0
     rng = np.random.default_rng(seed)
     draws = difference(*(x[rng.integers(0, len(x), (n_boot, len(x)))] for x in (a, b)))
-    found = Effect(float(difference(a, b)), *interval(draws), len(frame), len(means), p=float(p))
+    found = Effect(float(difference(a, b)), *percentile_interval(draws), len(frame), len(means), p=float(p))
     freedom = len(means) - 2
     pooled = (a.var() * len(a) + b.var() * len(b)) / max(freedom, 1)
     return found.widened(np.sqrt(pooled * (1 / len(a) + 1 / len(b))), freedom)
@@ -197,7 +192,7 @@ def estimate(statistic: Callable[[NDArray], float], n: int, clusters: ArrayLike 
     rows = groups(np.arange(n) if clusters is None else np.asarray(clusters))
     rng = np.random.default_rng(seed)
     draws = [statistic(draw(rows, rng)) for _ in range(n_boot)]
-    return Estimate(float(statistic(np.arange(n))), *interval(draws), n, len(rows))
+    return Estimate(float(statistic(np.arange(n))), *percentile_interval(draws), n, len(rows))
 
 
 def groups(clusters: ArrayLike) -> list[NDArray[np.int64]]:

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from oodlib.errors import OodlibError
-from oodlib.metrics import auroc, replicates, threshold
-from oodlib.vits.effects import Estimate, interval, pool_frame
+from oodlib.metrics import auroc, percentile_interval, replicates, threshold
+from oodlib.vits.effects import Estimate, pool_frame
 from oodlib.vits.scores import SCORES
 
-__all__ = ["BROAD", "FAILED", "against_best", "averaged", "choose_weights", "flat", "model_frame", "per_class",
-           "summary"]
+__all__ = ["BROAD", "FAILED", "against_best", "averaged", "choose_weights", "flat", "model_frame", "over_classes",
+           "per_class", "summary"]
 
 BROAD = ("unicode", "tiny-imagenet", "in21k")     # pretraining sets of many classes, others than the task's
 FAILED = 0.10                    # a unit test fails where its FPR95 is above (arXiv 2306.00826)
@@ -81,11 +81,17 @@ def summary(table: DataFrame, *, near: Sequence[str], unit_tests: str | None = "
     rows = []
     for suite, sets in suites.items():
         for score, classes in per_class(table, sets, id_set=id_set).groupby("score", sort=False):
-            pooled = {f"{m}_pooled": np.average(classes[m], weights=classes["images"]) for m in ("fpr", "auroc")}
             failed = float((classes["fpr"] > FAILED).sum()) if suite == "unit_tests" else np.nan
-            rows.append({"score": score, "suite": suite, "fpr": classes["fpr"].mean(), "auroc": classes["auroc"].mean(),
-                         **pooled, "failed": failed, "classes": len(classes), "images": classes["images"].sum()})
+            rows.append({"score": score, "suite": suite, **over_classes(classes), "failed": failed})
     return DataFrame(rows)
+
+
+def over_classes(classes: DataFrame) -> dict[str, float]:
+    """Rows of `per_class` as one: fpr and auroc (unweighted mean over the classes), fpr_pooled and auroc_pooled (mean
+    over the images), classes, images."""
+    means = {m: classes[m].mean() for m in ("fpr", "auroc")}
+    pooled = {f"{m}_pooled": np.average(classes[m], weights=classes["images"]) for m in ("fpr", "auroc")}
+    return means | pooled | {"classes": len(classes), "images": int(classes["images"].sum())}
 
 
 def model_frame(models: Iterable[Any], *, near: Sequence[str], quality: Literal["auroc", "fpr"] = "auroc") -> DataFrame:
@@ -193,7 +199,7 @@ def against_best(average: DataFrame, tables: Mapping[str, DataFrame], score: str
     found = replicates(auroc, scores, n=n_boot, seed=seed)
     value, draws = found.pop("")
     best, best_draws = max(v for v, _ in found.values()), np.max([d for _, d in found.values()], axis=0)
-    return Estimate(value - best, *interval(draws - best_draws), n=len(scores[""][0]), clusters=len(tables))
+    return Estimate(value - best, *percentile_interval(draws - best_draws), n=len(scores[""][0]), clusters=len(tables))
 
 
 def _rows(table: DataFrame, sets: Sequence[str]) -> DataFrame:

@@ -10,7 +10,8 @@ from pandas import DataFrame, Series
 
 from oodlib.errors import OodlibError
 from oodlib.maturity import spearman_along
-from oodlib.vits.effects import Array, Estimate, column, draw, estimate, groups, interval, same
+from oodlib.metrics import percentile_interval
+from oodlib.vits.effects import Array, Estimate, column, draw, estimate, groups, same
 
 __all__ = ["eta_squared", "recipe_percentile", "soup_against_members", "spearman", "spearman_difference",
            "spread_within", "standing", "top_share", "wins"]
@@ -121,7 +122,8 @@ def recipe_percentile(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike 
         draws[i] = standings(a[draw(rows_a, rng)], b[draw(rows_b, rng)]).mean()
     found, k = standings(a, b), len(rows_a)
     error = np.std([found[rows].mean() for rows in rows_a]) / np.sqrt(max(k - 1, 1))
-    return Estimate(float(found.mean()), *interval(draws), len(x), k).widened(float(error), k - 1).within(0, 1)
+    found_share = Estimate(float(found.mean()), *percentile_interval(draws), len(x), k)
+    return found_share.widened(float(error), k - 1).within(0, 1)
 
 
 def top_share(accuracy: ArrayLike, value: ArrayLike, clusters: ArrayLike | None = None, *, limit: float = 0.5,

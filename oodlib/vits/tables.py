@@ -99,16 +99,10 @@ def _summary(table: DataFrame, sets: Sequence[str]) -> DataFrame:
     """One row a set and score: means over the OOD classes and over the images, and how many classes exceed 10 % FPR."""
     import pandas as pd
 
-    from oodlib.vits.measures import FAILED, per_class
+    from oodlib.vits.measures import FAILED, over_classes, per_class
 
-    classes = per_class(table, sets)
-    rows = []
-    for (name, score), part in classes.groupby(["set", "score"], sort=False):
-        weight = part["images"] / part["images"].sum()
-        rows.append({"set": name, "score": score, "fpr": part["fpr"].mean(), "auroc": part["auroc"].mean(),
-                     "fpr_pooled": (part["fpr"] * weight).sum(), "auroc_pooled": (part["auroc"] * weight).sum(),
-                     "failed": int((part["fpr"] > FAILED).sum()), "classes": len(part),
-                     "images": int(part["images"].sum())})
+    rows = [{"set": name, "score": score, **over_classes(part), "failed": int((part["fpr"] > FAILED).sum())}
+            for (name, score), part in per_class(table, sets).groupby(["set", "score"], sort=False)]
     if not rows:
         raise OodlibError("sweep: there is no OOD set to judge.")
     return pd.DataFrame(rows)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oodlib.bank import FeatureBank
-from oodlib.checkpoints import made_once, to_half, to_single
+from oodlib.checkpoints import Trained, made_once, to_half, to_single
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.extraction import extract, pick_device
@@ -37,7 +37,7 @@ from oodlib.vits.sets import TASKS, pool_sets, training_images
 from oodlib.vits.soups import fill_greedily, fill_with_mean
 from oodlib.vits.training import VitRecipe, decay_integral, fit_vit
 
-__all__ = ["BUDGETS", "Budget", "Loaded", "finetune_recipe", "is_made", "live_folder", "load_row", "made_folder",
+__all__ = ["BUDGETS", "Budget", "finetune_recipe", "is_made", "live_folder", "load_row", "made_folder",
            "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row", "train_command"]
 
 
@@ -56,16 +56,6 @@ class Budget:
 BUDGETS = {"embedded": Budget(100_000, 8_000, 4_000, 3_000, 800, 3),
            "cifar": Budget(180_000, 150_000, 40_000, 20_000, 1_000, 10)}
 HELD_OUT = 1000                 # last training images, which finetuning leaves out: greedy soups choose by them
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A model of a small pool in evaluation mode, with what its inputs need, and how it was made (``run.json``)."""
-
-    model: nn.Module
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    provenance: dict[str, Any]
 
 
 def pool_of(row: PoolRow) -> str:
@@ -149,8 +139,8 @@ def is_made(row: PoolRow, folder: Path | None = None) -> bool:
     return record.get("row") == asdict(row) and record.get("recipe") == recipe
 
 
-def load_row(row: PoolRow, *, device: str = "auto") -> Loaded:
-    """A model of a small pool: trained here before, else, of the embedded pool, now.
+def load_row(row: PoolRow, *, device: str = "auto") -> Trained:
+    """A model of a small pool, with its ``run.json``: trained here before, else, of the embedded pool, now.
 
     Raises
     ------
@@ -167,7 +157,7 @@ def load_row(row: PoolRow, *, device: str = "auto") -> Loaded:
                           f"and train again: {train_command(row)}")
     model = small_vit(row.network, _classes(pool), head=row.head)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return Loaded(model.eval(), TASKS[pool].mean, TASKS[pool].std, record)
+    return Trained(model.eval(), TASKS[pool].mean, TASKS[pool].std, record)
 
 
 def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows: Sequence[PoolRow] = (),
@@ -217,9 +207,9 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
 def score_row(model: nn.Module, pool: str) -> tuple[Any, dict[str, Any]]:
     """Score table of a model on its pool's sets, and what else is measured on the same features.
 
-    The table is that of `score_table` with three columns more, of the notebook on GradNorm: its score ``gradnorm`` and
-    the factors ``gradnorm_u`` = -U and ``gradnorm_v`` = -V, larger = more OOD. The measures: accuracy on "id" in
-    [0, 1], `geometry`, and the correlation of norm and score on the unit tests (None where one is constant).
+    The table is that of `score_table` with two columns more, of the notebook on GradNorm: its score ``gradnorm`` and
+    the factor ``gradnorm_u`` = -U, larger = more OOD. The measures: accuracy on "id" in [0, 1], `geometry`, and the
+    correlation of norm and score on the unit tests (None where one is constant).
     """
     sets = _sets(pool)
     options: dict[str, Any] = {"mean": TASKS[pool].mean, "std": TASKS[pool].std, "device": "cpu", "progress": False}
@@ -236,9 +226,9 @@ def score_row(model: nn.Module, pool: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _gradnorm(bank: FeatureBank) -> dict[str, np.ndarray]:
-    u, v = gradnorm_factors(bank.features, bank.logits)
+    u, _ = gradnorm_factors(bank.features, bank.logits)
     return {"gradnorm": gradnorm(bank.features, bank.logits).astype(np.float32),
-            "gradnorm_u": -np.asarray(u, dtype=np.float32), "gradnorm_v": -np.asarray(v, dtype=np.float32)}
+            "gradnorm_u": -np.asarray(u, dtype=np.float32)}
 
 
 @functools.cache
