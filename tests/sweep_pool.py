@@ -16,11 +16,11 @@ from torch import nn
 
 from oodlib import OodlibError
 from oodlib.data import ImageSet
-from oodlib.vits.launch import Resources, run_sweep
-from oodlib.vits.pools import PoolRow
-from oodlib.vits.sources import Opened
-from oodlib.vits.sweep import Job, make_jobs, prepare, run_job, state
-from oodlib.vits.tables import read_record
+from oodlib.studies.vits.pool_table import PoolRow
+from oodlib.studies.vits.sweep.jobs import Job, make_jobs, prepare, run_job, state
+from oodlib.studies.vits.sweep.launch import Resources, run_sweep
+from oodlib.studies.vits.sweep.models_and_images import Opened
+from oodlib.studies.vits.sweep.tables import read_record
 
 CLASSES = 3
 ROWS = {"fit": 400, "id": 200, "odd": 10_300}        # the last is more than one bank, so that a kill can hit its middle

@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import log_loss
 
 from oodlib import OodlibError
-from oodlib.calibration import brier, confidence, ece, fit_temperature, nll, reliability, simulated_null
+from oodlib.metrics.calibration import brier, confidence, ece, fit_temperature, nll, reliability, simulated_null
 
 
 @pytest.fixture

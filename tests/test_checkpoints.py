@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from oodlib import OodlibError, checkpoints
-from oodlib.checkpoints import Spec, load_or_train, load_trained, train_and_save
+from oodlib import OodlibError
 from oodlib.data import ImageSet
 from oodlib.files import sha256
-from oodlib.models import FastConvNet
-from oodlib.training import Recipe, evaluate
+from oodlib.models import FastConvNet, shipped
+from oodlib.models.shipped import Spec, load_or_train, load_trained, train_and_save
+from oodlib.models.training.classifier import Recipe, evaluate
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.5, schedule="triangle", warmup=0.2, whiten_bias_epochs=1, lookahead=True,
@@ -37,14 +37,14 @@ def tiny(monkeypatch, tmp_path):
 
     def register(snapshots=(), recipe=RECIPE):
         spec = Spec("tiny", lambda: FastConvNet(2, widths=(4, 4, 6)), data, recipe, MEAN, STD, 0.5, snapshots)
-        monkeypatch.setitem(checkpoints.SPECS, "tiny", spec)
+        monkeypatch.setitem(shipped.SPECS, "tiny", spec)
     register()
     return register
 
 
 def stop_after(monkeypatch, epochs):
     """Make training raise after so many epochs, once the progress is on disk."""
-    real = checkpoints.train
+    real = shipped.train
 
     def train(*arguments, on_epoch, **options):
         def stop(epoch, model):
@@ -52,7 +52,7 @@ def stop_after(monkeypatch, epochs):
             if epoch == epochs:
                 raise Stopped
         return real(*arguments, on_epoch=stop, **options)
-    monkeypatch.setattr(checkpoints, "train", train)
+    monkeypatch.setattr(shipped, "train", train)
 
 
 def test_interrupted_run_ends_in_the_same_file(tiny, monkeypatch, tmp_path):
@@ -71,8 +71,8 @@ def test_resumed_run_does_not_train_finished_epochs_again(tiny, monkeypatch, tmp
         stop_after(patch, 2)
         train_and_save("tiny", device="cpu")
     seen = []
-    real = checkpoints.train
-    monkeypatch.setattr(checkpoints, "train", lambda *a, on_epoch, **o: real(
+    real = shipped.train
+    monkeypatch.setattr(shipped, "train", lambda *a, on_epoch, **o: real(
         *a, on_epoch=lambda epoch, model: (seen.append(epoch), on_epoch(epoch, model)), **o))
     train_and_save("tiny", device="cpu")
     assert seen == [3]
@@ -135,7 +135,7 @@ def test_unknown_name():
 
 def test_live_network_is_trained_once(tiny, monkeypatch):
     first = load_or_train("tiny", device="cpu")
-    monkeypatch.setattr(checkpoints, "train_and_save", None)
+    monkeypatch.setattr(shipped, "train_and_save", None)
     assert load_or_train("tiny", device="cpu").provenance == first.provenance
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from oodlib.claims.judge import VERDICTS, Claim, judge, load_claims, read_claims
 from oodlib.errors import OodlibError
-from oodlib.project import PROFILES
-from oodlib.report.claims import VERDICTS, Claim, judge, load_claims, read_claims
+from oodlib.workspace import PROFILES
 
 TREND = Claim(id="p/C1", statement="s", source="abs", statistic="AUROC", kind="trend", direction="above", margin=0.5,
               unit="percent", replicate="images a side", smallest_n=1000, judged_at=("laptop", "benchmark", "paper"),

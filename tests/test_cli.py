@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oodlib import doctor
 from oodlib.__main__ import main
+from oodlib.suite import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("reproduce", "test", "lab", "data", "report", "verify", "student", "docs", "lint", "train", "clean",
@@ -53,7 +53,7 @@ def test_clean_keeps_references_and_data(root: Path) -> None:
 
 
 def test_nothing_to_do_imports_nothing_heavy() -> None:
-    code = ("import sys, contextlib, oodlib.__main__ as m, oodlib.runner as r, oodlib.report.build\n"
+    code = ("import sys, contextlib, oodlib.__main__ as m, oodlib.suite.runner as r, oodlib.suite.report\n"
             "r.make_plans(None, r.Options(profile='smoke'))\n"
             "assert not {'torch', 'papermill', 'matplotlib.pyplot', 'torchvision'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

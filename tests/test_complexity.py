@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from oodlib.data.complexity import _CODECS, compressed_bits
 from oodlib.errors import OodlibError
+from oodlib.scores.complexity import _CODECS, compressed_bits
 
 needs_jpeg2000 = pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
 CODECS = ["png", pytest.param("jpeg2000", marks=needs_jpeg2000)]

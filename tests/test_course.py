@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from oodlib import course
 from oodlib.errors import OodlibError
-from oodlib.project import list_notebooks
+from oodlib.suite import course
+from oodlib.suite.notebooks import list_notebooks
 
 EXERCISE = '''def double(x: float) -> float:
     """Return twice x."""

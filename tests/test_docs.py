@@ -17,9 +17,9 @@ from torch import nn
 
 import oodlib
 from oodlib.__main__ import _parser
-from oodlib.docs import build_docs, module_names
 from oodlib.errors import OodlibError
-from oodlib.report.readme import readme_text, update_readme
+from oodlib.suite.docs import build_docs, module_names
+from oodlib.suite.readme import readme_text, update_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "data/published/README.md", "data/pools/README.md"]
@@ -48,7 +48,7 @@ def test_every_make_command_is_a_target(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_command_line_is_understood(name: str) -> None:
-    from oodlib.scoring import _parser as score_parser
+    from oodlib.apply.command import _parser as score_parser
 
     for command in re.findall(r"python -m oodlib ([a-z][^#\n]*)", code_of(page(name))):
         first, *rest = shlex.split(command)

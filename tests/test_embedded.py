@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from oodlib.data import EMBEDDED, assert_disjoint, embedded, same_fonts
-from oodlib.data.embedded import check_bytes, embedded_fingerprints, library_versions
-from oodlib.data.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
-from oodlib.data.render import MIN_CONTRAST, _colours, luminance, raw_stream
-from oodlib.data.scripts import CONFUSABLE, LATIN, LOOKALIKE, OOD_SCRIPTS, alphabet, removed, similarity
-from oodlib.data.textures import TEXTURES
-from oodlib.data.unit_tests import UNIT_TESTS
+from oodlib.data.builtin.alphabets import CONFUSABLE, LATIN, LOOKALIKE, OOD_SCRIPTS, alphabet, removed, similarity
+from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
+from oodlib.data.builtin.ninco_tests import UNIT_TESTS
+from oodlib.data.builtin.render import MIN_CONTRAST, _colours, luminance, raw_stream
+from oodlib.data.builtin.sets import check_bytes, embedded_fingerprints, library_versions
+from oodlib.data.builtin.textures import TEXTURES
 from oodlib.errors import OodlibError
 
 MANIFEST = Path(__file__).parents[1] / "data" / "manifests" / "embedded.json"

@@ -10,8 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from oodlib import FeatureBank, OodlibError, extract
 from oodlib.data import ImageSet
-from oodlib.extraction import find_head, stream, weights_hash
+from oodlib.features.extract import stream
 from oodlib.models import FastConvNet
+from oodlib.models.device import weights_hash
+from oodlib.models.hooks import find_head
 
 STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 

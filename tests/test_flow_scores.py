@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from oodlib import OodlibError
 from oodlib.data import ImageSet
-from oodlib.data.complexity import compressed_bits
-from oodlib.flow_scores import SCORES, VARIANTS, dequantised, score_flow
 from oodlib.gradients import layer_gradient_norms
-from oodlib.maturity import auroc_along, overlap
 from oodlib.metrics import auroc
+from oodlib.metrics.statistics import overlap
 from oodlib.models.glow import Glow, bits_per_dim, dequantise, quantise
+from oodlib.scores.complexity import compressed_bits
 from oodlib.scores.layerwise import LayerwiseDensity
+from oodlib.studies.flows.maturity import auroc_along
+from oodlib.studies.flows.score_images import SCORES, VARIANTS, dequantised, score_flow
 
 SHAPE, DIMS = (1, 8, 8), 64
 

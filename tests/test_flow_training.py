@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from oodlib import OodlibError, flow_training
+from oodlib import OodlibError
 from oodlib.files import sha256
-from oodlib.flow_training import FlowRecipe, mean_bits_per_dim, snapshot_path, train_flow
 from oodlib.models.glow import Glow, quantise
-from oodlib.training import hash_seed
+from oodlib.models.training import flow as flow_training
+from oodlib.models.training.augment import hash_seed
+from oodlib.models.training.flow import FlowRecipe, mean_bits_per_dim, snapshot_path, train_flow
 
 STEPS = (0, 4, 13)                                                    # 10 steps are an epoch
 RECIPE = {"snapshots": STEPS, "batch_size": 32, "lr": 0.01, "warmup": 4, "n_initialise": 256, "flip": "random",

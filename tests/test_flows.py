@@ -13,16 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oodlib import OodlibError, doctor, flow_specs, flows
+from oodlib import OodlibError
 from oodlib.__main__ import main
-from oodlib.checkpoints import SPECS
 from oodlib.data import EMBEDDED, ImageSet, assert_disjoint
-from oodlib.data.prepare import NotAtHand
+from oodlib.data.public.prepare import NotAtHand
 from oodlib.files import sha256
-from oodlib.flow_scores import SCORES, VARIANTS, dequantised, group_bits
-from oodlib.flow_specs import FLOWS, flow_sets, flow_spec
-from oodlib.flow_training import FlowRecipe
-from oodlib.flows import FlowRun, flow_run, run_flow, train_and_ship
+from oodlib.models.shipped import SPECS
+from oodlib.models.training.flow import FlowRecipe
+from oodlib.studies.flows import runs, specs
+from oodlib.studies.flows.runs import FlowRun, flow_run, run_flow, train_and_ship
+from oodlib.studies.flows.score_images import SCORES, VARIANTS, dequantised, group_bits
+from oodlib.studies.flows.specs import FLOWS, flow_sets, flow_spec
+from oodlib.suite import doctor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glow.initialise. .* images are few")
 SHIPPED = sorted(path.parent for path in
@@ -137,7 +139,7 @@ def test_jpeg_copies_are_those_of_pillow(shape):
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
-    copies = flow_specs._jpeg(ImageSet("cifar10", "test", pixels, np.arange(3)))
+    copies = specs._jpeg(ImageSet("cifar10", "test", pixels, np.arange(3)))
     assert copies.name == "cifar10-jpeg" and copies.images.shape == pixels.shape and copies.labels.tolist() == [0, 1, 2]
     for original, copy in zip(pixels, copies.images, strict=True):
         file = BytesIO()
@@ -189,7 +191,7 @@ def test_the_record_says_what_was_done(whole):
 
 def test_only_what_is_missing_is_made_again(finished, monkeypatch):
     before, scored = results(finished), []
-    monkeypatch.setattr(flows, "score_flow", lambda *given, real=flows.score_flow, **options: (
+    monkeypatch.setattr(runs, "score_flow", lambda *given, real=runs.score_flow, **options: (
         scored.append(options["variants"]), real(*given, **options))[1])
     (finished / "scores_0000002.parquet").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in finished.glob("*_*.*")}
@@ -266,7 +268,7 @@ def test_scores_without_the_variants_of_their_moment_are_made_again(finished, wh
 def test_a_full_size_flow_has_the_variants_after_ten_epochs_too(tmp_path, monkeypatch):
     spec = replace(TINY, name="paper_cifar10_glow", n=10, recipe=replace(TINY.recipe, snapshots=(0, 2, 20, 22)))
     asked: dict[int, bool] = {}
-    monkeypatch.setattr(flows, "score_flow", lambda *given, variants, progress: (
+    monkeypatch.setattr(runs, "score_flow", lambda *given, variants, progress: (
         asked.update({len(asked): variants}), pd.DataFrame({"group_size": [1], "set": ["id"]}))[1])
     make(tmp_path, spec)
     assert list(asked.values()) == [False, True, True, True]
@@ -332,7 +334,7 @@ def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_th
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     monkeypatch.setitem(FLOWS, "latin_glow", replace(TINY, ood=(), recipe=replace(TINY.recipe, snapshots=(0, 1))))
     used: list[int] = []
-    monkeypatch.setattr(flows, "run_flow", lambda *given, real=flows.run_flow, **options: (
+    monkeypatch.setattr(runs, "run_flow", lambda *given, real=runs.run_flow, **options: (
         used.append(torch.get_num_threads()), real(*given, **options, progress=False)))
     first, again = (flow_run("latin_glow:live", n_fit=10, n_test=10, device="cpu") for _ in range(2))
     assert used == [1] and torch.get_num_threads() == 2

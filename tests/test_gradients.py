@@ -8,7 +8,7 @@ from torch import nn
 
 from oodlib import OodlibError
 from oodlib.gradients import gradnorm_by_layer, parameter_groups
-from oodlib.models.networks import FastConvNet
+from oodlib.models.fast_convnet import FastConvNet
 from oodlib.scores import gradnorm
 
 close = torch.testing.assert_close

@@ -7,16 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from oodlib.data.image_lists import (
-    PAPER_SETS,
-    ImageList,
-    class_remap,
-    describe_paper_sets,
-    image_loader,
-    open_paper_set,
-    paper_set_status,
-    read_list,
-)
+from oodlib.data.folders import ImageList, image_loader, read_list
+from oodlib.data.imagenet import PAPER_SETS, class_remap, describe_paper_sets, open_paper_set, paper_set_status
 from oodlib.errors import OodlibError
 
 

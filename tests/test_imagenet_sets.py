@@ -9,15 +9,16 @@ import torch
 
 from oodlib import OodlibError
 from oodlib.data import ImageSet
-from oodlib.data.image_lists import ImageList, open_paper_set
-from oodlib.data.unit_tests import UNIT_TESTS, unit_test
-from oodlib.vits.imagenet import (
+from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
+from oodlib.data.folders import ImageList
+from oodlib.data.imagenet import (
     NATIVE,
     SPLITS,
     UnitTests,
     imagenet_loaders,
     imagenet_split,
     ood_classes,
+    open_paper_set,
     unit_test_loader,
 )
 

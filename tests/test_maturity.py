@@ -7,8 +7,10 @@ from scipy.integrate import trapezoid
 from scipy.stats import gaussian_kde
 
 from oodlib import OodlibError
-from oodlib.maturity import auroc_along, is_mature, kept_step, overlap
 from oodlib.metrics import auroc
+from oodlib.metrics.statistics import overlap
+from oodlib.models.training.flow import kept_step
+from oodlib.studies.flows.maturity import auroc_along, is_mature
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn.covariance import EmpiricalCovariance
 
 from oodlib import OodlibError
-from oodlib.moments import class_moments, stream_moments
+from oodlib.scores.moments import class_moments, stream_moments
 
 CLASSES = 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from oodlib.errors import OodlibError
-from oodlib.neighbours import PolarSearch
+from oodlib.scores.neighbours import PolarSearch
 
 
 def polar(n, size=12, seed=0, spread=3.0, shift=0.0):

@@ -14,11 +14,12 @@ from nbclient import NotebookClient
 from PIL import Image
 from safetensors.torch import save_file
 
-from oodlib.course import student_copy
 from oodlib.data import embedded
-from oodlib.project import list_notebooks, root
-from oodlib.runner import Options, make_plans, run_all
-from oodlib.vits.pools import PoolRow, write_pool
+from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.suite.course import student_copy
+from oodlib.suite.notebooks import list_notebooks
+from oodlib.suite.runner import Options, make_plans, run_all
+from oodlib.workspace import root
 
 NOTEBOOKS = list_notebooks()
 MAX_CORE_CELLS, MAX_LINES, MAX_FIGURES = 32, 30, 8

@@ -64,7 +64,7 @@ def test_column_and_row_sums(batch):
 @pytest.mark.parametrize("block", [1, 3 * 8, 10**6])
 def test_streaming_equals_one_product(batch, block, monkeypatch):
     h, _, _, z = batch
-    monkeypatch.setattr("oodlib.scores.arrays.BLOCK", block)
+    monkeypatch.setattr("oodlib.arrays.BLOCK", block)
     close(opnp_sensitivity(h, z), z.softmax(1).T @ h.abs() / 20, rtol=1e-13, atol=0)
 
 

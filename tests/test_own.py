@@ -11,9 +11,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
 
-from oodlib import FeatureBank, OodlibError, create, scoring
+from oodlib import FeatureBank, OodlibError, create
+from oodlib.apply import command
+from oodlib.apply.class_order import check_classes
+from oodlib.apply.inputs import FeatureFile
+from oodlib.apply.network import load_network
 from oodlib.metrics import threshold
-from oodlib.own import FeatureFile, check_classes, load_network
 
 CODE = '''
 import numpy as np, torch
@@ -47,7 +50,7 @@ def own(tmp_path, monkeypatch):
 
 
 def run(tmp_path, *arguments):
-    scoring.main([*map(str, arguments), "--output", str(tmp_path / "s.csv"), "--cache", str(tmp_path / "cache"),
+    command.main([*map(str, arguments), "--output", str(tmp_path / "s.csv"), "--cache", str(tmp_path / "cache"),
                   "--device", "cpu", "--workers", "0"])
     with open(tmp_path / "s.csv", newline="") as file:
         return list(csv.DictReader(file))
@@ -130,7 +133,7 @@ def arrays(blobs):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_feature_files_give_the_detectors_scores(blobs, arrays, tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(scoring, "SHARD", 150)
+    monkeypatch.setattr(command, "SHARD", 150)
     for name, values in arrays.items():
         values = {key: np.ascontiguousarray(value) for key, value in values.items()}
         np.savez(tmp_path / f"{name}.npz", **values) if suffix == ".npz" else save_file(

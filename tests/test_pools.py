@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from oodlib import OodlibError
-from oodlib.vits.pools import PoolRow, find_pool, read_pool, write_pool
+from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool, write_pool
 
 HEADER = ("name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,head,penalty,"
           "resolution,seed,role")

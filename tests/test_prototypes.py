@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.functional import relu
 
 from oodlib.errors import OodlibError
-from oodlib.models import (
-    FastConvNet,
+from oodlib.models import FastConvNet
+from oodlib.models.cifar_nets import DenseNetBC, ResNetA
+from oodlib.scores.grood_prototypes import (
     early_layers,
     early_prototypes,
     noise_features,
@@ -16,7 +17,6 @@ from oodlib.models import (
     split_forward,
     synthetic_features,
 )
-from oodlib.models.public import DenseNetBC, ResNetA
 
 
 def transformer(library, name, **options):

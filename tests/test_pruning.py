@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import oodlib
-import oodlib.testbed as testbeds
+import oodlib.experiments.testbed as testbeds
 from oodlib import FeatureBank, OodlibError, metrics, scores
 from oodlib.data import ImageSet
-from oodlib.pruning import HIGH, LOW, Choice, Sweep, choose, choose_both, kept, sweep, validation_banks
+from oodlib.experiments.testbed import validation_banks
 from oodlib.scores import opnp_neurons, opnp_sensitivity
+from oodlib.scores.opnp_ratios import HIGH, LOW, Choice, Sweep, choose, choose_both, kept, sweep
 
 GRID = {"low": (0.0, 0.3, 0.6), "high": (0.0, 0.1, 0.5)}
 
@@ -63,7 +64,7 @@ def test_blocks_scope_and_what_was_removed_before(parts, monkeypatch):
     mask = keep & kept(m, low=0.3, high=0.1, scope="class")
     z = banks["id"].head.masked(mask)(banks["id"].features)
     np.testing.assert_allclose(whole.scores["id"][1, 1], scores.energy(z), rtol=1e-4)
-    monkeypatch.setattr("oodlib.scores.arrays.BLOCK", 32 * 7)
+    monkeypatch.setattr("oodlib.arrays.BLOCK", 32 * 7)
     chunked = sweep(banks, m, **GRID, scope="class", keep=keep)
     np.testing.assert_allclose(chunked.scores["weak"], whole.scores["weak"], rtol=1e-5)
     np.testing.assert_array_equal(chunked.accuracy, whole.accuracy)

@@ -11,20 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from oodlib.data.image_lists import ImageList, image_loader
+from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
-from oodlib.models import public
-from oodlib.models.public import (
-    PUBLIC,
-    DenseNetBC,
-    ModelInfo,
-    ResNetA,
-    assert_accuracy,
-    paper_model,
-    public_model,
-    resnet18_32x32,
-)
+from oodlib.models import pretrained
+from oodlib.models.cifar_nets import DenseNetBC, ResNetA
+from oodlib.models.pretrained import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
 
@@ -114,7 +106,7 @@ def test_networks_have_the_published_size(model, features, parameters):
 
 
 def test_option_a_shortcut_subsamples_and_pads_evenly():
-    block = public._BasicBlock(2, 4, 2)
+    block = pretrained._BasicBlock(2, 4, 2)
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     x = torch.rand(1, 2, 4, 4)
@@ -208,7 +200,7 @@ def test_gradnorm_checkpoint_names_cover_timm_s_bit():
             prefix = f"body.block{block}.unit{unit:02d}."
             names += [prefix + f"conv{i}.weight" for i in (1, 2, 3)]
             names += [prefix + f"gn{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")]
-    assert {public._bit_name(name) for name in names} == wanted
+    assert {pretrained._bit_name(name) for name in names} == wanted
 
 
 def test_missing_weights_and_unknown_model(timm, tmp_path):
@@ -231,7 +223,7 @@ def test_weights_of_another_network(timm, tmp_path):
 @needs_mirror
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_public_accuracy_on_the_mirror(name, tmp_path):
-    from oodlib.data.prepare import load
+    from oodlib.data.public.prepare import load
     model, info = public_model(name, download=False)
     images = load(info.id_set, "test", download=False, data_dir=tmp_path).subset(slice(0, 200))
     assert_accuracy(model, images, expected=info.measured_accuracy[0], tolerance=0.08, mean=info.mean, std=info.std)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from oodlib.data.prepare import PROJECT
 from oodlib.data.published import published
 from oodlib.errors import OodlibError
+from oodlib.workspace import root
 
-FILES = sorted(path.stem for path in (PROJECT / "data" / "published").glob("*.csv"))
+FILES = sorted(path.stem for path in (root() / "data" / "published").glob("*.csv"))
 HEAD = "source,id_dataset,method,metric,positive_class,value,note\n"
 
 

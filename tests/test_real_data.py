@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from oodlib.data import prepare as prepare_module
-from oodlib.data import sources
+from oodlib.data.cifar import cifar_protocol, split_test, tiny_imagenet_classes, tiny_imagenet_ood
 from oodlib.data.images import ImageSet, assert_disjoint
-from oodlib.data.prepare import load, pixel_checksum, prepare, prepared_info
-from oodlib.data.protocol import cifar_protocol, split_test, tiny_imagenet_classes, tiny_imagenet_ood
-from oodlib.data.registry import SETS, SetInfo, Split
+from oodlib.data.public import prepare as prepare_module
+from oodlib.data.public import readers
+from oodlib.data.public.prepare import load, pixel_checksum, prepare, prepared_info
+from oodlib.data.public.registry import SETS, SetInfo, Split
 from oodlib.errors import OodlibError
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
@@ -607,7 +607,7 @@ def test_omniglot_on_the_mirror(tmp_path):
 
 
 def test_parallel_decoding_keeps_labels_with_their_images(toy, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 5)          # several batches
+    monkeypatch.setattr(readers, "_CHUNK", 5)          # several batches
     blobs = [encode(np.full((3, 8, 8), i, np.uint8)) for i in range(N)]
     write_parquet(toy, blobs, np.arange(N))
     loaded = load("toy", "test")

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from oodlib.claims import Run
+from oodlib.claims.run import RESULT_COLUMNS, markdown_table
 from oodlib.errors import OodlibError
-from oodlib.evaluation import judge_each
-from oodlib.project import STAMP
-from oodlib.report import Run
-from oodlib.report.build import build_report, collect, verdict_lines
-from oodlib.report.results import RESULT_COLUMNS, markdown_table
-from oodlib.report.verify import compare_runs, update_reference
+from oodlib.experiments.evaluate import judge_each
+from oodlib.suite.report import build_report, collect, verdict_lines
+from oodlib.suite.verify import compare_runs, update_reference
+from oodlib.workspace import STAMP
 
 matplotlib.use("agg")
 CLAIMS = """

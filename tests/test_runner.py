@@ -11,10 +11,11 @@ import pytest
 from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_notebook
 
-from oodlib import runner
 from oodlib.errors import OodlibError
-from oodlib.project import PROFILES, STAMP, Notebook, find_notebook, list_notebooks, load_profile
-from oodlib.runner import Options, is_done, make_plans, run_all
+from oodlib.suite import runner
+from oodlib.suite.notebooks import Notebook, find_notebook, list_notebooks, load_profile
+from oodlib.suite.runner import Options, is_done, make_plans, run_all
+from oodlib.workspace import PROFILES, STAMP
 
 PARAMETERS = 'profile: str = "laptop"  # which profile\nseed: int = 0  # seed\nn_test: int = 3'
 CHECK = ("import os\nfrom pathlib import Path\n"
@@ -150,7 +151,7 @@ def test_parameters_agree_with_papermill(root: Path) -> None:
 
 def test_a_lock_of_a_killed_process_is_free(root: Path) -> None:
     folder = root / "figures" / "smoke" / "01_good"
-    hold = f"from oodlib.runner import _lock; from pathlib import Path\nwith _lock(Path({str(folder)!r})): " \
+    hold = f"from oodlib.suite.runner import _lock; from pathlib import Path\nwith _lock(Path({str(folder)!r})): " \
            "print('held', flush=True); input()"
     child = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout and child.stdout.readline() == "held\n"

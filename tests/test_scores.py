@@ -89,7 +89,7 @@ def test_chunked_equals_whole(blobs, monkeypatch):
         detector = fitted(name, {}, train)
         whole = detector.score(test)
         with monkeypatch.context() as patch:
-            patch.setattr("oodlib.scores.arrays.BLOCK", 16 * 7)
+            patch.setattr("oodlib.arrays.BLOCK", 16 * 7)
             np.testing.assert_allclose(detector.score(test), whole, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
@@ -209,7 +209,7 @@ def test_scoring_needs_no_fit_where_nothing_is_learned(blobs):
 
 def test_overflow_becomes_infinity_and_is_counted():
     logits = np.array([[1.0, 0], [np.nan, 0], [0, np.inf]])
-    bank = FeatureBank(np.ones((3, 2), np.float32), logits, None, oodlib.bank.Head(np.eye(2), np.zeros(2)))
+    bank = FeatureBank(np.ones((3, 2), np.float32), logits, None, oodlib.features.Head(np.eye(2), np.zeros(2)))
     detector = oodlib.create("energy")
     with pytest.warns(RuntimeWarning, match="2 of 3 scores overflowed"):
         s = detector.score(bank)

@@ -18,11 +18,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from oodlib import FeatureBank, OodlibError, checkpoints, create, scoring
-from oodlib.extraction import extract, stream
+from oodlib import FeatureBank, OodlibError, create
+from oodlib.apply import command
+from oodlib.features.extract import extract, stream
 from oodlib.files import write_json
 from oodlib.metrics import threshold
-from oodlib.models import FastConvNet
+from oodlib.models import FastConvNet, shipped
 
 TAG, CLASSES = "test_resnet.r160_in1k", 3
 
@@ -48,7 +49,7 @@ def score(made, tmp_path):
     """Run the command on the made network; gives the rows of the CSV, and keeps the exit code."""
     def run(*arguments, images=made / "new"):
         output = tmp_path / "out" / "scores.csv"
-        run.code = scoring.main([
+        run.code = command.main([
             "--model", TAG, "--weights", str(made / "net.safetensors"), "--num-classes", str(CLASSES), "--images",
             str(images), "--output", str(output), "--cache", str(tmp_path / "cache"), "--device", "cpu",
             "--workers", "0", *map(str, arguments)])
@@ -60,14 +61,14 @@ def score(made, tmp_path):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Interrupt a call behind its first four safe rows; later calls write four rows at a time too."""
-    monkeypatch.setattr(scoring, "SHARD", 4)
+    monkeypatch.setattr(command, "SHARD", 4)
 
     def run(call):
         def interrupt(*arguments):
             write_json(*arguments)
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(scoring, "write_json", interrupt)
+            patch.setattr(command, "write_json", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 call()
     return run
@@ -78,13 +79,13 @@ def values(rows):
 
 
 def bank(made, folder):
-    model, transform = scoring.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
-    images = scoring.open_images(made / folder, transform)
+    model, transform = command.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
+    images = command.open_images(made / folder, transform)
     return extract(model, [(torch.stack([x for x, _ in images]), torch.from_numpy(images.labels))], device="cpu")
 
 
 def test_weights_file_is_the_one_that_is_used(made):
-    model, _ = scoring.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
+    model, _ = command.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         expected = timm.create_model(TAG, num_classes=CLASSES).state_dict()
@@ -145,25 +146,25 @@ def test_second_run_reads_features_of_fit_and_id_images_from_the_cache(made, sco
     def count(*arguments, **options):
         passes.append(arguments)
         return stream(*arguments, **options)
-    monkeypatch.setattr("oodlib.extraction.stream", count)
+    monkeypatch.setattr("oodlib.features.extract.stream", count)
     assert score(*arguments) == first and not passes
 
 
 def test_memory_holds_two_shards_whatever_the_number_of_images(made, score, tmp_path, monkeypatch):
     """Rows of all banks that are alive while a shard is scored."""
-    monkeypatch.setattr(scoring, "SHARD", 3)
+    monkeypatch.setattr(command, "SHARD", 3)
     original, alive, held = FeatureBank.__init__, weakref.WeakSet(), []
 
     def remember(self, *arguments, **values):
         original(self, *arguments, **values)
         alive.add(self)
     monkeypatch.setattr(FeatureBank, "__init__", remember)
-    original_score = scoring.Detector.score
+    original_score = command.Detector.score
 
     def measure(self, bank):
         held.append(sum(len(b) for b in alive))
         return original_score(self, bank)
-    monkeypatch.setattr(scoring.Detector, "score", measure)
+    monkeypatch.setattr(command.Detector, "score", measure)
     most = {}
     for n in (12, 48):
         (tmp_path / "list.txt").write_text(f"{made / 'new' / 'im 0.png'}\n" * n)
@@ -175,10 +176,10 @@ def test_memory_holds_two_shards_whatever_the_number_of_images(made, score, tmp_
 
 def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, monkeypatch, capsys):
     arguments = {"images": made / "fit"}                              # 18 images
-    monkeypatch.setattr(scoring, "SHARD", 4)
+    monkeypatch.setattr(command, "SHARD", 4)
     whole = score("--batch-size", 4, **arguments)
     (tmp_path / "out" / "scores.csv").unlink()
-    original, seen = scoring.Detector.score, []
+    original, seen = command.Detector.score, []
 
     def interrupt(self, bank):
         seen.append(len(bank))
@@ -186,13 +187,13 @@ def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, 
             raise KeyboardInterrupt
         return original(self, bank)
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.Detector, "score", interrupt)
+        patch.setattr(command.Detector, "score", interrupt)
         with pytest.raises(KeyboardInterrupt):
             score("--batch-size", 4, **arguments)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["scores.csv.part", "scores.csv.part.json"]
     with open(tmp_path / "out" / "scores.csv.part", "ab") as file:
         file.write(b"half a row")                                     # what a kill in the middle of a write leaves
-    monkeypatch.setattr(scoring.Detector, "score", lambda self, bank: (seen.append(len(bank)), original(self, bank))[1])
+    monkeypatch.setattr(command.Detector, "score", lambda self, bank: (seen.append(len(bank)), original(self, bank))[1])
     seen.clear()
     assert score("--batch-size", 4, **arguments) == whole
     assert "Going on behind 8 rows" in capsys.readouterr().out and sum(seen) == 18 - 8
@@ -244,7 +245,7 @@ def test_transform_that_fails_is_one_line(made, tmp_path, code, message, workers
                                          "torch.nn.Conv2d(3, 2, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
                                          "torch.nn.Linear(2, 2)), transform\n")
     with pytest.raises(OodlibError, match=message) as caught:
-        scoring.main(["--model", f"{tmp_path / 'own_net.py'}:make", "--images", str(made / "new"), "--workers",
+        command.main(["--model", f"{tmp_path / 'own_net.py'}:make", "--images", str(made / "new"), "--workers",
                       workers, "--output", str(tmp_path / "out.csv"), "--device", "cpu"])
     assert "\n" not in str(caught.value) and not (tmp_path / "out.csv").exists()
 
@@ -274,7 +275,7 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
     assert once.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
     assert not (tmp_path / "a.csv").exists()
     for name in ("a.csv", "b.csv"):
-        scoring.main([*command, str(tmp_path / name)])
+        command.main([*command, str(tmp_path / name)])
     assert capsys.readouterr().out.count("Going on behind 512 rows") == 1
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
@@ -282,7 +283,7 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
 def test_a_full_disk_is_one_error_that_says_so(score, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(scoring.os, "fsync", full)
+    monkeypatch.setattr(command.os, "fsync", full)
     with pytest.raises(OodlibError, match=r"No space left on device.* the room on the disk"):
         score()
 
@@ -344,15 +345,15 @@ def test_damaged_image_among_the_id_images_is_named(made, score, tmp_path):
 def test_file_that_is_no_list(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\xff\xfe\xff\x00")
     with pytest.raises(OodlibError, match="neither an image"):
-        scoring.open_images(tmp_path / "a.bin", lambda picture: picture)
+        command.open_images(tmp_path / "a.bin", lambda picture: picture)
 
 
 def test_suite_network_sees_32_pixels_normalised(monkeypatch):
     net = FastConvNet(2, widths=(4, 4, 4))
-    trained = checkpoints.Trained(net, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), {})
+    trained = shipped.Trained(net, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), {})
     seeds = []
-    monkeypatch.setattr(checkpoints, "load_trained", lambda name, *, seed: (seeds.append(seed), trained)[1])
-    model, transform = scoring.load_network("cifar10_fast:2")
+    monkeypatch.setattr(shipped, "load_trained", lambda name, *, seed: (seeds.append(seed), trained)[1])
+    model, transform = command.load_network("cifar10_fast:2")
     assert seeds == [2] and isinstance(model, nn.Module)
     x = transform(Image.new("RGB", (100, 64), (255, 0, 0)))
     assert x.shape == (3, 32, 32) and x[0].unique().tolist() == [2.0] and x[1].unique().tolist() == [-2.0]
@@ -362,4 +363,4 @@ def test_suite_network_sees_32_pixels_normalised(monkeypatch):
                                                ("resnet20_cifar10", {"weights": "w.pth"})])
 def test_wrong_network_names(name, options):
     with pytest.raises(OodlibError, match=re.escape("score: ")):
-        scoring.load_network(name, **options)
+        command.load_network(name, **options)

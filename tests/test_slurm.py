@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from sweep_pool import check_scenario
 
-from oodlib.project import root
-from oodlib.vits.launch import Resources
+from oodlib.studies.vits.sweep.launch import Resources
+from oodlib.workspace import root
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -13,10 +13,10 @@ from oodlib import __main__
 from oodlib.errors import OodlibError
 from oodlib.files import write_json
 from oodlib.metrics import auroc, fpr_at_tpr
-from oodlib.vits.measures import averaged, summary
-from oodlib.vits.pools import PoolRow, write_pool
-from oodlib.vits.stored import STORED, pool_models, ranked, ship
-from oodlib.vits.trained import finetune_recipe, made_folder, pretrained_path
+from oodlib.studies.vits.measures import averaged, summary
+from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.studies.vits.stored import STORED, pool_models, ranked, ship
+from oodlib.studies.vits.trained import finetune_recipe, made_folder, pretrained_path
 
 CELL = PoolRow("cell", "vit_conv_64", "", "cifar10", "sigmoid", "none", 0.1, 0.0, 0.0, 0.1, resolution=32)
 OTHER = replace(CELL, name="other", pretraining="tiny-imagenet")

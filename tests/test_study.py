@@ -12,9 +12,10 @@ from scipy.stats import spearmanr
 
 from oodlib import metrics
 from oodlib.errors import OodlibError
-from oodlib.flow_specs import FLOWS
-from oodlib.flows import FlowRun
-from oodlib.maturity import Pairs, Study, magnitude, overlap, shared_half, spearman_along
+from oodlib.metrics.statistics import magnitude, overlap, shared_half, spearman_along
+from oodlib.studies.flows.maturity import Pairs, Study
+from oodlib.studies.flows.runs import FlowRun
+from oodlib.studies.flows.specs import FLOWS
 
 STEPS = (0, 10, 40)
 

@@ -21,18 +21,21 @@ from torch import nn
 
 from oodlib import FeatureBank, OodlibError, extract, metrics
 from oodlib.__main__ import main
+from oodlib.data import imagenet
+from oodlib.data.imagenet import imagenet_split
 from oodlib.files import write_json
-from oodlib.project import root
-from oodlib.vits import imagenet, sources, sweep, tagged
-from oodlib.vits.imagenet import imagenet_split
-from oodlib.vits.launch import Resources, _submit_arrays, run_submitit, run_sweep
-from oodlib.vits.networks import NETWORKS
-from oodlib.vits.plan import describe_plan, estimate, network_cost
-from oodlib.vits.pools import PoolRow, read_pool, write_pool
-from oodlib.vits.scores import SCORES, reference, score_table
-from oodlib.vits.sources import ImagenetSource, TrainedSource, find_source
-from oodlib.vits.sweep import Job, claim, describe, make_jobs, prepare, run_job, state
-from oodlib.vits.tables import collect, make_table, read_record
+from oodlib.models.small_vit import NETWORKS
+from oodlib.studies.vits import imagenet_models
+from oodlib.studies.vits.pool_table import PoolRow, read_pool, write_pool
+from oodlib.studies.vits.score_table import SCORES, reference, score_table
+from oodlib.studies.vits.sweep import jobs as sweep
+from oodlib.studies.vits.sweep import models_and_images
+from oodlib.studies.vits.sweep.cost import describe_plan, estimate, network_cost
+from oodlib.studies.vits.sweep.jobs import Job, claim, describe, make_jobs, prepare, run_job, state
+from oodlib.studies.vits.sweep.launch import Resources, _submit_arrays, run_submitit, run_sweep
+from oodlib.studies.vits.sweep.models_and_images import ImagenetSource, TrainedSource, find_source
+from oodlib.studies.vits.sweep.tables import collect, make_table, read_record
+from oodlib.workspace import root
 
 
 @pytest.fixture
@@ -181,7 +184,7 @@ def imagenet_source(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     transform = transforms.Compose([transforms.Resize((4, 4)), transforms.ToTensor()])
     net = sweep_pool.TinyNet(0, tmp_path / "none")
     net.fc = nn.Linear(6, 2)
-    monkeypatch.setattr(tagged, "load_tagged", lambda row, weights: (net.eval(), transform))
+    monkeypatch.setattr(imagenet_models, "load_tagged", lambda row, weights: (net.eval(), transform))
     return ImagenetSource(tree, None, workers=0)
 
 
@@ -197,7 +200,7 @@ def test_an_imagenet_model_from_images_to_summary(imagenet_source: ImagenetSourc
 
 
 def test_the_splits_are_those_of_the_imagenet_models() -> None:
-    assert sources.IMAGENET == imagenet.SPLITS
+    assert models_and_images.IMAGENET == imagenet.SPLITS
 
 
 def test_a_manifest_is_of_contents_not_times(tree: Path, tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_operations_are_those_of_the_formula() -> None:
 def test_the_plan_of_a_pool_trained_here(tmp_path: Path) -> None:
     source, networks = TrainedSource("cifar", tmp_path, 100, 50, 2), list(NETWORKS)
     text = describe_plan(make_jobs([PoolRow(name, name) for name in networks[:2]], source, tmp_path))
-    images = 2 * (100 + 50 + 2 * 98 + 17 * sources._N_UNIT)
+    images = 2 * (100 + 50 + 2 * 98 + 17 * models_and_images._N_UNIT)
     assert f"{images:,}" in text and "CPU h" in text and "Training" in text
 
 
@@ -320,7 +323,7 @@ def test_an_array_is_no_larger_than_the_site_allows(tmp_path: Path, monkeypatch:
             self.arrays.append((len(jobs), self.asked))
             return [type("Handle", (), {"job_id": f"{70 + len(self.arrays)}_{i}"}) for i in range(len(jobs))]
 
-    monkeypatch.setattr("oodlib.vits.launch._ask", lambda command: "MaxArraySize            = 4\n")
+    monkeypatch.setattr("oodlib.studies.vits.sweep.launch._ask", lambda command: "MaxArraySize            = 4\n")
     jobs = make_jobs([PoolRow(f"m{i}", "m") for i in range(3)], TinySource(tmp_path), tmp_path)
     executor = Executor()
     pairs = list(_submit_arrays(executor, jobs, Resources(at_once=2, slurm={"account": "a"})))
@@ -340,5 +343,5 @@ def test_the_source_follows_from_the_name_of_the_pool(tmp_path: Path) -> None:
 
 
 def test_a_sweep_that_is_done_starts_nothing(swept: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oodlib.vits.launch.run_local", None)
+    monkeypatch.setattr("oodlib.studies.vits.sweep.launch.run_local", None)
     assert run_sweep(swept, swept[0].output, "local", Resources()) == 0

@@ -6,8 +6,8 @@ import pytest
 from sweep_pool import TinySource
 
 from oodlib import OodlibError
-from oodlib.vits import swept
-from oodlib.vits.swept import swept_models
+from oodlib.studies.vits.sweep import results
+from oodlib.studies.vits.sweep.results import swept_models
 
 
 def test_images_have_to_be_somewhere(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_what_is_done_counts_where_neither_images_nor_weights_are(tmp_path: Path
     def absent(*_: object) -> str:
         raise OodlibError("the folder is missing.")
 
-    monkeypatch.setattr(swept, "ImagenetSource", lambda *_: TinySource(tmp_path))
+    monkeypatch.setattr(results, "ImagenetSource", lambda *_: TinySource(tmp_path))
     there = swept_models(["a"], data_root="there", output=str(tmp_path), device="cpu")
     monkeypatch.setattr(TinySource, "manifest", absent)
     monkeypatch.setattr(TinySource, "weights", lambda *_: "")

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from oodlib import OodlibError, extract
-from oodlib.extraction import find_head
-from oodlib.models.public import paper_model
+from oodlib.models.hooks import find_head
+from oodlib.models.pretrained import paper_model
 from oodlib.models.timm_checks import check_timm_name
-from oodlib.vits.pools import PoolRow
-from oodlib.vits.tagged import find_weights, load_tagged
+from oodlib.studies.vits.imagenet_models import find_weights, load_tagged
+from oodlib.studies.vits.pool_table import PoolRow
 
 TAGGED = PoolRow("small", "test_vit.r160_in1k", resolution=160)
 AUGREG = PoolRow("B16-toy", "test_vit", "augreg/toy.npz", resolution=160)
@@ -308,10 +308,10 @@ def test_resolution_of_the_row_must_be_the_network_s():
 
 
 def test_transform_of_another_size_is_refused(monkeypatch):
-    from oodlib.vits import tagged
+    from oodlib.studies.vits import imagenet_models
 
     model, transform = paper_model("test_resnet", pretrained=False, preprocessing="gradnorm")
-    monkeypatch.setattr(tagged, "paper_model", lambda *_, **__: (model, transform))
+    monkeypatch.setattr(imagenet_models, "paper_model", lambda *_, **__: (model, transform))
     with refuses("gives pictures of 3 x 480 x 480", "takes 3 x 160 x 160"):
         load_tagged(replace(TAGGED, resolution=None), pretrained=False)
 

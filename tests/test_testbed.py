@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-import oodlib.testbed as module
-from oodlib import OodlibError, checkpoints, evaluation
-from oodlib.checkpoints import Spec
+import oodlib.experiments.testbed as module
+from oodlib import OodlibError
 from oodlib.data import embedded
-from oodlib.models import FastConvNet
-from oodlib.testbed import ImageNetFiles
-from oodlib.training import Recipe
+from oodlib.experiments import evaluate
+from oodlib.experiments.testbed import ImageNetFiles
+from oodlib.models import FastConvNet, shipped
+from oodlib.models.shipped import Spec
+from oodlib.models.training.classifier import Recipe
 
 TAG = "test_resnet.r160_in1k"
 
@@ -40,7 +41,7 @@ def test_paper_path_gives_a_bank_for_every_set(paper):
 
 
 def test_paper_path_scores_what_needs_no_training_images(paper):
-    scores = evaluation.score(paper(n_test=5), ["msp", "gradnorm", "knn"])
+    scores = evaluate.score(paper(n_test=5), ["msp", "gradnorm", "knn"])
     assert set(scores) == {"msp", "gradnorm"}
     assert {name: len(values) for name, values in scores["gradnorm"].items()} == {
         "id": 5, "inaturalist": 6, "sun": 4, "places": 4, "textures": 4}
@@ -123,7 +124,7 @@ def tiny(monkeypatch, tmp_path):
         spec = Spec("latin_fast", lambda: FastConvNet(26, widths=(4, 4, 8)),
                     lambda split: embedded("latin", split, n=100), Recipe(epochs=1, batch_size=50),
                     (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), expected)
-        monkeypatch.setitem(checkpoints.SPECS, "latin_fast", spec)
+        monkeypatch.setitem(shipped.SPECS, "latin_fast", spec)
         monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
         return module.testbed("latin_fast:live", n_fit=52, n_test=40, n_ood=10, device="cpu", progress=False, **options)
     return make

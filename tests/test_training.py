@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from oodlib import OodlibError
-from oodlib.training import Recipe, _look_ahead, augment, evaluate, hash_seed, normalise, train
+from oodlib.models.training.augment import augment, hash_seed, normalise
+from oodlib.models.training.classifier import Recipe, _look_ahead, evaluate, train
 
 MEAN, STD = torch.tensor([0.5]), torch.tensor([0.25])
 

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from oodlib.data import embedded
-from oodlib.data.unit_tests import NEEDS_ID_IMAGES, UNIT_TESTS, unit_test
+from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, unit_test
 from oodlib.errors import OodlibError
 
 
@@ -129,7 +129,7 @@ def test_contrast_after_shrinking_is_that_of_the_note(latin):
 def test_blur_reaches_four_sigma():
     spike = np.zeros((48, 48, 3))
     spike[24, 24] = 1
-    from oodlib.data.unit_tests import _blur
+    from oodlib.data.builtin.ninco_tests import _blur
 
     blurred = _blur(spike, 2)
     assert blurred[24, 16, 0] > 0 == blurred[24, 15, 0]

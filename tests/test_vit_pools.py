@@ -15,15 +15,18 @@ from safetensors.torch import load_file
 
 from oodlib.data import EMBEDDED, ImageSet
 from oodlib.errors import OodlibError
-from oodlib.extraction import extract, find_head
-from oodlib.vits import networks, sets, trained, training, workers
-from oodlib.vits.networks import NETWORKS, small_vit
-from oodlib.vits.pools import PoolRow, write_pool
-from oodlib.vits.scores import SCORES
-from oodlib.vits.sets import assert_never_trained_on, pool_sets, training_images
-from oodlib.vits.soups import fill_greedily
-from oodlib.vits.stored import pool_models, ranked
-from oodlib.vits.trained import Budget, load_row, made_folder, made_row, pretrained_path
+from oodlib.features.extract import extract
+from oodlib.models.hooks import find_head
+from oodlib.models.small_vit import NETWORKS, small_vit
+from oodlib.models.training import vit as training
+from oodlib.studies.vits import image_sets, trained
+from oodlib.studies.vits.image_sets import assert_never_trained_on, pool_sets, training_images
+from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.studies.vits.score_table import SCORES
+from oodlib.studies.vits.soups import fill_greedily
+from oodlib.studies.vits.stored import pool_models, ranked
+from oodlib.studies.vits.sweep import train_pool
+from oodlib.studies.vits.trained import Budget, load_row, made_folder, made_row, pretrained_path
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
 NEAR = ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math")
@@ -77,7 +80,8 @@ def test_the_embedded_sets_are_what_they_say_and_were_never_trained_on(monkeypat
         monkeypatch.setitem(EMBEDDED[name].default_n, "train", n)
     found = pool_sets("embedded", n_fit=52, n_test=60, n_ood=2, n_unit=3)
     assert list(found) == ["fit", "val", "id", "ood_val", *NEAR, "unit_tests"]
-    assert [len(found[name]) for name in ("fit", "val", "id", "ood_val")] == [52, sets.N_VAL, 60, sets.N_VAL]
+    assert [len(found[name]) for name in ("fit", "val", "id", "ood_val")] == [
+        52, image_sets.N_VAL, 60, image_sets.N_VAL]
     for name in NEAR:
         assert (np.bincount(found[name].labels) == 2).all() and len(found[name].class_names) == EMBEDDED[name].classes
     assert {images.images.shape[1:] for images in found.values()} == {(3, 32, 32)}
@@ -90,7 +94,8 @@ def test_the_embedded_sets_are_what_they_say_and_were_never_trained_on(monkeypat
 def test_a_training_image_among_the_test_images_is_found(monkeypatch):
     images = ImageSet("toy", "train", noise(4, seed=1), np.arange(4))
     other = ImageSet("toy", "test", noise(3, seed=2), np.arange(3))
-    monkeypatch.setattr(sets, "training_images", lambda pool, name: images if name == "latin" else other.subset([0]))
+    monkeypatch.setattr(image_sets, "training_images",
+                        lambda pool, name: images if name == "latin" else other.subset([0]))
     assert_never_trained_on("embedded", {"id": other.subset([1]), "fit": images})
     with pytest.raises(OodlibError, match=r"1 images of .* also in toy"):
         assert_never_trained_on("embedded", {"id": other.subset([1]), "greek": images.subset([2])})
@@ -145,7 +150,7 @@ def pictures(name, n, classes, *, seed):
 def small(tmp_path, monkeypatch):
     """A folder of its own, tiny networks, budgets and images; gives the titles of the runs that are trained."""
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
-    monkeypatch.setitem(networks.NETWORKS, "tiny", (16, 1, 2, (8, 16), (4, 4)))
+    monkeypatch.setitem(NETWORKS, "tiny", (16, 1, 2, (8, 16), (4, 4)))
     monkeypatch.setattr(trained, "HELD_OUT", 52)
     classes = {"cifar": 10, "embedded": 26}
     for pool in classes:
@@ -349,7 +354,7 @@ def test_two_workers_share_a_pool_and_do_nothing_twice(small, tmp_path, monkeypa
 
     monkeypatch.setattr(trained, "fit_vit", slow)
     done = {}
-    pair = [threading.Thread(target=lambda i=i: done.update({i: workers.train_pool("cifar")})) for i in range(2)]
+    pair = [threading.Thread(target=lambda i=i: done.update({i: train_pool.train_pool("cifar")})) for i in range(2)]
     try:
         for thread in pair:
             thread.start()
@@ -366,11 +371,11 @@ def test_a_soup_brings_its_members_and_an_unknown_name_the_known_ones(small, tmp
     write_pool(tmp_path / "data" / "pools" / "cifar.csv", (UNIFORM, CELL, *MEMBERS))
     threads = torch.get_num_threads()
     try:
-        assert workers.train_pool("cifar", models="soup-*") == ["soup-uniform", "member0", "member1", "member2"]
+        assert train_pool.train_pool("cifar", models="soup-*") == ["soup-uniform", "member0", "member1", "member2"]
     finally:
         torch.set_num_threads(threads)
     with pytest.raises(OodlibError, match=r"no row of the pool cifar matches 'bread'\. It has soup-uniform, cell"):
-        workers.train_pool("cifar", models="bread")
+        train_pool.train_pool("cifar", models="bread")
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (0, 3)])
@@ -386,11 +391,11 @@ def test_processes_have_one_thread_each_and_a_failure_is_reported(small, tmp_pat
         def wait(self):
             return self.code
 
-    monkeypatch.setattr(workers.subprocess, "Popen", Process)
+    monkeypatch.setattr(train_pool.subprocess, "Popen", Process)
     if any(codes):
         with pytest.raises(OodlibError, match="1 of 2 processes failed"):
-            workers.train_pool("cifar", models="c*", jobs=2, device="cpu")
+            train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu")
     else:
-        assert workers.train_pool("cifar", models="c*", jobs=2, device="cpu") == ["cell"]
+        assert train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu") == ["cell"]
     assert started == [(["-m", "oodlib", "train-vit", "--pool", "cifar", "--models", "c*", "--device", "cpu", "--jobs",
                          "1"], "1")] * 2

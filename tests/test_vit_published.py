@@ -7,9 +7,9 @@ from pandas import DataFrame
 from scipy.stats import spearmanr
 
 from oodlib.data.published import published
-from oodlib.vits.effects import group_difference, interaction, paired_effects
-from oodlib.vits.published import METHODS, published_models
-from oodlib.vits.study import spearman, spearman_difference, wins
+from oodlib.studies.vits.effects import group_difference, interaction, paired_effects
+from oodlib.studies.vits.published_models import METHODS, published_models
+from oodlib.studies.vits.statistics import spearman, spearman_difference, wins
 
 MAHA, LOGIT, RELATIVE, NORMALISED = (f"{score}/near/fpr" for score in (
     "mahalanobis", "max_logit", "relative_mahalanobis", "mahalanobis++"))

@@ -9,7 +9,7 @@ import pytest
 
 from oodlib import FeatureBank, OodlibError
 from oodlib.scores import create
-from oodlib.vits.scores import (
+from oodlib.studies.vits.score_table import (
     SCORES,
     Reference,
     all_scores,

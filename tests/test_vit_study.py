@@ -12,10 +12,10 @@ from pandas import DataFrame
 from scipy.stats import binomtest, spearmanr, ttest_1samp, ttest_ind
 
 from oodlib import OodlibError, metrics
-from oodlib.vits.effects import common_levels, group_difference, interaction, mean, paired_effects, pool_frame
-from oodlib.vits.measures import against_best, averaged, choose_weights, flat, model_frame, per_class, summary
-from oodlib.vits.pools import PoolRow
-from oodlib.vits.study import (
+from oodlib.studies.vits.effects import common_levels, group_difference, interaction, mean, paired_effects, pool_frame
+from oodlib.studies.vits.measures import against_best, averaged, choose_weights, flat, model_frame, per_class, summary
+from oodlib.studies.vits.pool_table import PoolRow
+from oodlib.studies.vits.statistics import (
     eta_squared,
     recipe_percentile,
     soup_against_members,

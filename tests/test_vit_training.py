@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from oodlib.errors import OodlibError
-from oodlib.vits import networks, training
-from oodlib.vits.networks import small_vit
-from oodlib.vits.training import VitRecipe, decay_integral, fit_vit
+from oodlib.models import small_vit as networks
+from oodlib.models.small_vit import small_vit
+from oodlib.models.training import vit as training
+from oodlib.models.training.vit import VitRecipe, decay_integral, fit_vit
 
 TINY = (16, 1, 2, (8, 16), (4, 4))
 MEAN, STD = torch.full((3,), 0.5), torch.full((3,), 0.25)
