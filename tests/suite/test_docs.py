@@ -21,7 +21,7 @@ from oodlib.errors import OodlibError
 from oodlib.suite.docs import build_docs, module_names
 from oodlib.suite.readme import readme_text, update_readme
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "data/published/README.md", "data/pools/README.md"]
 
 

@@ -28,7 +28,7 @@ from oodlib.suite import doctor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glow.initialise. .* images are few")
 SHIPPED = sorted(path.parent for path in
-                 (Path(__file__).resolve().parents[1] / "data" / "checkpoints").glob("*_glow_s*/run.json"))
+                 (Path(__file__).resolve().parents[3] / "data" / "checkpoints").glob("*_glow_s*/run.json"))
 TINY = replace(FLOWS["latin_glow"], steps=1, hidden=4, n_train=60, n_validation=20, n=20, ood=("digits",),
                recipe=FlowRecipe((0, 2, 4), batch_size=20, warmup=1, n_initialise=40), shipped=(2, 4))
 STEPS = (0, 2, 4)                                                        # 2 steps are an epoch
@@ -220,7 +220,7 @@ def kill_while_writing(folder: str) -> None:
 
 
 def test_a_run_killed_while_scoring_completes_with_the_same_table(whole, tmp_path, killed_process):
-    killed_process("test_flows", f"kill_while_writing({str(tmp_path)!r})")
+    killed_process("test_runs", f"kill_while_writing({str(tmp_path)!r})")
     assert [path.name for path in tmp_path.glob("scores_*")] == ["scores_0000000.parquet"]
     assert len(list(tmp_path.glob(".scores_*"))) == 1                    # the half that nobody reads
     make(tmp_path, replace(TINY, ood=()))

@@ -251,7 +251,7 @@ def run_until_killed(folder: str, step: int) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path, killed_process):
-    killed_process("test_flow_training", f"run_until_killed({str(tmp_path)!r}, 7)")
+    killed_process("test_training_flow", f"run_until_killed({str(tmp_path)!r}, 7)")
     assert flow_training._read(tmp_path / "resume.pt")["step"] == 6
     steps = []
     with before_each_step(lambda number, _: steps.append(number)):

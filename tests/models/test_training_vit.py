@@ -281,7 +281,7 @@ def run_until_killed(checkpoint: str) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, killed_process):
     checkpoint = tmp_path / "resume"
-    killed_process("test_vit_training", f"run_until_killed({str(checkpoint)!r})")
+    killed_process("test_training_vit", f"run_until_killed({str(checkpoint)!r})")
     whole, history = run(RICH)
     monkeypatch.setattr(training, "_loss", stopping(3, give_up))               # three steps are left, a fourth is not
     resumed, other = run(RICH, checkpoint=checkpoint)

@@ -16,7 +16,7 @@ import pytest
 import sweep_pool
 from PIL import Image
 from sweep_pool import ROWS, TinySource, check_scenario, tiny_jobs
-from test_cli import OUTSIDE_MAKE
+from test_main import OUTSIDE_MAKE
 from torch import nn
 
 from oodlib import FeatureBank, OodlibError, extract, metrics

@@ -15,7 +15,7 @@ from oodlib.data.builtin.sets import check_bytes, embedded_fingerprints, library
 from oodlib.data.builtin.textures import TEXTURES
 from oodlib.errors import OodlibError
 
-MANIFEST = Path(__file__).parents[1] / "data" / "manifests" / "embedded.json"
+MANIFEST = Path(__file__).parents[2] / "data" / "manifests" / "embedded.json"
 DRAWN = [name for name in EMBEDDED if name not in UNIT_TESTS]
 BASIC_LATIN = tuple(map(ord, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))
 
