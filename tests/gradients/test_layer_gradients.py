@@ -1,5 +1,6 @@
 """Squared gradient norms per tensor: equal to a loop of backward passes, for flows, other networks and awkward ones."""
 
+import logging
 import math
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from oodlib import OodlibError, gradients
+from oodlib import OodlibError
 from oodlib.gradients import layer_gradient_norms
+from oodlib.gradients import per_image as gradients
 from oodlib.models import Glow, dequantise
 
 close = torch.testing.assert_close
@@ -269,7 +271,7 @@ def test_an_overflow_in_the_first_images_hides_no_disagreement(chunk_size):
     assert relative_error(found[2:], loop(model, x[2:], objective)).max() < 1e-4
 
 
-def test_the_loop_is_the_last_resort(monkeypatch):
+def test_the_loop_is_the_last_resort_and_says_so(monkeypatch):
     class Branches(Twice):
         def forward(self, x):
             return super().forward(x if float(x.detach().sum()) > 0 else 2 * x)      # vmap cannot read a value
@@ -277,8 +279,44 @@ def test_the_loop_is_the_last_resort(monkeypatch):
     with torch.random.fork_rng():
         model = Branches().eval()
     x, ran = torch.randn(4, 5, generator=seeded()), ways(monkeypatch)
-    error = relative_error(layer_gradient_norms(model, x, objective=uniform), loop(model, x, uniform))
-    assert set(ran) == {"_by_layer", "_by_vmap", "_by_loop"} and error.max() < 1e-4
+    with pytest.warns(RuntimeWarning, match=r"Branches needs one backward .* slow \(layer by layer: Linear is called "
+                                            r"twice; vmap of the whole model: .*item"):
+        found = layer_gradient_norms(model, x, objective=uniform)
+    assert set(ran) == {"_by_layer", "_by_vmap", "_by_loop"}
+    assert relative_error(found, loop(model, x, uniform)).max() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "way"), [
+    (Twice, "vmap of the whole model; not layer by layer: Linear is called twice"),
+    (Tied, "vmap of the whole model; not layer by layer: Linear shares a weight with another layer"),
+    (Direct, "vmap of the whole model; not layer by layer: differs from plain autograd by more than 0.1 %")])
+def test_the_way_that_was_taken_is_logged(kind, way, caplog):
+    with torch.random.fork_rng():
+        model = moved(kind(), by=0.3)
+    with caplog.at_level(logging.INFO, logger="oodlib"):
+        layer_gradient_norms(model, torch.randn(4, 5, generator=seeded()), objective=uniform)
+        layer_gradient_norms(nn.Linear(5, 3), torch.ones(2, 5), objective=uniform)
+    assert caplog.messages == [f"layer_gradient_norms of {kind.__name__}: {way}",
+                               "layer_gradient_norms of Linear: layer by layer"]
+
+
+@pytest.mark.parametrize("error", [TypeError, NameError, IndexError, OodlibError])
+def test_a_programming_error_is_not_taken_for_a_limit_of_a_way(net, error):
+    def objective(model, x):
+        if len(x) > 1:
+            raise error("in a batch")
+        return uniform(model, x)
+
+    with pytest.raises(error, match="in a batch"):
+        layer_gradient_norms(*net, objective=objective)
+
+
+def test_half_a_per_cent_is_a_disagreement(net, monkeypatch):
+    by_layer = gradients._by_layer
+    monkeypatch.setattr(gradients, "_by_layer", lambda *a: (lambda value, norms: (value, 1.005 * norms))(*by_layer(*a)))
+    ran = ways(monkeypatch)
+    found = layer_gradient_norms(*net, objective=uniform)
+    assert ran[-1] == "_by_vmap" and relative_error(found, loop(*net, uniform)).max() < 1e-3
 
 
 # --- overflow ----------------------------------------------------------------------------------------------------
