@@ -226,6 +226,17 @@ def test_labels_that_are_not_the_classes_are_not_judged(blobs):
     assert check_classes(relabelled(blobs[1], np.minimum(blobs[1].labels, 2))) is None
 
 
+def test_unknown_labels_are_left_out_and_counted(blobs, arrays, tmp_path, capsys):
+    test = blobs[1]
+    labels = np.where(np.arange(len(test)) % 8 == 0, -1, test.labels)
+    check, known = check_classes(relabelled(test, labels)), test.subset(labels >= 0)
+    assert check.accuracy == check_classes(known).accuracy > 0.9 and check.order.tolist() == [0, 1, 2, 3]
+    assert (check.n, check.unknown) == (350, 50)
+    np.savez(tmp_path / "id.npz", **arrays["id"] | {"labels": labels})
+    run(tmp_path, "--images", tmp_path / "id.npz", "--id-images", tmp_path / "id.npz")
+    assert f"accuracy {known.accuracy:.1%} (50 of unknown label left out)" in capsys.readouterr().out
+
+
 def test_wrong_order_is_a_warning_on_the_command_line(arrays, tmp_path, capsys):
     for name in ("new", "id"):
         values = dict(arrays[name])

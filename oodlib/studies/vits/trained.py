@@ -41,7 +41,8 @@ from oodlib.studies.vits.soups import fill_greedily, fill_with_mean
 from oodlib.workspace import code_hash, root
 
 __all__ = ["BUDGETS", "Budget", "check_test_images", "finetune_recipe", "is_made", "live_folder", "load_row",
-           "made_folder", "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row", "train_command"]
+           "made_folder", "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row",
+           "train_command"]
 
 
 @dataclass(frozen=True)
