@@ -79,7 +79,7 @@ def verify(given: argparse.Namespace) -> int:
 
     if given.update:
         print("Copied to figures/reference:", ", ".join(update_reference(given.profile)))
-        _readme()
+        _update_pages()
         return 0
     from oodlib.project import list_notebooks
     from oodlib.runner import make_plans, run_all
@@ -188,14 +188,14 @@ def docs(given: argparse.Namespace) -> int:
     from oodlib.project import root
 
     print(f"API reference: {build_docs(root() / 'build' / 'docs')}")
-    _readme()
+    _update_pages()
     return 0
 
 
-def _readme() -> None:
-    from oodlib.report.readme import update_readme
+def _update_pages() -> None:
+    from oodlib.report.readme import update_pages
 
-    print("README.md: tables brought up to date." if update_readme() else "README.md: tables are up to date.")
+    print("Generated text brought up to date:", ", ".join(update_pages()) or "nothing had changed")
 
 
 def doctor(given: argparse.Namespace) -> int:
@@ -248,7 +248,7 @@ _HELP = {
     "report": (report, "build REPORT.md and report.html from finished runs"),
     "verify": (verify, "run afresh and compare with the committed reference results"),
     "student": (student, "write the student, solution and code-only copies into build/course/"),
-    "docs": (docs, "write the API reference into build/docs/ and the README's generated tables"),
+    "docs": (docs, "write the API reference into build/docs/ and the generated text of README.md and docs/"),
     "lint": (lint, "check the code with ruff"),
     "train": (train, "train the named checkpoints"),
     "train-vit": (train_vit, "train and score a pool of small ViTs (laptop: embedded, benchmark: cifar); resumable"),
