@@ -37,12 +37,12 @@ FINDINGS = (
     ("ViT training study", "vit_study",
      "open: {benchmark:inconclusive} claims stay inconclusive, most because our small ViTs are not accurate enough. In "
      "published tables, not a run of ours, pretraining on ImageNet-21k lowers the FPR95 of Mahalanobis on NINCO by "
-     "{benchmark/P1:more} points, the mean over {benchmark/P1:n} pairs of models."),
+     "{benchmark/P1:more} points (mean and interval over {benchmark/P1:n} pairs of models)."),
     ("Immature Glow", "immature_glow",
      "a flow's likelihood can find OOD images more normal than its own, down to an AUROC of {benchmark/C1:value} %. "
      "Layer-wise gradient norms beat the typicality test by {benchmark/C2:more} points, the mean over "
      "{benchmark/C2:networks}, and lose to it by {laptop/C2:less} on the laptop's small flows. Whether training may "
-     "stop early stays open: {benchmark/C3:networks} alone could judge that."),
+     "stop early stays open: only the flow {benchmark/C3:networks} could judge that."),
     ("Scoreboard", "scoreboard",
      "at their defaults all three detectors trail the best one of an earlier year: GradNorm by {benchmark/S1:less} "
      "points, OPNP by {benchmark/S2:less}, GROOD by {benchmark/S3:less}, the mean over {benchmark/S1:networks}."),
