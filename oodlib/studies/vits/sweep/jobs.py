@@ -81,8 +81,8 @@ class Job:
     def request(self) -> str:
         """Hash of what is asked for, as far as it shows without weights and images."""
         asked = {"format": 1, "version": version("oodlib"), "dtype": _DTYPE, "row": asdict(self.row),
-                 "split": self.split,
-                 "source": self.source.settings(), "all": self.all_features and self.split == FIT}
+                 "split": self.split, "source": self.source.settings(),
+                 "all": self.all_features and self.split == FIT}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
