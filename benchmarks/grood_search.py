@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodlib.neighbours import PolarSearch
 from oodlib.scores import grood_gradient, grood_polar
+from oodlib.scores.neighbours import PolarSearch
 
 SIZE, CLASSES = 512, 10
 INDEXES: dict[str, dict[str, Any]] = {

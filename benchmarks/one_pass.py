@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from oodlib import create, extract, names
 from oodlib.data import ImageSet
-from oodlib.extraction import _batches
-from oodlib.models.public import ResNetA
+from oodlib.features.extract import _batches
+from oodlib.models.cifar_nets import ResNetA
 
 STATISTICS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 BATCH = 250

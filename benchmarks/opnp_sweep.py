@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from oodlib import FeatureBank
-from oodlib.pruning import sweep
 from oodlib.scores import energy, opnp, opnp_sensitivity
+from oodlib.scores.opnp_ratios import sweep
 
 LOW = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.79)
 HIGH = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.moments import stream_moments
+from oodlib.scores.moments import stream_moments
 
 DIMENSION, ROWS = 768, 10_000
 

@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 from oodlib.errors import OodlibError
 
 if TYPE_CHECKING:
-    from oodlib.bank import FeatureBank
-    from oodlib.doctor import check_env
-    from oodlib.extraction import extract
-    from oodlib.scores import Detector, create, load_detector, names
+    from oodlib.features.extract import extract
+    from oodlib.features.feature_bank import FeatureBank
+    from oodlib.scores import Detector, create, list_detectors, load_detector, names
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "FeatureBank", "OodlibError", "check_env", "create", "extract", "load_detector", "names"]
+__all__ = ["Detector", "FeatureBank", "OodlibError", "create", "extract", "list_detectors", "load_detector", "names"]
 
 # loaded on first use, so that `import oodlib` and the command line start without torch
-_HOME = {"FeatureBank": "oodlib.bank", "check_env": "oodlib.doctor", "extract": "oodlib.extraction",
-         "Detector": "oodlib.scores", "create": "oodlib.scores", "load_detector": "oodlib.scores",
-         "names": "oodlib.scores"}
-_MODULES = {"data", "gradients", "metrics", "models", "report", "scores", "training"}
+_HOME = {"FeatureBank": "oodlib.features", "extract": "oodlib.features",
+         **dict.fromkeys(("Detector", "create", "list_detectors", "load_detector", "names"), "oodlib.scores")}
+_MODULES = {"claims", "data", "features", "gradients", "metrics", "models", "scores"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 from oodlib.errors import OodlibError
 
 if TYPE_CHECKING:
-    from oodlib.runner import Options
+    from oodlib.suite.runner import Options
 
 __all__ = ["main"]
 
 
 def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
-    from oodlib.runner import Options
+    from oodlib.suite.runner import Options
 
     return Options(profile=given.profile, seed=given.seed, device=given.device, extra=dict(given.parameter or []),
                    jobs=max(1, given.jobs), force=given.force, output=output)
 
 
 def reproduce(given: argparse.Namespace) -> int:
-    from oodlib.runner import make_plans, run_all
+    from oodlib.suite.runner import make_plans, run_all
 
     options = _options(given)
     plans, skipped = make_plans(None, options)
@@ -40,7 +40,7 @@ def reproduce(given: argparse.Namespace) -> int:
     failed = run_all(plans, options)
     for name, reason in skipped.items():
         print(f"{name}  skipped: {reason}")
-    from oodlib.report.build import build_report, collect, verdict_lines
+    from oodlib.suite.report import build_report, collect, verdict_lines
 
     if any(not entry.reference for entry in collect(given.profile)):
         path = build_report(given.profile)
@@ -52,8 +52,8 @@ def reproduce(given: argparse.Namespace) -> int:
 
 
 def notebook(given: argparse.Namespace) -> int:
-    from oodlib.project import find_notebook
-    from oodlib.runner import make_plans, run_all
+    from oodlib.suite.notebooks import find_notebook
+    from oodlib.suite.runner import make_plans, run_all
 
     options = _options(given, given.output and given.output.resolve())
     plans, skipped = make_plans([find_notebook(name) for name in given.names], options)
@@ -67,7 +67,7 @@ def notebook(given: argparse.Namespace) -> int:
 
 
 def report(given: argparse.Namespace) -> int:
-    from oodlib.report.build import build_report, collect, verdict_lines
+    from oodlib.suite.report import build_report, collect, verdict_lines
 
     path = build_report(given.profile)
     print(*verdict_lines(collect(given.profile)), "", f"Report: {path}", sep="\n")
@@ -75,14 +75,14 @@ def report(given: argparse.Namespace) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    from oodlib.report.verify import compare_runs, referenced, update_reference
+    from oodlib.suite.verify import compare_runs, referenced, update_reference
 
     if given.update:
         print("Copied to figures/reference:", ", ".join(update_reference(given.profile)))
         _update_pages()
         return 0
-    from oodlib.project import list_notebooks
-    from oodlib.runner import make_plans, run_all
+    from oodlib.suite.notebooks import list_notebooks
+    from oodlib.suite.runner import make_plans, run_all
 
     known = referenced(given.profile)
     with tempfile.TemporaryDirectory() as folder:
@@ -96,11 +96,12 @@ def verify(given: argparse.Namespace) -> int:
 
 
 def data(given: argparse.Namespace) -> int:
-    from oodlib.data.prepare import NotAtHand, data_root, load
-    from oodlib.data.registry import SETS
+    from oodlib.data.public.prepare import NotAtHand, load
+    from oodlib.data.public.registry import SETS
+    from oodlib.workspace import data_root
 
     if given.profile == "paper":
-        from oodlib.data.image_lists import describe_paper_sets
+        from oodlib.data.imagenet import describe_paper_sets
 
         print(describe_paper_sets(data_root()))
     elif given.profile == "benchmark":
@@ -116,9 +117,9 @@ def data(given: argparse.Namespace) -> int:
 
 
 def train(given: argparse.Namespace) -> int:
-    from oodlib.checkpoints import SPECS, train_and_save
-    from oodlib.flow_specs import FLOWS
-    from oodlib.flows import train_and_ship
+    from oodlib.models.shipped import SPECS, train_and_save
+    from oodlib.studies.flows.runs import train_and_ship
+    from oodlib.studies.flows.specs import FLOWS
 
     unknown = [name for name in given.names if name not in {**SPECS, **FLOWS}]
     if unknown:
@@ -132,11 +133,11 @@ def train(given: argparse.Namespace) -> int:
 def train_vit(given: argparse.Namespace) -> int:
     pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
     if given.ship:
-        from oodlib.vits.stored import ship
+        from oodlib.studies.vits.stored import ship
 
         print(ship(pool))
         return 0
-    from oodlib.vits.workers import train_pool
+    from oodlib.studies.vits.sweep.train_pool import train_pool
 
     done = train_pool(pool, models=given.models, jobs=max(1, given.jobs), device=given.device or "cpu")
     print(f"{len(done)} models of the pool {pool} are trained and scored.")
@@ -144,10 +145,10 @@ def train_vit(given: argparse.Namespace) -> int:
 
 
 def sweep(given: argparse.Namespace) -> int:
-    from oodlib.project import root
-    from oodlib.vits.pools import find_pool
-    from oodlib.vits.sources import find_source
-    from oodlib.vits.sweep import chosen, describe, make_jobs
+    from oodlib.studies.vits.pool_table import find_pool
+    from oodlib.studies.vits.sweep.jobs import chosen, describe, make_jobs
+    from oodlib.studies.vits.sweep.models_and_images import find_source
+    from oodlib.workspace import root
 
     pool = find_pool(given.pool).resolve()
     output = (given.output or root() / "data" / "sweeps" / pool.stem).resolve()
@@ -157,14 +158,14 @@ def sweep(given: argparse.Namespace) -> int:
     jobs = make_jobs(chosen(pool, given.models), source, output, all_features=given.all_features,
                      device=given.device or "auto")
     if given.dry_run:
-        from oodlib.vits.plan import describe_plan
+        from oodlib.studies.vits.sweep.cost import describe_plan
 
         print(describe_plan(jobs, tflops=given.tflops, cpus=cpus))
         return 0
     if given.status:
         print(describe(jobs))
         return 0
-    from oodlib.vits.launch import Resources, run_sweep
+    from oodlib.studies.vits.sweep.launch import Resources, run_sweep
 
     resources = Resources(given.jobs or (64 if given.where == "slurm" else 1), given.timeout, cpus,
                           int(source.files) if given.gpus is None else given.gpus, given.partition,
@@ -173,8 +174,8 @@ def sweep(given: argparse.Namespace) -> int:
 
 
 def student(given: argparse.Namespace) -> int:
-    from oodlib.course import make_course
-    from oodlib.project import root
+    from oodlib.suite.course import make_course
+    from oodlib.workspace import root
 
     target = root() / "build" / "course"
     for name in make_course(target):
@@ -184,8 +185,8 @@ def student(given: argparse.Namespace) -> int:
 
 
 def docs(given: argparse.Namespace) -> int:
-    from oodlib.docs import build_docs
-    from oodlib.project import root
+    from oodlib.suite.docs import build_docs
+    from oodlib.workspace import root
 
     print(f"API reference: {build_docs(root() / 'build' / 'docs')}")
     _update_pages()
@@ -193,13 +194,13 @@ def docs(given: argparse.Namespace) -> int:
 
 
 def _update_pages() -> None:
-    from oodlib.report.readme import update_pages
+    from oodlib.suite.readme import update_pages
 
     print("Generated text brought up to date:", ", ".join(update_pages()) or "nothing had changed")
 
 
 def doctor(given: argparse.Namespace) -> int:
-    from oodlib.doctor import describe
+    from oodlib.suite.doctor import describe
 
     text, problems = describe()
     print(text)
@@ -207,7 +208,7 @@ def doctor(given: argparse.Namespace) -> int:
 
 
 def clean(given: argparse.Namespace) -> int:
-    from oodlib.project import PROFILES, root
+    from oodlib.workspace import PROFILES, root
 
     folders = [root() / "build", *[root() / "figures" / profile for profile in PROFILES]]
     for folder in folders:
@@ -226,14 +227,14 @@ def lint(given: argparse.Namespace) -> int:
 
 def lab(given: argparse.Namespace) -> int:
     """JupyterLab in notebooks/, with this interpreter's kernel and the chosen device."""
-    from oodlib.project import root
+    from oodlib.workspace import root
 
     device = {"OODLIB_DEVICE": given.device} if given.device else {}
     return _python("jupyterlab", str(root() / "notebooks"), *given.rest, environment=device)
 
 
 def _python(module: str, *arguments: str, environment: dict[str, str] | None = None) -> int:
-    from oodlib.project import root
+    from oodlib.workspace import root
 
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root(),
                           env={**os.environ, **(environment or {})}).returncode
@@ -345,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     assert function is not None
 
     def run(_: Any) -> int:
-        from oodlib.project import check_profile
+        from oodlib.workspace import check_profile
 
         check_profile(parsed.profile)
         return function(parsed)
@@ -354,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _score(arguments: list[str]) -> int:
-    from oodlib.scoring import main as score_main
+    from oodlib.apply.command import main as score_main
 
     return score_main(arguments) or 0
 

@@ -23,10 +23,10 @@ def batch():
 
 
 @pytest.fixture
-def killed_process():
-    """Runs ``module.call`` of a test module in a process of its own, which must end by SIGKILL."""
+def killed_process(request: pytest.FixtureRequest):
+    """Runs ``module.call``, of a module beside the test, in a process of its own, which must end by SIGKILL."""
     def run(module: str, call: str) -> None:
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {module}; {module}.{call}"
+        code = f"import sys; sys.path.insert(0, {str(request.path.parent)!r}); import {module}; {module}.{call}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
         assert done.returncode == -signal.SIGKILL, done.stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from oodlib.data.prepare import PROJECT
 from oodlib.errors import OodlibError
+from oodlib.workspace import root
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -18,12 +18,13 @@ _LARGEST = {"%": 100.0} | dict.fromkeys(["bits/dim", "steps", "count", "ratio"],
 _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 
 
-def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> DataFrame:
+def published(name: str, *, folder: Path | None = None) -> DataFrame:
     """The rows of ``data/published/<name>.csv``; texts as they stand, numbers as float64, an unread number as NaN.
 
     Parameters
     ----------
     name : "imagenet", "openood_v15", "gradnorm_unread", ...: a file name without suffix
+    folder : of the files; by default ``data/published`` of the project
 
     Returns
     -------
@@ -37,6 +38,7 @@ def published(name: str, *, folder: Path = PROJECT / "data" / "published") -> Da
     """
     import pandas as pd
 
+    folder = folder or root() / "data" / "published"
     path = Path(folder) / f"{name}.csv"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in Path(folder).glob("*.csv"))) or "none"

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from oodlib.bank import FeatureBank
+from oodlib.arrays import by_rows
 from oodlib.errors import OodlibError
-from oodlib.scores.arrays import by_rows
-from oodlib.scores.base import Info, register
-from oodlib.scores.shaping import Shaper, shaped_bank
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Info, register
+from oodlib.scores.shaper import Shaper, shaped_bank
 
 Variant = Literal["s", "p", "b"]
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.bank import FeatureBank, to_numpy
+from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
-from oodlib.scores.base import Info, register
-from oodlib.scores.shaping import Shaper, shaped_bank
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Info, register
+from oodlib.scores.shaper import Shaper, shaped_bank
 
 
 def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[np.float64]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oodlib.bank import FeatureBank
-from oodlib.scores.arrays import by_rows, check_temperature
-from oodlib.scores.base import Detector, Info, register
+from oodlib.arrays import by_rows, check_temperature
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
 
 
 def energy(logits: Any, *, temperature: float = 1.0) -> Any:

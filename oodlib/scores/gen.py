@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from oodlib.bank import FeatureBank
+from oodlib.arrays import by_rows
 from oodlib.errors import OodlibError
-from oodlib.scores.arrays import by_rows
-from oodlib.scores.base import Detector, Info, register
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
 
 
 def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:

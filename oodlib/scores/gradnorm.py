@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from oodlib.bank import FeatureBank
+from oodlib.arrays import by_rows, check_rows, check_temperature, tensor64
 from oodlib.errors import OodlibError
-from oodlib.scores.arrays import by_rows, check_rows, check_temperature, tensor64
-from oodlib.scores.base import Detector, Info, register
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
 
 Target = Literal["uniform", "predicted", "label_mean", "random"]
 _TARGETS = ("uniform", "predicted", "label_mean", "random")

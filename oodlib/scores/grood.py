@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodlib.bank import FeatureBank, to_numpy
+from oodlib.arrays import by_rows, check_k, check_rows, check_temperature, tensor64, to_numpy
 from oodlib.errors import OodlibError
-from oodlib.moments import stream_means
-from oodlib.neighbours import Index, PolarSearch
-from oodlib.scores.arrays import by_rows, check_k, check_rows, check_temperature, tensor64
-from oodlib.scores.base import Detector, Info, register
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.moments import stream_means
+from oodlib.scores.neighbours import Index, PolarSearch
 
 Variant = Literal["gradient", "magnitude", "l1", "direction", "distance", "nearest", "class_gradient", "squared"]
 _VARIANTS = ("gradient", "magnitude", "l1", "direction", "distance", "nearest", "class_gradient", "squared")
@@ -187,7 +187,8 @@ class GROOD(Detector):
     ----------
     k : the k-th nearest gradient counts
     ood_source : where the OOD prototype comes from: "proto_mean" (mean of the class prototypes), or "synthetic",
-        "noise", "val_ood": then give it, see `oodlib.models.synthetic_features` and `oodlib.models.noise_features`
+        "noise", "val_ood": then give it, see `synthetic_features` and `noise_features` of
+        `oodlib.scores.grood_prototypes`
     ood_prototype : (D,), or (n, D) penultimate features whose mean it is
     filter : keep of those features only the ones whose distance to the nearest class prototype exceeds its 0.8
         quantile (at least 2), as an option of the released code does
@@ -197,7 +198,7 @@ class GROOD(Detector):
         "direction" (nearest u_o), "distance" (-||h - p_o||), "nearest" (distance to the nearest class prototype),
         "class_gradient" (gradient at the prototype of the predicted class), "squared" (squared distances)
     temperature : T
-    index, nlist, nprobe, seed : as in `oodlib.neighbours.PolarSearch`
+    index, nlist, nprobe, seed : as in `oodlib.scores.neighbours.PolarSearch`
 
     Learned: ``prototypes_`` (C, D), ``ood_prototype_`` (D,), ``bank_`` (M, D) and ``classes_`` (M,), ``kept_`` (share
     of the training rows that pass ``bank_filter``).
@@ -320,8 +321,8 @@ class GROOD(Detector):
                               f"and {self.seed}.")
         if self.ood_prototype is None and (self.filter or self.ood_source != "proto_mean"):
             raise OodlibError(f"grood.fit: ood_source={self.ood_source!r}, filter={self.filter} need ood_prototype=, "
-                              "features of such images (see oodlib.models.synthetic_features and noise_features, "
-                              "Testbed.ood_val).")
+                              "features of such images (see synthetic_features and noise_features of "
+                              "oodlib.scores.grood_prototypes, Testbed.ood_val).")
 
 
 def _stratified(rows: NDArray, labels: NDArray, fraction: float, seed: int) -> NDArray:

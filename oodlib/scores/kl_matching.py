@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from oodlib.bank import FeatureBank
+from oodlib.arrays import by_rows, tensor64
 from oodlib.errors import OodlibError
-from oodlib.scores.arrays import by_rows, tensor64
-from oodlib.scores.base import Detector, Info, register
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
 
 
 def kl_matching(logits: Any, *, log_templates: Any) -> Any:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oodlib.bank import FeatureBank, to_numpy
+from oodlib.arrays import by_rows, check_k, to_numpy
 from oodlib.errors import OodlibError
-from oodlib.neighbours import SPARE, EuclideanSearch
-from oodlib.scores.arrays import by_rows, check_k
-from oodlib.scores.base import Detector, Info, register
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.neighbours import SPARE, EuclideanSearch
 
 
 def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.bank import to_numpy
+from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 
 __all__ = ["LayerwiseDensity", "input_complexity", "naive_norm", "typicality"]

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodlib.bank import FeatureBank
-from oodlib.moments import class_moments
-from oodlib.scores.arrays import by_rows, tensor64
-from oodlib.scores.base import Detector, Info, register
+from oodlib.arrays import by_rows, tensor64
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.moments import class_moments
 
 
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:

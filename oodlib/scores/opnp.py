@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodlib.bank import FeatureBank, to_numpy
+from oodlib import arrays
+from oodlib.arrays import check_rows, check_temperature, tensor64, to_numpy
 from oodlib.errors import OodlibError
-from oodlib.scores import arrays
-from oodlib.scores.arrays import check_rows, check_temperature, tensor64
-from oodlib.scores.base import Info, register
-from oodlib.scores.shaping import Shaper, shaped_bank
+from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores.detector import Info, register
+from oodlib.scores.shaper import Shaper, shaped_bank
 
 Neurons = Literal["outgoing", "activation"]
 Scope = Literal["global", "class"]
@@ -208,7 +208,7 @@ class OPNP(Shaper):
     """Detector of ``then`` behind the pruned head; what it masks, it learns from ID training images.
 
     The four ratios are shares of weights and of neurons, removed at the low and the high end of their sensitivity. The
-    defaults are the mildest of the suite's grid; choose them with `oodlib.pruning`.
+    defaults are the mildest of the suite's grid; choose them with `oodlib.scores.opnp_ratios`.
 
     neurons : "outgoing" or "activation", see `opnp_neurons`
     scope : of the weights' ranking, "global" or "class"

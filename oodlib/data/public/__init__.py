@@ -1,0 +1,1 @@
+"""Public image sets: where they come from, how they are read, verified and prepared."""

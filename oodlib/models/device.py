@@ -1,0 +1,54 @@
+"""The device a model runs on, and what identifies a model: the hash of its weights and of its code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+
+import torch
+from torch import nn
+
+from oodlib.errors import OodlibError
+from oodlib.workspace import code_hash
+
+__all__ = ["model_code_hash", "pick_device", "weights_hash"]
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """``auto`` is CUDA, then Apple's MPS, then the CPU. OodlibError for a device that is not there."""
+    if str(device) != "auto":
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:                 # RuntimeError, AssertionError, NotImplementedError: by device
+            raise OodlibError(f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, cpu, "
+                              "cuda or mps.") from error
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over the names and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_code_hash(model: nn.Module) -> str:
+    """SHA-256 (hexadecimal) over the code behind a model: its module tree and the source of its classes.
+
+    Our modules count with all that they import, torch, torchvision and timm by their versions, any other class by its
+    own source where Python can read it.
+    """
+    kinds = sorted({type(m) for m in model.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}")
+    ours = sorted({k.__module__ for k in kinds if k.__module__.startswith("oodlib.")})
+    digest = hashlib.sha256(f"{model!r} {code_hash(*ours)}".encode())
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in ("oodlib", "timm", "torch", "torchvision"):
+            with contextlib.suppress(OSError, TypeError):
+                digest.update(inspect.getsource(kind).encode())
+    return digest.hexdigest()

@@ -1,0 +1,66 @@
+"""A network in evaluation mode for a while."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oodlib.errors import OodlibError
+
+__all__ = ["eval_mode", "find_head"]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def find_head(model: nn.Module, example: Tensor) -> str:
+    """Name of the linear layer, or 1x1 convolution on one position, whose output *is* the model's output.
+
+    example : a batch (n, c, h, w) as the model takes it
+
+    Raises
+    ------
+    OodlibError : no such layer, for example because an activation, a pooling or a mean over heads follows it
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            outputs[name] = output
+        return hook
+
+    linear = {n: m for n, m in model.named_modules()
+              if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)}
+    handles = [m.register_forward_hook(keep(n)) for n, m in linear.items()]
+    try:
+        with torch.inference_mode():
+            logits = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise OodlibError(f"find_head: the model must return logits (n, C), got {shape}. "
+                          "Dense prediction and several outputs are not supported.")
+    for name in reversed(outputs):
+        output = outputs[name]
+        if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
+            return name
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "no timm model")
+    raise OodlibError(f"find_head: in {type(model).__name__} ({architecture}) no linear layer gives the model's output "
+                      "as it stands: something (an activation, a pooling, a mean over two heads) follows the last one. "
+                      "Scores need logits = W features + b. Take a network with one linear head (for a distilled one "
+                      "its undistilled twin), or a module that returns such logits.")

@@ -1,0 +1,1 @@
+"""Training recipes: classifiers, flows, small ViTs; each resumes an interrupted run with the same result."""

@@ -1,0 +1,1 @@
+"""The two training studies: partially trained flows, and pools of Vision Transformers."""

@@ -1,0 +1,126 @@
+"""The image sets of the small pools: what models are pretrained on, the ID task, near-OOD classes, the unit tests.
+
+``cifar``: near-OOD are the test classes of CIFAR-100 that CIFAR-10 has not got (``OVERLAPS`` are left out), 98 classes,
+in two sets: those that Tiny-ImageNet, the pretraining set, shows too (column ``cifar100_class`` of
+``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind, a part or next of kin of it), and the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from oodlib.data import EMBEDDED, ImageSet, assert_disjoint, embedded, load
+from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
+from oodlib.data.cifar import split_test, tiny_imagenet_classes
+from oodlib.errors import OodlibError
+
+__all__ = ["NEAR", "OVERLAPS", "TASKS", "Task", "assert_never_trained_on", "pool_sets", "training_images"]
+
+OVERLAPS = ("bus", "pickup_truck")      # automobile and truck of CIFAR-10, by its search terms
+N_VAL = 150                             # images for choices, ID and OOD
+NEAR = {"embedded": ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math"),
+        "cifar": ("cifar100-seen", "cifar100-unseen")}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a small pool is about.
+
+    Attributes
+    ----------
+    id_set, pretraining : ID classes and the set with many classes
+    mean, std : normalisation, per channel, in units of pixel / 255
+    flip : whether a mirrored image keeps its class; shift : largest translation in the augmentation, in pixels
+    """
+
+    id_set: str
+    pretraining: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: Literal["none", "random"]
+    shift: int
+
+
+TASKS = {"embedded": Task("latin", "unicode", (0.25, 0.25, 0.25), (0.25, 0.25, 0.25), "none", 2),
+         "cifar": Task("cifar10", "tiny-imagenet", (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), "random", 4)}
+
+
+def training_images(pool: str, name: str) -> ImageSet:
+    """All images to train on, 32 x 32 RGB: the ID set or the pretraining set of a pool.
+
+    OodlibError: neither of them, or not at hand.
+    """
+    task = _task(pool)
+    if name not in (task.id_set, task.pretraining):
+        raise OodlibError(f"training_images: the {pool} pool trains on {task.id_set} or {task.pretraining}, not on "
+                          f"{name}.")
+    if pool == "embedded":
+        return embedded(name, "train", style="plain")
+    return load(name, "train").resized(32)
+
+
+def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 30,
+              seed: int = 0) -> dict[str, ImageSet]:
+    """The sets that every model of a pool is scored on, 32 x 32 RGB.
+
+    Parameters
+    ----------
+    n_fit, n_test : ID training images to fit scores with, stratified; ID test images
+    n_ood : images of each near-OOD class
+    n_unit : images of each of the 17 unit tests
+    seed : of every subsample
+
+    Returns
+    -------
+    "fit", "val" and "id" (other ID images), "ood_val" (for choices, never tested), the near-OOD sets of `NEAR` with
+    their classes as labels, "unit_tests" labelled by test. No image is in two of them or in a pretraining set.
+    """
+    task = _task(pool)
+    if pool == "embedded":
+        draw = partial(embedded, style="plain")
+        sets = {"fit": draw("latin", "train", n=n_fit), "val": draw("latin", "val", n=N_VAL),
+                "id": draw("latin", "test", n=n_test), "ood_val": draw("arabic", "val", n=N_VAL)}
+        sets |= {name: draw(name, "test", n=n_ood * EMBEDDED[name].classes) for name in NEAR[pool]}
+    else:
+        val, test = split_test(load(task.id_set, "test"), n_val=1000)
+        sets = {"fit": load(task.id_set, "train").sample(n_fit, seed=seed, stratified=True),
+                "val": val.sample(N_VAL, seed=seed, stratified=True),
+                "id": test.sample(n_test, seed=seed, stratified=True),
+                "ood_val": load("dtd", "all").resized(32).sample(N_VAL, seed=seed)}
+        sets |= {name: images.sample(n_ood * len(np.unique(images.labels)), seed=seed, stratified=True)
+                 for name, images in _cifar100().items()}
+    sets["unit_tests"] = _unit_tests(sets["id"], n_unit, seed)
+    return sets
+
+
+def assert_never_trained_on(pool: str, sets: dict[str, ImageSet]) -> None:
+    """Raise OodlibError if a test image, ID or OOD, is an image of the pool's training sets (by hash of its pixels)."""
+    task = _task(pool)
+    tested = [images for name, images in sets.items() if name not in ("fit", "unit_tests")]
+    assert_disjoint(training_images(pool, task.pretraining), training_images(pool, task.id_set), *tested)
+
+
+def _task(pool: str) -> Task:
+    if pool not in TASKS:
+        raise OodlibError(f"There is no small pool {pool!r}; the two are {' and '.join(TASKS)}.")
+    return TASKS[pool]
+
+
+def _cifar100() -> dict[str, ImageSet]:
+    test = load("cifar100", "test")
+    names = np.array(test.class_names)[test.labels]
+    seen = {c.cifar100_class for c in tiny_imagenet_classes()}
+    known, overlapping = np.isin(names, sorted(seen)), np.isin(names, OVERLAPS)
+    return {"cifar100-seen": test.subset(known & ~overlapping, name="cifar100-seen"),
+            "cifar100-unseen": test.subset(~known & ~overlapping, name="cifar100-unseen")}
+
+
+def _unit_tests(id_images: ImageSet, n: int, seed: int) -> ImageSet:
+    parts = [unit_test(name, n=min(n, len(id_images)), seed=seed, id_images=id_images) for name in UNIT_TESTS]
+    labels = np.repeat(np.arange(len(parts)), len(parts[0]))
+    return ImageSet("unit_tests", "test", np.concatenate([part.images for part in parts]), labels.astype(np.int64),
+                    UNIT_TESTS)

@@ -1,0 +1,160 @@
+"""What one streaming pass over the training features leaves of a model: moments, and a class-balanced subsample."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from oodlib.errors import OodlibError
+from oodlib.features.feature_bank import FeatureBank, Head
+from oodlib.files import atomic_path
+from oodlib.scores import whitening
+from oodlib.scores.moments import Moments, MomentSums
+from oodlib.scores.vim import vim_alpha, vim_origin, vim_residual
+
+__all__ = ["Reference", "reference", "unit"]
+
+_ROWS = 16384
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What fitting leaves of a model's training features, whatever their number.
+
+    Attributes
+    ----------
+    moments, unit_moments : of all features and of all L2-normalised features, float64
+    head : of the model
+    features, labels : (M, D) float32 and (M,): the first rows of each class, as many of each, in the order they came
+    """
+
+    moments: Moments
+    unit_moments: Moments
+    head: Head
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    @cached_property
+    def logits(self) -> Array:
+        """(M, C), of the subsample."""
+        return self.head(self.features)
+
+    @property
+    def neighbours(self) -> int:
+        """k of the nearest-neighbour score: a thousandth of the subsample, at least 10, at most 50, at most M."""
+        return min(max(10, min(50, len(self.features) // 1000)), len(self.features))
+
+    @cached_property
+    def whitenings(self) -> dict[str, tuple[Array, Array]]:
+        """"": of the features, "++": of unit features; each (within classes, of all together), see `whitening`."""
+        return {name: (whitening(m.covariance), whitening(m.total_covariance))
+                for name, m in (("", self.moments), ("++", self.unit_moments))}
+
+    @cached_property
+    def virtual(self) -> dict[str, Any]:
+        """Origin, residual space (from the moments of all features) and alpha (from the subsample) of ViM.
+
+        About the origin o the second moment is the total covariance + (mean - o)(mean - o)^T.
+        """
+        origin = vim_origin(self.head)
+        shift = self.moments.mean - origin
+        residual = vim_residual(self.moments.total_covariance + np.outer(shift, shift))
+        return {"origin": origin, "residual": residual,
+                "alpha": vim_alpha(self.features, self.logits, origin, residual)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all."""
+        arrays: dict[str, NDArray] = {"features": self.features, "labels": self.labels, "weight": self.head.weight,
+                                      "bias": self.head.bias}
+        for prefix, moments in (("", self.moments), ("unit_", self.unit_moments)):
+            arrays |= {f"{prefix}{f.name}": getattr(moments, f.name) for f in fields(Moments)}
+        with atomic_path(path) as temporary:
+            try:
+                save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary)
+            except SafetensorError as error:
+                raise OSError(f"{path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reference:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        OodlibError : no such file, or no reference
+        """
+        if not Path(path).is_file():
+            raise OodlibError(f"Reference.load: there is no file {path}. Run the pass over the training images first.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays = {key: file.get_tensor(key) for key in file.keys()}          # noqa: SIM118 not a dict
+            moments, unit_moments = (Moments(**{f.name: arrays[prefix + f.name] for f in fields(Moments)})
+                                     for prefix in ("", "unit_"))
+            head = Head(arrays["weight"], arrays["bias"])
+            return cls(moments, unit_moments, head, arrays["features"], arrays["labels"])
+        except (SafetensorError, KeyError) as error:
+            raise OodlibError(f"Reference.load: {path} is no saved reference ({error}). Delete it and run the pass "
+                              "again.") from error
+
+
+def unit(features: Any) -> Array:
+    """(N, D) -> (N, D) float64, each row of length 1; a zero row stays zero."""
+    x = np.asarray(features, dtype=np.float64)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def reference(banks: Iterable[FeatureBank], num_classes: int, *, per_class: int = 50) -> Reference:
+    """Fit every score of `SCORES` in one pass over labelled training features.
+
+    Parameters
+    ----------
+    banks : parts of one pass, as `oodlib.features.extract.stream` yields them; a list with one bank is fine
+    num_classes : C
+    per_class : rows of each class that are kept, in the order they come; a smaller class is kept whole
+
+    Raises
+    ------
+    OodlibError : no bank, no labels, a label outside 0 .. C-1, a class without a sample, banks of two networks,
+        ``per_class`` below 1
+    """
+    if per_class < 1:
+        raise OodlibError(f"reference: per_class must be at least 1, got {per_class}. ViM and kNN need some features.")
+    sums, unit_sums = MomentSums(num_classes), MomentSums(num_classes)
+    kept: list[tuple[NDArray, NDArray]] = []
+    head: Head | None = None
+    for bank in banks:
+        if bank.labels is None:
+            raise OodlibError("reference: a bank has no labels. Mahalanobis distances need the class of every training "
+                              "image.")
+        if head is not None and bank.head.digest != head.digest:
+            raise OodlibError("reference: two banks have different heads. Give the banks of one pass of one model.")
+        head = bank.head
+        for start in range(0, len(bank), _ROWS):
+            x, y = np.asarray(bank.features[start:start + _ROWS]), np.asarray(bank.labels[start:start + _ROWS])
+            before = sums.counts.copy()
+            sums.add(x, y)
+            unit_sums.add(unit(x), y)
+            chosen = before[y] + _rank_in_class(y) < per_class
+            kept.append((x[chosen].astype(np.float32), y[chosen]))
+    moments, unit_moments = sums.moments(), unit_sums.moments()
+    assert head is not None                                                          # moments() refuses no bank
+    return Reference(moments, unit_moments, head, np.concatenate([x for x, _ in kept]),
+                     np.concatenate([y for _, y in kept]))
+
+
+def _rank_in_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many rows of the same class stand before each row."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    rank = np.empty(len(labels), dtype=np.int64)
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank

@@ -1,0 +1,33 @@
+"""The API reference, made from the docstrings by pdoc."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from pathlib import Path
+
+__all__ = ["build_docs", "module_names"]
+
+
+def module_names() -> list[str]:
+    """Every module of the package that a user may import, in alphabetical order."""
+    package = importlib.import_module("oodlib")
+    found = [module.name for module in pkgutil.walk_packages(package.__path__, "oodlib.")]
+    return ["oodlib", *sorted(name for name in found if not name.rpartition(".")[2].startswith("_"))]
+
+
+def build_docs(target: Path) -> Path:
+    """Write one page per module below ``target``; returns the index page."""
+    import pdoc
+
+    package = importlib.import_module("oodlib")
+    for name in package.__all__:        # the package loads its names on first use; pdoc sees loaded ones only
+        setattr(package, name, getattr(package, name))
+    pdoc.render.configure(docformat="numpy", search=True, show_source=True)
+    with warnings.catch_warnings():
+        for harmless in ("The module specification .* has already been added",      # a module named like its function
+                         "Error parsing type annotation"):                          # inherited from another module
+            warnings.filterwarnings("ignore", harmless, UserWarning)
+        pdoc.pdoc(*module_names(), output_directory=target)
+    return target / "index.html"

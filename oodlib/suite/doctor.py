@@ -1,0 +1,158 @@
+"""What is installed, mismatched or missing, and what each profile could run with it: one screen."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.requirements import Requirement
+
+from oodlib.workspace import root
+
+if TYPE_CHECKING:
+    from oodlib.data.public.registry import SetInfo
+
+__all__ = ["check_env", "describe"]
+
+_REPAIR = "Install the matched pair in one step: pip install -r requirements.lock"
+
+
+def check_env() -> list[str]:
+    """Problems of this installation, one sentence each with the remedy; empty where all is well."""
+    problems = _import_problems()
+    for name, (wanted, found) in _against_lock().items():
+        if found is None:
+            problems.append(f"{name} {wanted} is in the lock but not installed. pip install -r requirements.lock")
+        elif found.split("+")[0] != wanted:
+            problems.append(f"{name} is {found}, the lock has {wanted}. pip install -r requirements.lock")
+    return problems
+
+
+def _import_problems() -> list[str]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be imported ({error}). {_REPAIR}"]
+    try:
+        import torchvision
+    except (ImportError, OSError, RuntimeError) as error:
+        if "torchvision::nms" in str(error):
+            return [f"torch {torch.__version__} and torchvision {_version('torchvision')} do not match (operator "
+                    f"torchvision::nms does not exist): one is a CPU-only build, or from another index. {_REPAIR}"]
+        return [f"torchvision cannot be imported ({error}). {_REPAIR}"]
+    for requirement in map(Requirement, requires("torchvision") or []):
+        if requirement.name == "torch" and not requirement.specifier.contains(torch.__version__, prereleases=True):
+            return [f"torchvision {torchvision.__version__} needs torch{requirement.specifier}, found "
+                    f"{torch.__version__}. {_REPAIR}"]
+    return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _against_lock() -> dict[str, tuple[str, str | None]]:
+    """Packages of the lock that apply here: (pinned version, installed version or None)."""
+    lock = root() / "requirements.lock"
+    found: dict[str, tuple[str, str | None]] = {}
+    for line in lock.read_text(encoding="utf-8").splitlines() if lock.exists() else []:
+        line = line.strip().rstrip("\\").strip()
+        if re.match(r"[A-Za-z0-9]", line):
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate():
+                found[requirement.name] = (str(requirement.specifier).removeprefix("=="), _version(requirement.name))
+    return found
+
+
+def describe() -> tuple[str, list[str]]:
+    """The screen that ``python -m oodlib doctor`` prints, and the problems in it."""
+    import psutil
+
+    problems = check_env()
+    locked = _against_lock()
+    same = sum(found is not None and found.split("+")[0] == wanted for wanted, found in locked.values())
+    disk = shutil.disk_usage(root()).free / 2**30
+    memory = psutil.virtual_memory()
+    total, free = memory.total / 2**30, memory.available / 2**30
+    rows = [
+        ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+        ("torch", f"{_version('torch')}, torchvision {_version('torchvision')}, timm {_version('timm')}"),
+        ("packages", f"{same} of {len(locked)} as in the lock"),
+        ("devices", ", ".join(_devices())),
+        ("machine", f"{os.cpu_count()} cores, {total:.0f} GB memory ({free:.0f} free), {disk:.0f} GB disk free"),
+        ("mirror", os.environ.get("OODLIB_MIRROR") or "none (OODLIB_MIRROR is not set: sets are downloaded)"),
+    ]
+    present, missing = _image_sets()
+    rows.append(("image sets", _list(present) + (f"; missing: {', '.join(missing)}" if missing else "")))
+    rows.append(("weights", _list(_weights())))
+    rows += [(name, text) for name, text in _profiles(missing, total).items()]
+    lines = [f"{name:<12}{text}" for name, text in rows]
+    lines += ["", *([f"PROBLEM     {text}" for text in problems] or ["No problem found."])]
+    return "\n".join(lines), problems
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _devices() -> list[str]:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return ["unknown (torch does not import)"]
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += [f"cuda:{at} {torch.cuda.get_device_name(at)}" for at in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _image_sets() -> tuple[list[str], list[str]]:
+    """Names of the real sets that are prepared or in the mirror ("name/split"), and of those that are not."""
+    from oodlib.data.public.prepare import prepared_info
+    from oodlib.data.public.registry import SETS
+
+    mirror = os.environ.get("OODLIB_MIRROR")
+    present: list[str] = []
+    missing: list[str] = []
+    for name, info in SETS.items():
+        for split in info.splits:
+            here = prepared_info(name, split) is not None or (mirror and _in_mirror(info, split, Path(mirror)))
+            (present if here else missing).append(f"{name}/{split}")
+    return present, missing
+
+
+def _in_mirror(info: SetInfo, split: str, mirror: Path) -> bool:
+    """Whether a mirror holds files of this split, by their names alone."""
+    entry = info.split(split)
+    shards = any(any((mirror / name).glob(f"{entry.mirror or split}-*.parquet")) for name in info.folders)
+    folders = [mirror / name / sub for name in info.folders for sub in ("", "raw")]
+    raw = any((folder / file).is_file() for folder in folders for file in (*(entry.idx or ())[:1], *entry.zips))
+    return bool(shards or raw or (info.archive and (mirror / Path(info.archive[0]).name).is_file()))
+
+
+def _weights() -> list[str]:
+    """Files of weights, and folders: of flows, pools, and what a user keeps apart."""
+    folders = [root() / "data" / "checkpoints", root() / "data" / "weights"]
+    if os.environ.get("OODLIB_MIRROR"):
+        folders.append(Path(os.environ["OODLIB_MIRROR"]) / "weights")
+    return [path.name for folder in folders for path in sorted(folder.glob("*"))
+            if path.is_dir() or path.suffix in (".safetensors", ".th", ".tar", ".pth", ".npz")]
+
+
+def _profiles(missing: list[str], memory: float) -> dict[str, str]:
+    needs = [name for name in ("cifar10/train", "cifar10/test") if name in missing]
+    benchmark = f"needs {', '.join(needs)}: make data PROFILE=benchmark" if needs else "can run"
+    if not needs and missing:
+        benchmark += f", without {', '.join(missing)}"
+    return {"smoke": "can run", "laptop": "can run" if memory >= 3 else "may run out of memory (3 GB are needed)",
+            "benchmark": benchmark, "paper": "needs your own data and weights: make data PROFILE=paper lists them"}

@@ -1,0 +1,115 @@
+"""Compare a fresh run with the committed reference results, by the tolerances committed beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from oodlib.errors import OodlibError
+from oodlib.files import atomic_folder
+from oodlib.workspace import STAMP, check_profile, root
+
+__all__ = ["LIMIT_MB", "compare", "compare_runs", "referenced", "update_reference"]
+
+LIMIT_MB = 6.0
+_KEYS = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")
+_KEPT = ("results.csv", "claims.json", "contents.json", "provenance.json")
+
+
+def reference_folder() -> Path:
+    return root() / "figures" / "reference"
+
+
+def referenced(profile: str) -> list[str]:
+    """Notebooks with reference results in this profile; an OodlibError where there is none."""
+    found = sorted(path.parent.name for path in (reference_folder() / check_profile(profile)).glob("*/results.csv"))
+    if not found:
+        raise OodlibError(f"No reference results under figures/reference/{profile}/. After `make reproduce "
+                          f"PROFILE={profile}`, `python -m oodlib verify --update --profile {profile}` makes them.")
+    return found
+
+
+def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
+    """Differences of every notebook in ``names`` that has a reference; one sentence each."""
+    base = reference_folder() / profile
+    known = [name for name in referenced(profile) if name in names]
+    tolerances = yaml.safe_load((reference_folder() / "tolerances.yaml").read_text(encoding="utf-8"))
+    return [f"{name}: {text}" for name in known for text in compare(base / name, fresh / name, tolerances)]
+
+
+def compare(reference: Path, fresh: Path, tolerances: dict[str, float]) -> list[str]:
+    """Differences between two run folders: missing or extra rows, values apart by more than the metric's tolerance,
+    and other verdicts. ``tolerances`` maps a metric to an absolute tolerance, with a ``default``."""
+    old, new = _rows(reference / "results.csv"), _rows(fresh / "results.csv")
+    found = [f"row missing: {_name(key)}" for key in old if key not in new]
+    found += [f"row not in the reference: {_name(key)}" for key in new if key not in old]
+    for key in old:
+        if key not in new:
+            continue
+        metric = key[_KEYS.index("metric")]
+        allowed = float(tolerances.get(metric, tolerances["default"]))
+        if not abs(new[key] - old[key]) <= allowed:
+            found.append(f"{_name(key)}: {new[key]:.4f}, reference {old[key]:.4f}, tolerance {allowed:g}")
+    before, after = _verdicts(reference), _verdicts(fresh)
+    for claim in sorted({*before, *after}):
+        if before.get(claim) != after.get(claim):
+            found.append(f"verdict of {claim}: {after.get(claim, 'none')}, reference {before.get(claim, 'none')}")
+    return found
+
+
+def _rows(path: Path) -> dict[tuple[str, ...], float]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return {tuple(row[key] for key in _KEYS): float(row["value"]) for row in csv.DictReader(file)}
+
+
+def _name(key: tuple[str, ...]) -> str:
+    return " ".join(part for part in key if part)
+
+
+def _verdicts(folder: Path) -> dict[str, str]:
+    records: list[dict[str, Any]] = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
+    return {record["id"]: record["verdict"] for record in records}
+
+
+def update_reference(profile: str) -> list[str]:
+    """Copy the finished runs of a profile to figures/reference/; returns the names of the notebooks.
+
+    Raises
+    ------
+    OodlibError : nothing to copy, or the references would exceed ``LIMIT_MB``
+    """
+    base, target = root() / "figures" / check_profile(profile), reference_folder()
+    folders = [path.parent for path in sorted(base.glob(f"*/{STAMP}")) if (path.parent / "results.csv").exists()]
+    if not folders:
+        raise OodlibError(f"No finished run under figures/{profile}/. Run `make reproduce PROFILE={profile}` first.")
+    files = {folder.name: [path for path in sorted(folder.iterdir())
+                           if path.name in _KEPT or path.suffix in (".md", ".png")] for folder in folders}
+    others = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()
+                 and not (path.parent.parent.name == profile and path.parent.name in files))
+    content = {path: _content(path) for kept in files.values() for path in kept}
+    size = (others + sum(map(len, content.values()))) / 1e6
+    if size > LIMIT_MB:
+        raise OodlibError(f"The references would take {size:.1f} MB, the limit is {LIMIT_MB:g}. "
+                          "Save fewer or smaller figures.")
+    for name, kept in files.items():
+        with atomic_folder(target / profile / name) as folder:
+            for path in kept:
+                (folder / path.name).write_bytes(content[path])
+    return list(files)
+
+
+def _content(path: Path) -> bytes:
+    """The file's bytes; a PNG is reduced to 256 colours, which is a third of the size and looks the same."""
+    if path.suffix != ".png":
+        return path.read_bytes()
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.convert("RGB").quantize(256).save(out, "PNG", optimize=True)
+    return out.getvalue()

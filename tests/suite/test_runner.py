@@ -1,0 +1,170 @@
+"""Headless runs: what is done stays done, what fails leaves nothing half-made, and what is misspelt is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+from nbformat.v4 import new_code_cell, new_notebook
+
+from oodlib.errors import OodlibError
+from oodlib.suite import runner
+from oodlib.suite.notebooks import Notebook, find_notebook, list_notebooks, load_profile
+from oodlib.suite.runner import Options, is_done, make_plans, run_all
+from oodlib.workspace import PROFILES, STAMP
+
+PARAMETERS = 'profile: str = "laptop"  # which profile\nseed: int = 0  # seed\nn_test: int = 3'
+CHECK = ("import os\nfrom pathlib import Path\n"
+         "assert os.environ['HF_HUB_OFFLINE'] == '1' and os.environ['PYTHONHASHSEED'] == '0'\n"
+         "Path(os.environ['OODLIB_OUTPUT'], 'said.txt').write_text(f'{profile} {seed} {n_test}')")
+
+
+def write_notebook(root: Path, name: str, *code: str) -> None:
+    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), *map(new_code_cell, code)]
+    notebook = new_notebook(cells=cells, metadata={
+        "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    (root / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    for profile in PROFILES:
+        (tmp_path / "notebooks" / "profiles" / f"{profile}.yaml").write_text(f"common: {{profile: {profile}}}\n")
+    monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
+    write_notebook(tmp_path, "01_good", CHECK)
+    return tmp_path
+
+
+def test_a_failure_leaves_nothing_half_made_and_the_next_run_resumes(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_notebook(root, "02_bad", "open(__import__('os').environ['OODLIB_OUTPUT'] + '/half', 'w')", "n_test / 0")
+    options = Options(profile="smoke", seed=5, extra={"n_test": "7"})
+    assert run_all(make_plans(None, options)[0], options) == ["02_bad"]
+    shown = capsys.readouterr().err
+    assert "n_test / 0" in shown and "ZeroDivisionError" in shown
+    figures = root / "figures" / "smoke"
+    assert [path.name for path in figures.iterdir()] == ["01_good"]
+    assert (figures / "01_good" / "said.txt").read_text() == "smoke 5 7"
+    assert (figures / "01_good" / "01_good.ipynb").exists()
+    assert "ZeroDivisionError" in (root / "build" / "failed" / "smoke" / "02_bad.ipynb").read_text()
+
+    write_notebook(root, "02_bad", "n_test / 1")
+    before = (figures / "01_good" / STAMP).stat().st_mtime_ns
+    plans, _ = make_plans(None, options)
+    assert [is_done(plan) for plan in plans] == [True, False]
+    assert run_all(plans, options) == []
+    assert (figures / "01_good" / STAMP).stat().st_mtime_ns == before
+    assert all(is_done(plan) for plan in plans)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM handler there")
+def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
+    write_notebook(root, "03_slow", "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",
+                   "import time\ntime.sleep(60)")
+    child = subprocess.Popen([sys.executable, "-m", "oodlib", "notebook", "slow", "--profile", "smoke"],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not (root / "on").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, shown = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in shown
+    assert list((root / "figures" / "smoke").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["notebook", "parameter", "seed", "device", "published"])
+def test_a_change_makes_a_run_due(root: Path, change: str) -> None:
+    before = make_plans(None, Options())[0][0].key
+    options = {"parameter": Options(extra={"n_test": "4"}), "seed": Options(seed=1), "device": Options(device="cpu")}
+    if change == "notebook":
+        write_notebook(root, "01_good", CHECK, "1")
+    if change == "published":
+        (root / "data" / "published").mkdir(parents=True)
+        (root / "data" / "published" / "table.csv").write_text("1")
+    assert make_plans(None, options.get(change, Options()))[0][0].key != before
+
+
+def test_a_source_change_touches_only_its_users(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = root / "oodlib"
+    package.mkdir()
+    for name in ("__init__", "one", "two"):
+        (package / f"{name}.py").write_text("")
+    monkeypatch.setattr(runner, "PACKAGE", package)
+    write_notebook(root, "01_good", "from oodlib.one import x")
+    write_notebook(root, "02_other", "from oodlib.two import y")
+    before = [plan.key for plan in make_plans(None, Options())[0]]
+    (package / "one.py").write_text("x = 1")
+    after = [plan.key for plan in make_plans(None, Options())[0]]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
+def test_claims_of_another_notebook_do_not_make_a_run_due(root: Path) -> None:
+    folder = root / "data" / "claims"
+    folder.mkdir(parents=True)
+    (folder / "good.yaml").write_text("notebook: 01_good\n")
+    before = make_plans(None, Options())[0][0].key
+    (folder / "other.yaml").write_text("notebook: 02_other\n")
+    assert make_plans(None, Options())[0][0].key == before
+    (folder / "good.yaml").write_text("notebook: 01_good\n# changed\n")
+    assert make_plans(None, Options())[0][0].key != before
+
+
+def test_a_misspelt_parameter_names_the_known_ones(root: Path) -> None:
+    with pytest.raises(OodlibError, match=r"n_tset.*Known: profile, seed, n_test"):
+        make_plans(None, Options(extra={"n_tset": "4"}))
+    (root / "notebooks" / "profiles" / "smoke.yaml").write_text("01_good: {n_tset: 4}\n")
+    with pytest.raises(OodlibError, match=r"smoke\.yaml.*n_tset.*Known: profile, seed, n_test"):
+        make_plans(None, Options(profile="smoke"))
+
+
+def test_a_profile_that_names_no_notebook_is_refused(root: Path) -> None:
+    (root / "notebooks" / "profiles" / "smoke.yaml").write_text("01_godo: {n_test: 4}\n")
+    with pytest.raises(OodlibError, match=r"01_godo.*Known: 01_good"):
+        make_plans(None, Options(profile="smoke"))
+
+
+def test_a_profile_can_skip_a_notebook(root: Path) -> None:
+    (root / "notebooks" / "profiles" / "smoke.yaml").write_text("01_good: {skip: too long}\n")
+    assert make_plans(None, Options(profile="smoke")) == ([], {"01_good": "too long"})
+
+
+def test_a_notebook_is_found_by_any_word(root: Path) -> None:
+    write_notebook(root, "04_vit_training_study")
+    for name in ("vit", "study", "04_vit_training_study", "vit_training_study"):
+        assert find_notebook(name).stem == "04_vit_training_study"
+    with pytest.raises(OodlibError, match="Known: 01_good, 04_vit"):
+        find_notebook("resnet")
+
+
+def test_parameters_agree_with_papermill(root: Path) -> None:
+    import papermill
+
+    path = root / "notebooks" / "01_good.ipynb"
+    assert list(Notebook.read(path).parameters()) == list(papermill.inspect_notebook(str(path)))
+
+
+def test_a_lock_of_a_killed_process_is_free(root: Path) -> None:
+    folder = root / "figures" / "smoke" / "01_good"
+    hold = f"from oodlib.suite.runner import _lock; from pathlib import Path\nwith _lock(Path({str(folder)!r})): " \
+           "print('held', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout and child.stdout.readline() == "held\n"
+    with pytest.raises(Timeout), FileLock(root / "build" / "locks" / "smoke-01_good.lock", timeout=0):
+        pass
+    child.kill()
+    child.wait()
+    with runner._lock(folder):
+        pass
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_committed_profiles_fit_the_committed_notebooks(profile: str) -> None:
+    notebooks = [Notebook.read(path) for path in list_notebooks()]
+    assert set(load_profile(profile, notebooks)) == {notebook.name for notebook in notebooks}
+    assert all({"profile", "seed"} <= set(notebook.parameters()) for notebook in notebooks)
