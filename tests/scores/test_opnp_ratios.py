@@ -1,6 +1,7 @@
 """The sweep of pruning ratios equals pruning one pair at a time; the choice uses validation sets that are clean."""
 
 import dataclasses
+import importlib
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 import oodlib
-import oodlib.experiments.testbed as testbeds
 from oodlib import FeatureBank, OodlibError, metrics, scores
 from oodlib.data import ImageSet
 from oodlib.experiments.testbed import validation_banks
 from oodlib.scores import opnp_neurons, opnp_sensitivity
 from oodlib.scores.opnp_ratios import HIGH, LOW, Choice, Sweep, choose, choose_both, kept, sweep
+
+testbeds = importlib.import_module("oodlib.experiments.testbed")
 
 GRID = {"low": (0.0, 0.3, 0.6), "high": (0.0, 0.1, 0.5)}
 

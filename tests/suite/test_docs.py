@@ -317,7 +317,7 @@ def test_the_api_reference_has_a_page_for_every_module(tmp_path: Path) -> None:
 
 
 def test_every_detector_has_a_complete_record_a_reference_and_a_test() -> None:
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))
                       if path.name != Path(__file__).name)
     entries = dict(re.findall(r"@\w+\{(\w+),(.*?)\n\}", page("docs/papers.bib"), re.DOTALL))
     for key, info in oodlib.names().items():

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_notebook
 
+from oodlib import workspace
 from oodlib.errors import OodlibError
 from oodlib.suite import runner
 from oodlib.suite.notebooks import Notebook, find_notebook, list_notebooks, load_profile
@@ -95,7 +96,7 @@ def test_a_source_change_touches_only_its_users(root: Path, monkeypatch: pytest.
     package.mkdir()
     for name in ("__init__", "one", "two"):
         (package / f"{name}.py").write_text("")
-    monkeypatch.setattr(runner, "PACKAGE", package)
+    monkeypatch.setattr(workspace, "_PACKAGE", package)
     write_notebook(root, "01_good", "from oodlib.one import x")
     write_notebook(root, "02_other", "from oodlib.two import y")
     before = [plan.key for plan in make_plans(None, Options())[0]]
