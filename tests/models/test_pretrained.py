@@ -3,26 +3,21 @@
 import hashlib
 import os
 import pickle
-import re
 
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 from PIL import Image
 from torch import nn
 
 from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.images import ImageSet
-from oodlib.errors import OodlibError
 from oodlib.models import pretrained
 from oodlib.models.cifar_nets import DenseNetBC, ResNetA
 from oodlib.models.pretrained import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def last_module(model):

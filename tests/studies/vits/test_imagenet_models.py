@@ -1,12 +1,12 @@
 """Models of a pool by timm tag or by file: what is loaded is what the file holds, and every wrong row is refused."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import refuses
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -21,10 +21,6 @@ from oodlib.studies.vits.pool_table import PoolRow
 TAGGED = PoolRow("small", "test_vit.r160_in1k", resolution=160)
 AUGREG = PoolRow("B16-toy", "test_vit", "augreg/toy.npz", resolution=160)
 SOUP = PoolRow("soup", "vit_xsmall_patch16_clip_224", "model-soups/model_0.pt", head="unit", resolution=224)
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 @pytest.fixture(scope="module")
