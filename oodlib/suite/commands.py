@@ -27,6 +27,7 @@ def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
 
 
 def reproduce(given: argparse.Namespace) -> int:
+    """Run every notebook of the profile that is not up to date; then the report and the verdicts."""
     options = _options(given)
     plans, skipped = make_plans(None, options)
     if not plans:
@@ -46,6 +47,7 @@ def reproduce(given: argparse.Namespace) -> int:
 
 
 def notebook(given: argparse.Namespace) -> int:
+    """Run the named notebooks only."""
     options = _options(given, given.output and given.output.resolve())
     plans, skipped = make_plans([find_notebook(name) for name in given.names], options)
     for name, reason in skipped.items():
@@ -58,6 +60,7 @@ def notebook(given: argparse.Namespace) -> int:
 
 
 def report(given: argparse.Namespace) -> int:
+    """Build the report from finished runs."""
     from oodlib.suite.report import build_report, collect, verdict_lines
 
     path = build_report(given.profile)
@@ -66,6 +69,7 @@ def report(given: argparse.Namespace) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
+    """Run afresh and compare with the reference results; with ``--update``, make the finished runs the reference."""
     from oodlib.suite.verify import compare_runs, referenced, update_reference
 
     if given.update:
@@ -84,6 +88,7 @@ def verify(given: argparse.Namespace) -> int:
 
 
 def student(given: argparse.Namespace) -> int:
+    """Write the course copies."""
     from oodlib.suite.course import make_course
     target = root() / "build" / "course"
     for name in make_course(target):
@@ -93,6 +98,7 @@ def student(given: argparse.Namespace) -> int:
 
 
 def docs(given: argparse.Namespace) -> int:
+    """Write the API reference and the generated text of the pages."""
     from oodlib.suite.docs import build_docs
     print(f"API reference: {build_docs(root() / 'build' / 'docs')}")
     _update_pages()
@@ -106,6 +112,7 @@ def _update_pages() -> None:
 
 
 def doctor(given: argparse.Namespace) -> int:
+    """Say what is installed, mismatched or missing; 1 where something is wrong."""
     from oodlib.suite.doctor import describe
 
     text, problems = describe()
@@ -114,6 +121,7 @@ def doctor(given: argparse.Namespace) -> int:
 
 
 def clean(given: argparse.Namespace) -> int:
+    """Remove what runs have made."""
     folders = [root() / "build", *[root() / "figures" / profile for profile in PROFILES]]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -122,10 +130,12 @@ def clean(given: argparse.Namespace) -> int:
 
 
 def test(given: argparse.Namespace) -> int:
+    """Run pytest."""
     return _python("pytest", *given.rest)
 
 
 def lint(given: argparse.Namespace) -> int:
+    """Run ruff."""
     return _python("ruff", "check", ".", *given.rest)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.images import ImageSet
-from oodlib.models import pretrained
+from oodlib.models import cifar_nets, pretrained
 from oodlib.models.cifar_nets import DenseNetBC, ResNetA
 from oodlib.models.pretrained import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
@@ -101,7 +101,7 @@ def test_networks_have_the_published_size(model, features, parameters):
 
 
 def test_option_a_shortcut_subsamples_and_pads_evenly():
-    block = pretrained._BasicBlock(2, 4, 2)
+    block = cifar_nets._BasicBlock(2, 4, 2)
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     x = torch.rand(1, 2, 4, 4)

@@ -61,6 +61,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def train_vit(given: argparse.Namespace) -> int:
+    """Train and score the rows of a pool that are missing; with ``--ship``, pack what is finished."""
     pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
     if given.ship:
         from oodlib.studies.vits.stored import ship
@@ -75,6 +76,7 @@ def train_vit(given: argparse.Namespace) -> int:
 
 
 def sweep(given: argparse.Namespace) -> int:
+    """Score every model of a pool on every image set, or say what that would cost or where it stands."""
     from oodlib.studies.vits.pool_table import find_pool
     from oodlib.studies.vits.sweep.jobs import chosen, describe, make_jobs
     from oodlib.studies.vits.sweep.models_and_images import find_source
