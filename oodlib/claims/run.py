@@ -128,7 +128,9 @@ class Run:
         if claim not in self.claims:
             raise OodlibError(f"Run.untestable: {self.notebook} has no claim {claim!r}. Known: "
                               f"{', '.join(self.claims)}.")
-        self.verdicts[claim] = Verdict(self.claims[claim], self.profile, "not testable here", reason)
+        self.verdicts[claim] = Verdict(
+            claim=self.claims[claim], profile=self.profile, verdict="not testable here", reason=reason
+        )
         return self.verdicts[claim]
 
     def claim_table(self) -> pd.DataFrame:
@@ -177,9 +179,11 @@ class Run:
         claim = self.claims[key]
         if self.profile in claim.judged_at:
             word = "not testable here" if self._by_hand else "not judged yet"
-            return Verdict(claim, self.profile, word, "the cell that judges it was not run")
-        return Verdict(claim, self.profile, "not testable here",
-                       f"judged at {', '.join(claim.judged_at) or 'no profile yet'}")
+            return Verdict(
+                claim=claim, profile=self.profile, verdict=word, reason="the cell that judges it was not run"
+            )
+        return Verdict(claim=claim, profile=self.profile, verdict="not testable here",
+                       reason=f"judged at {', '.join(claim.judged_at) or 'no profile yet'}")
 
     def _add(self, kind: str, name: str, caption: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -53,8 +53,16 @@ def write_idx(path, array):
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """A registered set of 12 images, its mirror (Parquet) and an empty data folder."""
-    info = SetInfo("toy", "Toy", "none", "nobody 2026", (3, 8, 8), {"test": Split(N, torchvision=({"train": False},))},
-                   ("toy",), torchvision="CIFAR10")
+    info = SetInfo(
+        name="toy",
+        title="Toy",
+        terms="none",
+        citation="nobody 2026",
+        size=(3, 8, 8),
+        splits={"test": Split(N, torchvision=({"train": False},))},
+        folders=("toy",),
+        torchvision="CIFAR10",
+    )
     monkeypatch.setitem(SETS, "toy", info)
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
@@ -67,7 +75,15 @@ def toy(monkeypatch, tmp_path):
 def toy_idx(monkeypatch, tmp_path):
     """The same in the MNIST family's form."""
     files = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-    info = SetInfo("toy-idx", "Toy", "none", "nobody 2026", (1, 8, 8), {"test": Split(N, idx=files)}, ("Toy",))
+    info = SetInfo(
+        name="toy-idx",
+        title="Toy",
+        terms="none",
+        citation="nobody 2026",
+        size=(1, 8, 8),
+        splits={"test": Split(N, idx=files)},
+        folders=("Toy",),
+    )
     monkeypatch.setitem(SETS, "toy-idx", info)
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))

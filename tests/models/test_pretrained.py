@@ -32,8 +32,19 @@ def toy(monkeypatch, tmp_path):
     path = tmp_path / "mirror" / "weights" / "toy.th"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "best_prec1": 10.0}, path)
-    info = ModelInfo("toy", 10, (0.5,) * 3, (0.5,) * 3, hashlib.sha256(path.read_bytes()).hexdigest(),
-                     path.as_uri(), "none", None, (0.1, 1), "cifar10", "toy.th")
+    info = ModelInfo(
+        name="toy",
+        num_classes=10,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        address=path.as_uri(),
+        licence="none",
+        stored_accuracy=None,
+        measured_accuracy=(0.1, 1),
+        id_set="cifar10",
+        file="toy.th",
+    )
     monkeypatch.setitem(PUBLIC, "toy", (info, lambda: ResNetA(1)))
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))

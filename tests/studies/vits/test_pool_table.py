@@ -24,8 +24,26 @@ def table(path, *lines):
 # Reading and writing
 
 def test_rows_survive_writing_and_reading(tmp_path):
-    rows = (PoolRow("a", "net"), PoolRow("b", "net", "w.npz", "in21k", "sigmoid", "light1", 0.1, 0.0, 0.1, 1e-6, "unit",
-                                         0.5, 384, 3, "member"))
+    rows = (
+        PoolRow(name="a", network="net"),
+        PoolRow(
+            name="b",
+            network="net",
+            weights="w.npz",
+            pretraining="in21k",
+            objective="sigmoid",
+            aug="light1",
+            weight_decay=0.1,
+            dropout=0.0,
+            stochastic_depth=0.1,
+            ft_lr=1e-6,
+            head="unit",
+            penalty=0.5,
+            resolution=384,
+            seed=3,
+            role="member",
+        ),
+    )
     write_pool(tmp_path / "pool.csv", rows)
     assert read_pool(tmp_path / "pool.csv") == rows
 

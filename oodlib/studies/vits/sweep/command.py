@@ -98,7 +98,7 @@ def sweep(given: argparse.Namespace) -> int:
         return 0
     from oodlib.studies.vits.sweep.launch import Resources, run_sweep
 
-    resources = Resources(given.jobs or (64 if given.where == "slurm" else 1), given.timeout, cpus,
-                          int(source.files) if given.gpus is None else given.gpus, given.partition,
-                          dict(given.slurm or []))
+    resources = Resources(at_once=given.jobs or (64 if given.where == "slurm" else 1), timeout=given.timeout, cpus=cpus,
+                          gpus=int(source.files) if given.gpus is None else given.gpus, partition=given.partition,
+                          slurm=dict(given.slurm or []))
     return run_sweep(jobs, output, given.where, resources, shard=given.shard)

@@ -43,7 +43,7 @@ STATES = ("done", "running", "failed", "missing")
 _DTYPE = "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One model and one split.
 
@@ -99,7 +99,11 @@ def make_jobs(rows: Iterable[PoolRow], source: Source, output: Path, *, all_feat
               device: str = "auto") -> list[Job]:
     """All jobs of a pool; the long ones ("fit") first, so that every shard ``jobs[i::n]`` gets its part of them."""
     rows = list(rows)
-    return [Job(row, split, source, output, all_features, device) for split in source.splits() for row in rows]
+    return [
+        Job(row=row, split=split, source=source, output=output, all_features=all_features, device=device)
+        for split in source.splits()
+        for row in rows
+    ]
 
 
 def prepare(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:

@@ -79,4 +79,4 @@ def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
         with contextlib.suppress(OodlibError):
             return list(read_pool(find_pool(networks[0]))), Path(networks[0]).stem
     known = {row.network: row for row in read_pool("imagenet_timm")}
-    return [known.get(name, PoolRow(name, name)) for name in networks], "timm_models"
+    return [known.get(name, PoolRow(name=name, network=name)) for name in networks], "timm_models"
