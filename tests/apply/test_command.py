@@ -68,7 +68,7 @@ def interrupted(monkeypatch):
             write_json(*arguments)
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(command, "write_json", interrupt)
+            patch.setattr(score_csv, "write_json", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 call()
     return run
