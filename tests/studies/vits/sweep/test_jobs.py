@@ -113,7 +113,7 @@ def test_another_request_or_other_inputs_are_not_done(swept: list[Job], change: 
 
 
 def test_another_version_is_not_done(swept: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "__version__", "0.0.0")
+    monkeypatch.setattr(sweep, "version", lambda name: "0.0.0")
     assert state(replace(swept[1])) == ("missing", "")
 
 
