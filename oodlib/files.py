@@ -61,7 +61,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_parts(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left beside ``path``; a folder's former content that is its only copy is put back."""
+    """Remove what killed processes left beside ``path``; a former content that is the only copy is put back."""
     path = Path(path)
     _put_back(path)
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):

@@ -30,7 +30,7 @@ def state(folder: Path) -> tuple[list[str], str]:
 
 
 def kill_between_the_renames(folder: Path) -> None:
-    code = ("import os, signal, sys\nfrom pathlib import Path\nfrom oodlib.files import atomic_folder\nreal = os.replace\n"
+    code = ("import os, signal, sys\nfrom oodlib.files import atomic_folder\nreal = os.replace\n"
             "def replace(source, target):\n"
             "    real(source, target)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
