@@ -34,7 +34,7 @@ def data(given: argparse.Namespace) -> int:
                 try:
                     print(load(name, split), flush=True)
                 except NotAtHand as error:
-                    print(f"{name}/{split}: not at hand. {error}", flush=True)
+                    print(f"{name}/{split}: not available. {error}", flush=True)
     else:
         print(f"The {given.profile} profile needs no download: its images are drawn on the spot.")
     return 0
@@ -132,11 +132,11 @@ def _score(arguments: list[str]) -> int:
 
 
 def _guarded(function: Any, argument: Any) -> int:
-    """Call ``function``; bad input is one line on stderr, and a termination cleans up as an interrupt does."""
+    """Call ``function``; bad input is one line on stderr, a termination meanwhile cleans up as an interrupt does."""
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         return function(argument)
     except OodlibError as error:
@@ -145,6 +145,8 @@ def _guarded(function: Any, argument: Any) -> int:
     except KeyboardInterrupt:
         print("Interrupted. Nothing half-done was kept; the same command resumes.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)     # None: a handler that Python did not install
 
 
 if __name__ == "__main__":

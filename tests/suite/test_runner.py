@@ -63,6 +63,17 @@ def test_a_failure_leaves_nothing_half_made_and_the_next_run_resumes(
     assert all(is_done(plan) for plan in plans)
 
 
+def test_a_run_that_a_killed_process_took_away_is_put_back(root: Path) -> None:
+    write_notebook(root, "02_bad", "n_test / 0")
+    figures = root / "figures" / "smoke"
+    for name in (".02_bad.old.part", ".02_bad.x.part"):
+        (figures / name).mkdir(parents=True)
+    (figures / ".02_bad.old.part" / "results.csv").touch()
+    options = Options(profile="smoke")
+    assert run_all(make_plans([find_notebook("bad")], options)[0], options) == ["02_bad"]
+    assert [path.relative_to(figures).as_posix() for path in figures.rglob("*")] == ["02_bad", "02_bad/results.csv"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM handler there")
 def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
     write_notebook(root, "03_slow", "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",

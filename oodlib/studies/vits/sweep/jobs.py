@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import socket
 import time
 import traceback
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, write_json
+from oodlib.files import atomic_folder, remove_parts, write_json
 from oodlib.studies.vits.pool_table import PoolRow, read_pool
 from oodlib.studies.vits.sweep.models_and_images import FIT, Opened, Source
 from oodlib.studies.vits.sweep.tables import make_table, read_record
@@ -163,8 +162,7 @@ def run_job(job: Job) -> str:
             return "running"
         if state_known(job) == "done":
             return "done"
-        for rest in job.folder.glob(f".{job.split}.*.part"):            # of a process that was killed
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        remove_parts(job.folder / job.split)
         job.sidecar.unlink(missing_ok=True)
         started = time.time()
         try:
