@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from oodlib import create, extract, names
 from oodlib.data import ImageSet
-from oodlib.features.extract import _batches
+from oodlib.features import batches
 from oodlib.models.cifar_nets import ResNetA
 
 STATISTICS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -53,7 +53,7 @@ def main() -> None:
     def bare() -> dict[str, Seconds]:
         start = now()
         with torch.inference_mode():
-            for x, _ in _batches(images, 0, BATCH, **STATISTICS):
+            for x, _ in batches(images, batch_size=BATCH, **STATISTICS):
                 model(x.contiguous(memory_format=torch.channels_last))
         return {"forward": now() - start}
 

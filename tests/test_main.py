@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ def test_an_unknown_profile_names_all_four(command: str, capsys: pytest.CaptureF
 def test_bad_input_is_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["notebook", "gradnrom"]) == 2
     assert capsys.readouterr().err == "error: no notebook called 'gradnrom' in notebooks/. Known: none.\n"
+
+
+def test_the_handler_of_terminations_is_put_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["clean"]) == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert main(["notebook", "gradnrom"]) == 2 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ from oodlib.workspace import root
 
 __all__ = ["FEATURE_SUFFIXES", "SHARD", "UNREADABLE", "EveryImage", "FeatureFile", "Images", "Transform",
            "open_images"]
+
+SHARD = 500                # on a CPU, 500 large images are minutes of work that an interruption may cost
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)                   # label of an image that does not decode
 Transform = Callable[[Any], Any]
@@ -169,7 +171,6 @@ class FeatureFile:
             if self.path.suffix != ".npz":
                 self._map()
             yield self.bank(i, i + rows)
-SHARD = 500                # on a CPU, 500 large images are minutes of work that an interruption may cost
 
 
 class Images:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from oodlib.apply.inputs import SHARD, UNREADABLE, FeatureFile, Images
+from oodlib.apply import inputs
+from oodlib.apply.inputs import UNREADABLE, FeatureFile, Images
 from oodlib.files import write_json
 from oodlib.scores import Detector
 
@@ -45,7 +46,7 @@ def write_scores(source: Images | FeatureFile, detector: Detector, limit: float 
             file.seek(size)
             if not start:
                 file.write(b"path,score,decision\n")
-            for bank in source.banks(start, SHARD):
+            for bank in source.banks(start, inputs.SHARD):
                 stop = start + len(bank)
                 read = np.full(len(bank), True) if bank.labels is None else bank.labels != UNREADABLE
                 rows = [(score, "" if limit is None else "OOD" if score > limit else "ID") if ok else ("", "unreadable")
@@ -79,8 +80,8 @@ def _resume(source: Images | FeatureFile, part: Path, record: Path, made_by: str
         rows, size, counts, expected = (known[name] for name in ("rows", "bytes", "counts", "key"))
         if rows <= len(source) and part.stat().st_size >= size:
             key = hashlib.sha256(_bytes(made_by))
-            for start in range(0, rows, SHARD):
-                key.update(_bytes(source.stamp(start, min(start + SHARD, rows))))
+            for start in range(0, rows, inputs.SHARD):
+                key.update(_bytes(source.stamp(start, min(start + inputs.SHARD, rows))))
             if key.hexdigest() == expected:
                 print(f"Going on behind {rows} rows that {part} holds.")
                 return rows, size, Counter(counts), key

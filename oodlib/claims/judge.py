@@ -39,7 +39,7 @@ def condition(kind: str, direction: str | None, margin: float, unit: str) -> str
     return f"{what}{show(margin, unit)} {unit}{' of it' if kind == 'exact' else ''}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """One claim, as data/claims/<paper>.yaml states it.
 
@@ -91,7 +91,7 @@ class Claim:
         return show(value, self.unit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What one run says about one claim; ``measured``, ``low`` and ``high`` are None where nothing was measured."""
 
@@ -177,7 +177,18 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     word, reason = _decide(claim, profile, float(value), low, high, n, own)
     if doubt and word != "not testable here":
         word, reason = "inconclusive", doubt
-    return Verdict(claim, profile, word, reason, float(value), low, high, n, detail, network)
+    return Verdict(
+        claim=claim,
+        profile=profile,
+        verdict=word,
+        reason=reason,
+        measured=float(value),
+        low=low,
+        high=high,
+        n=n,
+        detail=detail,
+        network=network,
+    )
 
 
 def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n: int | None,

@@ -1,7 +1,7 @@
 """``Run``: what a notebook hands its results, figures, tables and claims to.
 
 The folder of a run holds figures (PNG, PDF), tables (.md, .tex), ``results.csv``, ``scores.parquet``, ``claims.json``,
-``contents.json`` (order and captions) and ``provenance.json``; everything but the last repeats byte for byte.
+``contents.json`` (order and captions) and ``provenance.json``; the same calls write the same bytes, but for the last.
 """
 
 from __future__ import annotations
@@ -29,22 +29,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-__all__ = ["RESULT_COLUMNS", "Run", "markdown_table"]
+__all__ = ["RESULT_COLUMNS", "RESULT_KEY", "Run", "markdown_table"]
 
-RESULT_COLUMNS = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive", "value", "low",
-                  "high", "n_id", "n_ood")
+RESULT_KEY = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")    # one row each
+RESULT_COLUMNS = (*RESULT_KEY, "value", "low", "high", "n_id", "n_ood")
 _LIBRARIES = ("numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "torch", "torchvision", "timm", "faiss-cpu")
 
 
 class Run:
     """Collector of one notebook run.
 
+    Making one sets matplotlib's style. Outside a headless run it also removes the stamp of the last headless run, whose
+    files it is about to replace.
+
     Parameters
     ----------
     notebook : name of the notebook, "01_gradnorm"
     profile : smoke, laptop, benchmark or paper
-    seed : seed of the run, written into every row of the results
+    seed : seed of the run, written into the rows of the results that name none
     device : where the networks ran, for the provenance; "auto" is written as what it stands for
+
+    Raises
+    ------
+    OodlibError : unknown profile, or a claims file that cannot be read
 
     Examples
     --------
@@ -66,6 +73,7 @@ class Run:
         self.claims = load_claims(notebook)
         self.verdicts: dict[str, Verdict] = {}
         self._rows: list[dict[str, Any]] = []
+        self._keys: set[tuple[str, ...]] = set()
         self._scores: list[pd.DataFrame] = []
         self._contents: list[dict[str, str]] = []
         self._start = time.time()
@@ -87,12 +95,25 @@ class Run:
     def result(self, *, model: str, id: str, ood: str, method: str, metric: str, value: float, group: str = "",
                variant: str = "", positive: str = "", low: float | None = None, high: float | None = None,
                n_id: int | None = None, n_ood: int | None = None, seed: int | None = None) -> None:
-        """Append one row to results.csv. Values are fractions, as the metrics return them."""
+        """Append one row to results.csv; the arguments are its columns, so ``id`` and ``ood`` name image sets.
+
+        Values are in the units in which they were measured; AUROC, FPR and accuracy are fractions.
+
+        Raises
+        ------
+        OodlibError : the value is not finite, or a row with the same ``RESULT_KEY`` is there already
+        """
         if not np.isfinite(value):
             raise OodlibError(f"Run.result: value must be finite, got {value} for {method} {metric} on {id}/{ood}.")
-        values = locals()
-        row = {column: values[column] for column in RESULT_COLUMNS}
-        row["seed"] = self.seed if seed is None else seed
+        row = {"model": model, "seed": self.seed if seed is None else seed, "id": id, "ood": ood, "group": group,
+               "method": method, "variant": variant, "metric": metric, "positive": positive, "value": value,
+               "low": low, "high": high, "n_id": n_id, "n_ood": n_ood}
+        key = tuple(str(row[column]) for column in RESULT_KEY)
+        if key in self._keys:
+            shown = ", ".join(f"{column} {text!r}" for column, text in zip(RESULT_KEY, key, strict=True) if text)
+            raise OodlibError(f"Run.result: there is a result of {shown} already. Give another measurement its own "
+                              "variant; to measure again, make a new Run.")
+        self._keys.add(key)
         self._rows.append(row)
 
     def results(self) -> pd.DataFrame:
@@ -128,7 +149,9 @@ class Run:
         if claim not in self.claims:
             raise OodlibError(f"Run.untestable: {self.notebook} has no claim {claim!r}. Known: "
                               f"{', '.join(self.claims)}.")
-        self.verdicts[claim] = Verdict(self.claims[claim], self.profile, "not testable here", reason)
+        self.verdicts[claim] = Verdict(
+            claim=self.claims[claim], profile=self.profile, verdict="not testable here", reason=reason
+        )
         return self.verdicts[claim]
 
     def claim_table(self) -> pd.DataFrame:
@@ -148,7 +171,7 @@ class Run:
         return pd.DataFrame(rows)
 
     def finish(self, *, weights: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None) -> None:
-        """Write results.csv, scores.parquet, claims.json, contents.json and provenance.json.
+        """Write results.csv, claims.json, contents.json, provenance.json and, where there are scores, scores.parquet.
 
         ``weights`` and ``data`` map each network and image set to its hash. Claims without a verdict become "not
         testable here" where this profile does not judge them. One that it must judge and that no cell judged is an
@@ -177,9 +200,11 @@ class Run:
         claim = self.claims[key]
         if self.profile in claim.judged_at:
             word = "not testable here" if self._by_hand else "not judged yet"
-            return Verdict(claim, self.profile, word, "the cell that judges it was not run")
-        return Verdict(claim, self.profile, "not testable here",
-                       f"judged at {', '.join(claim.judged_at) or 'no profile yet'}")
+            return Verdict(
+                claim=claim, profile=self.profile, verdict=word, reason="the cell that judges it was not run"
+            )
+        return Verdict(claim=claim, profile=self.profile, verdict="not testable here",
+                       reason=f"judged at {', '.join(claim.judged_at) or 'no profile yet'}")
 
     def _add(self, kind: str, name: str, caption: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -52,7 +52,7 @@ class TinyClass:
     cifar100_class: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """The image sets of one benchmark, all 32x32 RGB.
 
@@ -177,4 +177,14 @@ def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int 
         if found := attempt(name, split):
             group[found.name] = found
     id_fit = train.sample(n_fit, seed=seed, stratified=True) if train else None
-    return Protocol(id_fit, id_val, id_test, ood_val, leaks, near, far, notes, missing)
+    return Protocol(
+        id_fit=id_fit,
+        id_val=id_val,
+        id_test=id_test,
+        ood_val=ood_val,
+        leaks=leaks,
+        near=near,
+        far=far,
+        notes=notes,
+        missing=missing,
+    )

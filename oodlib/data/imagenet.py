@@ -22,7 +22,15 @@ __all__ = ["NATIVE", "PAPER_SETS", "SPLITS", "PaperSet", "Transform", "UnitTests
            "paper_set_status", "unit_test_loader"]
 
 
-@dataclass(frozen=True)
+Transform = Callable[[Any], Any]
+# split -> name of the set in `oodlib.data.imagenet.PAPER_SETS`
+_SETS = {"fit": "imagenet-1k-train", "id": "imagenet-1k", "ninco": "ninco", "ssb-hard": "ssb-hard",
+         "inaturalist": "inaturalist", "textures": "textures", "openimage-o": "openimage-o"}
+SPLITS = (*_SETS, "unit_tests")
+NATIVE = (375, 500)                                # height and width of most ImageNet images, hence of the unit tests
+
+
+@dataclass(frozen=True, kw_only=True)
 class PaperSet:
     """One set of the ``paper`` profile; nothing of it can be downloaded here, so this says what a user must provide.
 
@@ -46,33 +54,114 @@ class PaperSet:
     size: str = "unknown"
     root: str = "images_largescale"
     needs_list: bool = False
+
+
 _MOS = "sampled for MOS (arXiv 2105.01879): pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/"
-PAPER_SETS: dict[str, PaperSet] = {entry.name: entry for entry in (
-    PaperSet("imagenet-1k", "ImageNet-1k (ILSVRC 2012) validation", "ID", "image-net.org, on registration",
-             "ImageNet terms: non-commercial research", "images_largescale/imagenet_1k/val/<WordNet id>/*.JPEG",
-             {"GradNorm": 50_000, "OpenOOD test": 45_000}, "test_imagenet.txt"),
-    PaperSet("imagenet-1k-train", "ImageNet-1k training images", "for methods that are fitted",
-             "image-net.org, on registration", "ImageNet terms: non-commercial research",
-             "images_largescale/imagenet_1k/train/<WordNet id>/*.JPEG", {"ImageNet": 1_281_167}, "train_imagenet.txt"),
-    PaperSet("inaturalist", "iNaturalist, 10,000 plant images", "far-OOD", _MOS + "iNaturalist.tar.gz", "unknown",
-             "images_largescale/inaturalist/**/*.jpg", {"GradNorm": 10_000, "OpenOOD": 10_000}, "test_inaturalist.txt"),
-    PaperSet("sun", "SUN, 10,000 images", "OOD of the GradNorm paper", _MOS + "SUN.tar.gz", "unknown",
-             "images_largescale/sun/**/*.jpg", {"GradNorm": 10_000}),
-    PaperSet("places", "Places, 10,000 images", "OOD of the GradNorm paper", _MOS + "Places.tar.gz", "unknown",
-             "images_largescale/places/**/*.jpg", {"GradNorm": 10_000}),
-    PaperSet("textures", "Describable Textures", "far-OOD", "www.robots.ox.ac.uk/~vgg/data/dtd/",
-             "research use (Oxford VGG)", "images_classic/texture/<class>/*.jpg",
-             {"GradNorm": 5_640, "OpenOOD": 5_160}, "test_textures.txt", root="images_classic"),
-    PaperSet("ninco", "NINCO, 64 classes", "near-OOD", "github.com/j-cb/NINCO (arXiv 2306.00826)", "unknown",
-             "images_largescale/ninco/<class>/*", {"OpenOOD": 5_879}, "test_ninco.txt"),
-    PaperSet("ssb-hard", "SSB-hard", "near-OOD", "OpenOOD v1.5 (arXiv 2306.09301)", "unknown",
-             "images_largescale/ssb_hard/<WordNet id>/*", {"OpenOOD": 49_000}, "test_ssb_hard.txt"),
-    PaperSet("openimage-o", "OpenImage-O", "far-OOD", "OpenOOD v1.5 (arXiv 2306.09301)", "unknown",
-             "images_largescale/openimage_o/**/*.jpg", {"OpenOOD": 15_869}, "test_openimage_o.txt"),
-    PaperSet("openimage-o-val", "OpenImage-O, OpenOOD's validation part", "OOD validation", "OpenOOD v1.5 "
-             "(arXiv 2306.09301)", "unknown", "images_largescale/openimage_o/**/*.jpg", {"OpenOOD": 1_763},
-             "val_openimage_o.txt", needs_list=True),
-)}
+PAPER_SETS: dict[str, PaperSet] = {
+    entry.name: entry
+    for entry in (
+        PaperSet(
+            name="imagenet-1k",
+            title="ImageNet-1k (ILSVRC 2012) validation",
+            role="ID",
+            source="image-net.org, on registration",
+            terms="ImageNet terms: non-commercial research",
+            tree="images_largescale/imagenet_1k/val/<WordNet id>/*.JPEG",
+            counts={"GradNorm": 50_000, "OpenOOD test": 45_000},
+            list_name="test_imagenet.txt",
+        ),
+        PaperSet(
+            name="imagenet-1k-train",
+            title="ImageNet-1k training images",
+            role="for methods that are fitted",
+            source="image-net.org, on registration",
+            terms="ImageNet terms: non-commercial research",
+            tree="images_largescale/imagenet_1k/train/<WordNet id>/*.JPEG",
+            counts={"ImageNet": 1_281_167},
+            list_name="train_imagenet.txt",
+        ),
+        PaperSet(
+            name="inaturalist",
+            title="iNaturalist, 10,000 plant images",
+            role="far-OOD",
+            source=_MOS + "iNaturalist.tar.gz",
+            terms="unknown",
+            tree="images_largescale/inaturalist/**/*.jpg",
+            counts={"GradNorm": 10_000, "OpenOOD": 10_000},
+            list_name="test_inaturalist.txt",
+        ),
+        PaperSet(
+            name="sun",
+            title="SUN, 10,000 images",
+            role="OOD of the GradNorm paper",
+            source=_MOS + "SUN.tar.gz",
+            terms="unknown",
+            tree="images_largescale/sun/**/*.jpg",
+            counts={"GradNorm": 10_000},
+        ),
+        PaperSet(
+            name="places",
+            title="Places, 10,000 images",
+            role="OOD of the GradNorm paper",
+            source=_MOS + "Places.tar.gz",
+            terms="unknown",
+            tree="images_largescale/places/**/*.jpg",
+            counts={"GradNorm": 10_000},
+        ),
+        PaperSet(
+            name="textures",
+            title="Describable Textures",
+            role="far-OOD",
+            source="www.robots.ox.ac.uk/~vgg/data/dtd/",
+            terms="research use (Oxford VGG)",
+            tree="images_classic/texture/<class>/*.jpg",
+            counts={"GradNorm": 5_640, "OpenOOD": 5_160},
+            list_name="test_textures.txt",
+            root="images_classic",
+        ),
+        PaperSet(
+            name="ninco",
+            title="NINCO, 64 classes",
+            role="near-OOD",
+            source="github.com/j-cb/NINCO (arXiv 2306.00826)",
+            terms="unknown",
+            tree="images_largescale/ninco/<class>/*",
+            counts={"OpenOOD": 5_879},
+            list_name="test_ninco.txt",
+        ),
+        PaperSet(
+            name="ssb-hard",
+            title="SSB-hard",
+            role="near-OOD",
+            source="OpenOOD v1.5 (arXiv 2306.09301)",
+            terms="unknown",
+            tree="images_largescale/ssb_hard/<WordNet id>/*",
+            counts={"OpenOOD": 49_000},
+            list_name="test_ssb_hard.txt",
+        ),
+        PaperSet(
+            name="openimage-o",
+            title="OpenImage-O",
+            role="far-OOD",
+            source="OpenOOD v1.5 (arXiv 2306.09301)",
+            terms="unknown",
+            tree="images_largescale/openimage_o/**/*.jpg",
+            counts={"OpenOOD": 15_869},
+            list_name="test_openimage_o.txt",
+        ),
+        PaperSet(
+            name="openimage-o-val",
+            title="OpenImage-O, OpenOOD's validation part",
+            role="OOD validation",
+            source="OpenOOD v1.5 (arXiv 2306.09301)",
+            terms="unknown",
+            tree="images_largescale/openimage_o/**/*.jpg",
+            counts={"OpenOOD": 1_763},
+            list_name="val_openimage_o.txt",
+            needs_list=True,
+        ),
+    )
+}
 
 
 def class_remap(checkpoint_list: str | os.PathLike[str], reference: Sequence[tuple[str, int]]) -> NDArray[np.int64]:
@@ -159,12 +248,6 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
               "  expected  results/imagenet200_resnet18_224x224_base_e90_lr0.1_default/s<seed>/best.ckpt",
               "  lists     benchmark_imglist/imagenet200/{train,test}_imagenet200.txt"]
     return "\n".join(lines)
-Transform = Callable[[Any], Any]
-# split -> name of the set in `oodlib.data.imagenet.PAPER_SETS`
-_SETS = {"fit": "imagenet-1k-train", "id": "imagenet-1k", "ninco": "ninco", "ssb-hard": "ssb-hard",
-         "inaturalist": "inaturalist", "textures": "textures", "openimage-o": "openimage-o"}
-SPLITS = (*_SETS, "unit_tests")
-NATIVE = (375, 500)                                # height and width of most ImageNet images, hence of the unit tests
 
 
 def ood_classes(images: ImageList) -> NDArray[np.int64]:

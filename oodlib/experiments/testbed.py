@@ -63,7 +63,7 @@ class ImageNetFiles:
     num_classes: int | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Testbed:
     """One network with the feature banks of its ID and OOD sets.
 
@@ -173,13 +173,28 @@ def testbed(network: str, *, n_fit: int = 10_000, n_test: int = 10_000, n_ood: i
                            **options) for name, data in every.items()}
     for name in {"fit", "test"} & banks.keys():        # "fit" too: its labels may come from another list
         banks[name].require_accuracy(trained.provenance["expected"], what=network)
-    return Testbed(network, parts.id_name, trained.model, trained.mean, trained.std,
-                   banks.get("fit"), banks["val"], banks["test"], {name: banks[name] for name in parts.group},
-                   parts.group, {name: banks[name] for name in parts.ood_val}, parts.leaks, sets, fingerprints,
-                   trained.provenance, parts.notes, loaders)
+    return Testbed(
+        network=network,
+        id_name=parts.id_name,
+        model=trained.model,
+        mean=trained.mean,
+        std=trained.std,
+        fit=banks.get("fit"),
+        val=banks["val"],
+        test=banks["test"],
+        ood={name: banks[name] for name in parts.group},
+        group=parts.group,
+        ood_val={name: banks[name] for name in parts.ood_val},
+        leaks=parts.leaks,
+        images=sets,
+        fingerprints=fingerprints,
+        provenance=trained.provenance,
+        notes=parts.notes,
+        loaders=loaders,
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Parts:
     """The image sets of a test bed ("fit", "val", "test" and OOD names), and the role of each OOD set."""
 
@@ -209,7 +224,9 @@ def _embedded(n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
     val = {"patch_shuffled": patch_shuffled(sets["val"], seed=seed),
            "arabic": embedded("arabic", "val", n=n_val, seed=seed),
            "greek-val": embedded("greek", "val", n=n_val, seed=seed)}
-    return _Parts("latin", sets | ood | val, dict(_EMBEDDED), tuple(val), {"greek-val": "greek"})
+    return _Parts(
+        id_name="latin", sets=sets | ood | val, group=dict(_EMBEDDED), ood_val=tuple(val), leaks={"greek-val": "greek"}
+    )
 
 
 def _cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> _Parts:
@@ -220,7 +237,14 @@ def _cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> _Par
         sets = {"fit": protocol.id_fit, **sets}
     val = {"patch_shuffled": patch_shuffled(protocol.id_val, seed=seed), **protocol.ood_val}
     group = {name: "near" if name in protocol.near else "far" for name in ood}
-    return _Parts(id_name, sets | ood | val, group, tuple(val), protocol.leaks, protocol.notes | protocol.missing)
+    return _Parts(
+        id_name=id_name,
+        sets=sets | ood | val,
+        group=group,
+        ood_val=tuple(val),
+        leaks=protocol.leaks,
+        notes=protocol.notes | protocol.missing,
+    )
 
 
 def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None,
@@ -266,7 +290,11 @@ def _imagenet(network: str, n_fit: int, n_test: int, n_ood: int, seed: int, file
     val = tuple(name for name in files.ood_val if name in loaders)
     leaks = {name: name.removesuffix("-val") for name in val if name.removesuffix("-val") in files.ood}
     provenance = {"expected": files.expected_accuracy, "weights": files.weights or f"{network}, as published"}
-    return Trained(model, (), (), provenance), _Parts(id_name, {}, dict(files.ood), val, leaks, notes), loaders
+    return (
+        Trained(model, (), (), provenance),
+        _Parts(id_name=id_name, sets={}, group=dict(files.ood), ood_val=val, leaks=leaks, notes=notes),
+        loaders,
+    )
 
 
 def _imagenet200(files: ImageNetFiles, run: str) -> ImageNetFiles:

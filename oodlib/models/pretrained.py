@@ -29,7 +29,7 @@ __all__ = ["PUBLIC", "ModelInfo", "assert_accuracy", "fill", "paper_model", "pub
            "resnet18_32x32"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """Facts about one public checkpoint.
 
@@ -57,28 +57,72 @@ class ModelInfo:
     file: str
 
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_DENSENET = ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255))
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_DENSENET = {"mean": (125.3 / 255, 123.0 / 255, 113.9 / 255), "std": (63.0 / 255, 62.1 / 255, 66.7 / 255)}
 _AKAMASTER = "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/master/pretrained_models/"
 _DICE = "https://raw.githubusercontent.com/deeplearning-wisc/dice/ca6c275c5e1948858a911ea40924d6d5c412aac2/checkpoints/"
 
 PUBLIC: dict[str, tuple[ModelInfo, Callable[[], nn.Module]]] = {
-    "resnet20_cifar10": (ModelInfo(
-        "resnet20_cifar10", 10, *_IMAGENET, "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
-        _AKAMASTER + "resnet20-12fca82f.th", "BSD-2-Clause", 0.9178, (0.9173, 10_000), "cifar10",
-        "resnet20-12fca82f.th"), lambda: ResNetA(3)),
-    "resnet56_cifar10": (ModelInfo(
-        "resnet56_cifar10", 10, *_IMAGENET, "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
-        _AKAMASTER + "resnet56-4bfd9763.th", "BSD-2-Clause", 0.9362, (0.9339, 10_000), "cifar10",
-        "resnet56-4bfd9763.th"), lambda: ResNetA(9)),
-    "densenet100_cifar10": (ModelInfo(
-        "densenet100_cifar10", 10, *_DENSENET, "deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817",
-        _DICE + "CIFAR-10/densenet/checkpoint_100.pth.tar", "MIT", None, (0.943, 1_000), "cifar10",
-        "densenet100-cifar10.pth.tar"), lambda: DenseNetBC(10)),
-    "densenet100_cifar100": (ModelInfo(
-        "densenet100_cifar100", 100, *_DENSENET, "56cbe261c2612976e11aedcbd60ba00766e8c01c78f96c3f18ff561ead804d47",
-        _DICE + "CIFAR-100/densenet/checkpoint_100.pth.tar", "MIT", None, (0.745, 1_000), "cifar100",
-        "densenet100-cifar100.pth.tar"), lambda: DenseNetBC(100)),
+    "resnet20_cifar10": (
+        ModelInfo(
+            name="resnet20_cifar10",
+            num_classes=10,
+            **_IMAGENET,
+            sha256="12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
+            address=_AKAMASTER + "resnet20-12fca82f.th",
+            licence="BSD-2-Clause",
+            stored_accuracy=0.9178,
+            measured_accuracy=(0.9173, 10_000),
+            id_set="cifar10",
+            file="resnet20-12fca82f.th",
+        ),
+        lambda: ResNetA(3),
+    ),
+    "resnet56_cifar10": (
+        ModelInfo(
+            name="resnet56_cifar10",
+            num_classes=10,
+            **_IMAGENET,
+            sha256="4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
+            address=_AKAMASTER + "resnet56-4bfd9763.th",
+            licence="BSD-2-Clause",
+            stored_accuracy=0.9362,
+            measured_accuracy=(0.9339, 10_000),
+            id_set="cifar10",
+            file="resnet56-4bfd9763.th",
+        ),
+        lambda: ResNetA(9),
+    ),
+    "densenet100_cifar10": (
+        ModelInfo(
+            name="densenet100_cifar10",
+            num_classes=10,
+            **_DENSENET,
+            sha256="deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817",
+            address=_DICE + "CIFAR-10/densenet/checkpoint_100.pth.tar",
+            licence="MIT",
+            stored_accuracy=None,
+            measured_accuracy=(0.943, 1_000),
+            id_set="cifar10",
+            file="densenet100-cifar10.pth.tar",
+        ),
+        lambda: DenseNetBC(10),
+    ),
+    "densenet100_cifar100": (
+        ModelInfo(
+            name="densenet100_cifar100",
+            num_classes=100,
+            **_DENSENET,
+            sha256="56cbe261c2612976e11aedcbd60ba00766e8c01c78f96c3f18ff561ead804d47",
+            address=_DICE + "CIFAR-100/densenet/checkpoint_100.pth.tar",
+            licence="MIT",
+            stored_accuracy=None,
+            measured_accuracy=(0.745, 1_000),
+            id_set="cifar100",
+            file="densenet100-cifar100.pth.tar",
+        ),
+        lambda: DenseNetBC(100),
+    ),
 }
 
 

@@ -41,7 +41,7 @@ def _fast_recipe(epochs: float, batch_size: int, *, shift: int, flip: str) -> Re
                   flip=flip, shift=shift)                                              # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """What decides a checkpoint, besides the seed.
 
@@ -70,13 +70,30 @@ def _latin(split: str) -> ImageSet:
     return embedded("latin", split, n={"train": 6000, "test": 2000}[split])
 
 
-SPECS = {spec.name: spec for spec in (
-    Spec("cifar10_fast", lambda: FastConvNet(10), _cifar10, _fast_recipe(10, 500, shift=2, flip="alternating"),
-         (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), expected=0.92),
-    Spec("latin_fast", lambda: FastConvNet(26, widths=(16, 32, 128)), _latin,
-         _fast_recipe(6, 250, shift=2, flip="none"), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), expected=0.97,
-         snapshots=(0, 1, 2, 3, 4, 5, 6)),
-)}
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec(
+            name="cifar10_fast",
+            network=lambda: FastConvNet(10),
+            data=_cifar10,
+            recipe=_fast_recipe(10, 500, shift=2, flip="alternating"),
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+            expected=0.92,
+        ),
+        Spec(
+            name="latin_fast",
+            network=lambda: FastConvNet(26, widths=(16, 32, 128)),
+            data=_latin,
+            recipe=_fast_recipe(6, 250, shift=2, flip="none"),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            expected=0.97,
+            snapshots=(0, 1, 2, 3, 4, 5, 6),
+        ),
+    )
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,8 +60,8 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
     return by_rows("ash", shape, features)
 
 
-@register(Info("ash", "Extremely Simple Activation Shaping for Out-of-Distribution Detection",
-               "Djurisic, Bozanic, Ashok, Liu", 2023, "2209.09858", "id",
+@register(Info(key="ash", title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
+               authors="Djurisic, Bozanic, Ashok, Liu", year=2023, arxiv="2209.09858", paper_larger_means="id",
                deviations=("shapes pooled features; the released code shapes the map before pooling",)))
 @dataclass(kw_only=True, eq=False)
 class ASH(Shaper):

@@ -22,7 +22,7 @@ from oodlib.files import atomic_path
 __all__ = ["Detector", "Info", "create", "list_detectors", "load_detector", "names", "register"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
     """Facts about one method; README tables are generated from these.
 

@@ -47,9 +47,18 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     return np.where(contribution > np.percentile(contribution, sparsity), weight, 0)
 
 
-@register(Info("dice", "DICE: Leveraging Sparsification for Out-of-Distribution Detection", "Sun, Li", 2022,
-               "2111.09805", "id", needs="features",
-               deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",)))
+@register(
+    Info(
+        key="dice",
+        title="DICE: Leveraging Sparsification for Out-of-Distribution Detection",
+        authors="Sun, Li",
+        year=2022,
+        arxiv="2111.09805",
+        paper_larger_means="id",
+        needs="features",
+        deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class DICE(Shaper):
     """Detector of ``then`` behind `dice`; ``sparsity``: per cent of the weights to remove."""

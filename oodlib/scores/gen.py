@@ -44,9 +44,18 @@ def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:
     return by_rows("gen", score, logits)
 
 
-@register(Info("gen", "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection", "Liu, Lochman, Zach",
-               2023, "", "id", url="https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_"
-               "Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html"))
+@register(
+    Info(
+        key="gen",
+        title="GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
+        authors="Liu, Lochman, Zach",
+        year=2023,
+        arxiv="",
+        paper_larger_means="id",
+        url="https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_"
+        "Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html",
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class GEN(Detector):
     """Detector of `gen`."""

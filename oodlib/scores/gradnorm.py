@@ -177,8 +177,8 @@ def _label_mean(a: Tensor, norm: float) -> Tensor:
     return a.shape[1] * each.mean(1, keepdim=True)
 
 
-@register(Info("gradnorm", "On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
-               "Huang, Geng, Li", 2021, "2110.00218", "id",
+@register(Info(key="gradnorm", title="On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
+               authors="Huang, Geng, Li", year=2021, arxiv="2110.00218", paper_larger_means="id",
                deviations=("closed form instead of a backward pass per image; equal to rounding",
                            "the paper's scale; the released code is C times larger, same ranking")))
 @dataclass(kw_only=True, eq=False)

@@ -174,11 +174,22 @@ def _checked(features: Any, prototypes: Any, ood_prototype: Any, classes: Any) -
     return [features, y[:, None]]
 
 
-@register(Info("grood", "GROOD: GRadient-Aware Out-of-Distribution Detection",
-               "ElAraby, Sahoo, Pequignot, Novello, Paull", 2025, "2312.14427", "id", needs="labels",
-               deviations=("closed form instead of a backward pass per image, and log S instead of S: the same ranking",
-                           "the OOD prototype is the mean of the class prototypes unless another one is given",
-                           "exact search by default; the released code probes 4 inverted lists")))
+@register(
+    Info(
+        key="grood",
+        title="GROOD: GRadient-Aware Out-of-Distribution Detection",
+        authors="ElAraby, Sahoo, Pequignot, Novello, Paull",
+        year=2025,
+        arxiv="2312.14427",
+        paper_larger_means="id",
+        needs="labels",
+        deviations=(
+            "closed form instead of a backward pass per image, and log S instead of S: the same ranking",
+            "the OOD prototype is the mean of the class prototypes unless another one is given",
+            "exact search by default; the released code probes 4 inverted lists",
+        ),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class GROOD(Detector):
     """Detector of `grood`; keeps the training features of its bank (a memory-mapped bank stays on disk).

@@ -43,9 +43,18 @@ def kl_matching(logits: Any, *, log_templates: Any) -> Any:
     return by_rows("kl_matching", score, logits)
 
 
-@register(Info("kl_matching", "Scaling Out-of-Distribution Detection for Real-World Settings", "Hendrycks, Basart, "
-               "Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song", 2022, "1911.11132", "ood", needs="features",
-               deviations=("templates from the bank that it is fitted on; the paper takes ID validation images",)))
+@register(
+    Info(
+        key="kl_matching",
+        title="Scaling Out-of-Distribution Detection for Real-World Settings",
+        authors="Hendrycks, Basart, Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song",
+        year=2022,
+        arxiv="1911.11132",
+        paper_larger_means="ood",
+        needs="features",
+        deviations=("templates from the bank that it is fitted on; the paper takes ID validation images",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class KLMatching(Detector):
     """Detector of `kl_matching`; a class that is predicted for no image has no template."""

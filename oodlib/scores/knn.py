@@ -67,9 +67,18 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
     return by_rows("knn", distance, features)
 
 
-@register(Info("knn", "Out-of-Distribution Detection with Deep Nearest Neighbors", "Sun, Ming, Zhu, Li", 2022,
-               "2204.06507", "id", needs="features",
-               deviations=("distances of the candidates are computed again in float64",)))
+@register(
+    Info(
+        key="knn",
+        title="Out-of-Distribution Detection with Deep Nearest Neighbors",
+        authors="Sun, Ming, Zhu, Li",
+        year=2022,
+        arxiv="2204.06507",
+        paper_larger_means="id",
+        needs="features",
+        deviations=("distances of the candidates are computed again in float64",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class KNN(Detector):
     """Detector of `knn`; keeps the training features (a memory-mapped bank stays on disk)."""

@@ -90,9 +90,9 @@ def _nearest(means: Any, whitening: Any) -> Any:
     return distance
 
 
-@register(Info("mahalanobis",
-               "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
-               "Lee, Lee, Lee, Shin", 2018, "1807.03888", "id", needs="labels",
+@register(Info(key="mahalanobis",
+               title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+               authors="Lee, Lee, Lee, Shin", year=2018, arxiv="1807.03888", paper_larger_means="id", needs="labels",
                deviations=("last features only, no input perturbation, no layer weights learned on outliers",
                            "pseudo-inverse of the covariance, in float64")))
 @dataclass(kw_only=True, eq=False)
@@ -107,10 +107,18 @@ class Mahalanobis(Detector):
         return mahalanobis(bank.features, self.class_means_, self.whitening_)
 
 
-@register(Info("relative_mahalanobis",
-               "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
-               "Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan", 2021, "2106.09022", "id", needs="labels",
-               deviations=("pseudo-inverse of the covariances, in float64",)))
+@register(
+    Info(
+        key="relative_mahalanobis",
+        title="A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
+        authors="Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan",
+        year=2021,
+        arxiv="2106.09022",
+        paper_larger_means="id",
+        needs="labels",
+        deviations=("pseudo-inverse of the covariances, in float64",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class RelativeMahalanobis(Detector):
     """Detector of `relative_mahalanobis`."""

@@ -30,8 +30,16 @@ def max_logit(logits: Any) -> Any:
     return by_rows("max_logit", lambda z: -z.amax(1), logits)
 
 
-@register(Info("max_logit", "Scaling Out-of-Distribution Detection for Real-World Settings",
-               "Hendrycks, Basart, Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song", 2022, "1911.11132", "ood"))
+@register(
+    Info(
+        key="max_logit",
+        title="Scaling Out-of-Distribution Detection for Real-World Settings",
+        authors="Hendrycks, Basart, Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song",
+        year=2022,
+        arxiv="1911.11132",
+        paper_larger_means="ood",
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class MaxLogit(Detector):
     """Detector of `max_logit`."""

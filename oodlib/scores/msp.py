@@ -36,8 +36,16 @@ def msp(logits: Any, *, temperature: float = 1.0) -> Any:
     return by_rows("msp", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
-@register(Info("msp", "A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
-               "Hendrycks, Gimpel", 2017, "1610.02136", "id"))
+@register(
+    Info(
+        key="msp",
+        title="A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
+        authors="Hendrycks, Gimpel",
+        year=2017,
+        arxiv="1610.02136",
+        paper_larger_means="id",
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class MSP(Detector):
     """Detector of `msp`."""

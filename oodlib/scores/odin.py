@@ -32,8 +32,8 @@ def odin(logits: Any, *, temperature: float = 1000.0) -> Any:
     return by_rows("odin", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
-@register(Info("odin", "Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
-               "Liang, Li, Srikant", 2018, "1706.02690", "id",
+@register(Info(key="odin", title="Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
+               authors="Liang, Li, Srikant", year=2018, arxiv="1706.02690", paper_larger_means="id",
                deviations=("no input perturbation (epsilon 0), as GradNorm's released code runs it",)))
 @dataclass(kw_only=True, eq=False)
 class ODIN(Detector):

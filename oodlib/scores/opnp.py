@@ -199,10 +199,21 @@ def _check_left(mask: NDArray[np.bool_]) -> None:
                           "ratios.")
 
 
-@register(Info("opnp", "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
-               "Chen, Fu, Liu, Chen, Tao, Ye", 2023, "2402.10062", "ood", needs="features",
-               deviations=("no code or full text could be read: ratios, scope and neuron formula are ours",
-                           "closed form instead of a backward pass per image; equal to rounding")))
+@register(
+    Info(
+        key="opnp",
+        title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+        authors="Chen, Fu, Liu, Chen, Tao, Ye",
+        year=2023,
+        arxiv="2402.10062",
+        paper_larger_means="ood",
+        needs="features",
+        deviations=(
+            "no code or full text could be read: ratios, scope and neuron formula are ours",
+            "closed form instead of a backward pass per image; equal to rounding",
+        ),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class OPNP(Shaper):
     """Detector of ``then`` behind the pruned head; what it masks, it learns from ID training images.

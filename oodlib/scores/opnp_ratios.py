@@ -123,7 +123,7 @@ def _part(weight: NDArray[np.float32], removed: NDArray[np.bool_]) -> tuple[Tens
     return torch.from_numpy(np.flatnonzero(columns)), torch.from_numpy((weight * mask)[:, columns])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The ratios chosen on validation sets.
 
@@ -178,8 +178,15 @@ def choose(found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, cei
     unpruned = float(mean[none]), float(found.accuracy[none])
     index = _best(mean, found.accuracy, unpruned[1] - tolerance, np.add.outer(found.low, found.high))
     ratios = {f"{prefix}_low": float(found.low[index[0]]), f"{prefix}_high": float(found.high[index[1]])}
-    return Choice(ratios, index, float(mean[index]), float(found.accuracy[index]), unpruned,
-                  {name: float(a[index]) for name, a in every.items()}, dropped)
+    return Choice(
+        ratios=ratios,
+        index=index,
+        auroc=float(mean[index]),
+        accuracy=float(found.accuracy[index]),
+        unpruned=unpruned,
+        by_set={name: float(a[index]) for name, a in every.items()},
+        dropped=dropped,
+    )
 
 
 def _best(auroc: NDArray, accuracy: NDArray, floor: float, amount: NDArray) -> tuple[int, int]:
@@ -216,14 +223,29 @@ def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any
             i, j = _best(mean, found.accuracy, floor, amount)
             ratios = {"weight_low": float(found.low[i]), "weight_high": float(found.high[j]),
                       "neuron_low": neuron_low, "neuron_high": neuron_high}
-            choice = Choice(ratios, None, float(mean[i, j]), float(found.accuracy[i, j]), weight.unpruned,
-                            {name: float(a[i, j]) for name, a in every.items()}, weight.dropped)
+            choice = Choice(
+                ratios=ratios,
+                index=None,
+                auroc=float(mean[i, j]),
+                accuracy=float(found.accuracy[i, j]),
+                unpruned=weight.unpruned,
+                by_set={name: float(a[i, j]) for name, a in every.items()},
+                dropped=weight.dropped,
+            )
             if best is None or (choice.auroc, -sum(ratios.values())) > (best.auroc, -sum(best.ratios.values())):
                 best = choice
     if best is None:                                         # both together cost more accuracy than either alone
         single = max(weight, neuron, key=lambda c: c.auroc)
         ratios = dict.fromkeys(near, 0.0) | single.ratios
-        return Choice(ratios, None, single.auroc, single.accuracy, single.unpruned, single.by_set, single.dropped)
+        return Choice(
+            ratios=ratios,
+            index=None,
+            auroc=single.auroc,
+            accuracy=single.accuracy,
+            unpruned=single.unpruned,
+            by_set=single.by_set,
+            dropped=single.dropped,
+        )
     return best
 
 

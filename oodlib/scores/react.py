@@ -35,8 +35,17 @@ def react(features: Any, threshold: float) -> Any:
     return by_rows("react", lambda h: h.clamp(max=threshold), features)
 
 
-@register(Info("react", "ReAct: Out-of-distribution Detection With Rectified Activations", "Sun, Guo, Li", 2021,
-               "2111.12797", "id", needs="features"))
+@register(
+    Info(
+        key="react",
+        title="ReAct: Out-of-distribution Detection With Rectified Activations",
+        authors="Sun, Guo, Li",
+        year=2021,
+        arxiv="2111.12797",
+        paper_larger_means="id",
+        needs="features",
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class ReAct(Shaper):
     """Detector of ``then`` behind `react`; ``percentile``: of all ID training activations,

@@ -69,9 +69,18 @@ def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
     return float(np.asarray(logits, dtype=np.float64).max(1).mean() / norms.mean())
 
 
-@register(Info("vim", "ViM: Out-Of-Distribution with Virtual-logit Matching", "Wang, Li, Feng, Zhang", 2022,
-               "2203.10807", "ood", needs="features",
-               deviations=("below 768 features half of them are principal (512 would leave little or nothing)",)))
+@register(
+    Info(
+        key="vim",
+        title="ViM: Out-Of-Distribution with Virtual-logit Matching",
+        authors="Wang, Li, Feng, Zhang",
+        year=2022,
+        arxiv="2203.10807",
+        paper_larger_means="ood",
+        needs="features",
+        deviations=("below 768 features half of them are principal (512 would leave little or nothing)",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class ViM(Detector):
     """Detector of `vim`; ``dim``, the size of the principal space: None takes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import pkgutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +12,7 @@ __all__ = ["build_docs", "module_names"]
 
 def module_names() -> list[str]:
     """Every module of the package that a user may import, in alphabetical order."""
-    package = importlib.import_module("oodlib")
+    package = sys.modules["oodlib"]
     found = [module.name for module in pkgutil.walk_packages(package.__path__, "oodlib.")]
     return ["oodlib", *sorted(name for name in found if not name.rpartition(".")[2].startswith("_"))]
 
@@ -21,7 +21,7 @@ def build_docs(target: Path) -> Path:
     """Write one page per module below ``target``; returns the index page."""
     import pdoc
 
-    package = importlib.import_module("oodlib")
+    package = sys.modules["oodlib"]
     for name in package.__all__:        # the package loads its names on first use; pdoc sees loaded ones only
         setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="numpy", search=True, show_source=True)

@@ -26,6 +26,18 @@ class NotebookFailure(Exception):
         self.executed = executed
 
 
+class KernelNotStarted(Exception):
+    """The kernel's process died, or gave no answer, before it could run a cell."""
+
+
+class _Client(PapermillNotebookClient):
+    def start_new_kernel_client(self, **options: Any) -> Any:
+        try:
+            return super().start_new_kernel_client(**options)
+        except RuntimeError as error:
+            raise KernelNotStarted(str(error)) from error
+
+
 class _Engine(NBClientEngine):
     """papermill's engine with an environment for the kernel and a progress line."""
 
@@ -40,8 +52,8 @@ class _Engine(NBClientEngine):
             cell_start(cell, cell_index, **more)
 
         nb_man.cell_start = start
-        client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, log_output=False,
-                                         extra_arguments=["--IPKernelApp.log_level=50"])  # cells tell their own errors
+        client = _Client(nb_man, kernel_name=kernel_name, timeout=None, log_output=False,
+                         extra_arguments=["--IPKernelApp.log_level=50"])    # cells tell their own errors
         client.execute(env=environment)
 
 
@@ -49,7 +61,7 @@ class _Progress:
     """``01_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s in a log."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.cells, self.started, self.shown, self.begun = name, 0, time.monotonic(), -1e9, False
+        self.name, self.cells, self.started, self.shown = name, 0, time.monotonic(), -1e9
         self.terminal = sys.stdout.isatty()
 
     def elapsed(self) -> str:
@@ -57,7 +69,6 @@ class _Progress:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
     def cell(self, index: int) -> None:
-        self.begun = True
         text = f"{self.name}  cell {index + 1}/{self.cells}  {self.elapsed()}"
         if self.terminal:
             print(f"\r{text}   ", end="", flush=True)
@@ -72,12 +83,12 @@ class _Progress:
 def execute(source: Path, target: Path, parameters: dict[str, Any], environment: dict[str, str]) -> None:
     """Run ``source`` in a fresh kernel of this interpreter and write it, with its outputs, to ``target``.
 
-    The kernel starts in the notebook's folder, as in JupyterLab. A start-up that fails before any cell ran (two
-    kernels that drew the same port) is tried once more.
+    The kernel starts in the notebook's folder, as in JupyterLab. One that does not start (two kernels drew the same
+    port) is started once more; no other error is tried again.
 
     Raises
     ------
-    NotebookFailure : a cell raised, or the kernel died
+    NotebookFailure : a cell raised, the kernel died or did not start, or the notebook could not be run at all
     """
     papermill_engines.register("oodlib", _Engine)
     progress = _Progress(source.stem)
@@ -91,10 +102,10 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], environment:
             progress.end("FAILED")
             raise NotebookFailure(_explain(source.stem, error), _read(target, source)) from error
         except Exception as error:
-            if attempt == 1 and not progress.begun:
+            if attempt == 1 and isinstance(error, KernelNotStarted):
                 continue
             progress.end("FAILED")
-            message = f"{source.name}: the kernel stopped ({type(error).__name__}: {error})."
+            message = f"{source.name} stopped ({type(error).__name__}: {error})."
             if isinstance(error, DeadKernelError):
                 message += " Nearly always it ran out of memory: close other programs, or run a smaller profile."
             raise NotebookFailure(message, _read(target, source)) from error

@@ -1,7 +1,7 @@
 """Headless, incremental runs of the notebooks.
 
 A run is done when its folder ``figures/<profile>/<notebook>/`` holds the stamp with the right key: a hash of the
-notebook, its parameters, and everything it depends on. The folder appears whole, by one rename, or not at all.
+notebook, its parameters, and everything it depends on. The folder appears whole, by a rename, or not at all.
 papermill and torch are imported only where something has to run.
 """
 
@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from oodlib.files import atomic_folder, sha256, write_text
+from oodlib.files import atomic_folder, remove_parts, sha256, write_text
 from oodlib.suite.notebooks import Notebook, check_names, list_notebooks, load_profile
 from oodlib.workspace import STAMP, code_closure, imported_modules, root
 
@@ -158,10 +157,9 @@ def run_one(plan: Plan, options: Options) -> bool:
 
     name = plan.notebook.name
     with _lock(plan.folder):
+        remove_parts(plan.folder)
         if is_done(plan) and not options.force:     # another process finished it while this one waited
             return True
-        for stale in plan.folder.parent.glob(f".{name}.*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
         try:
             with atomic_folder(plan.folder) as folder:
                 execute(plan.notebook.path, folder / f"{name}.ipynb", plan.parameters, _environment(folder, options))

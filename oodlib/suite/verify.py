@@ -10,14 +10,15 @@ from typing import Any
 
 import yaml
 
+from oodlib.claims.run import RESULT_KEY
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder
 from oodlib.workspace import STAMP, check_profile, root
 
 __all__ = ["LIMIT_MB", "compare", "compare_runs", "referenced", "update_reference"]
 
-LIMIT_MB = 6.0
-_KEYS = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")
+LIMIT_MB = 14.0        # of all references together
+_LARGEST_STEP, _MEAN_STEP = 16, 1.5     # of 255: what no eye sees
 _KEPT = ("results.csv", "claims.json", "contents.json", "provenance.json")
 
 
@@ -43,28 +44,39 @@ def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
 
 
 def compare(reference: Path, fresh: Path, tolerances: dict[str, float]) -> list[str]:
-    """Differences between two run folders: missing or extra rows, values apart by more than the metric's tolerance,
-    and other verdicts. ``tolerances`` maps a metric to an absolute tolerance, with a ``default``."""
+    """Differences between two run folders, row for row; one sentence each.
+
+    Told are: another number of rows, missing or extra rows, a key that stands in several rows on either side, values
+    apart by more than the metric's tolerance, and other verdicts. Intervals are not compared. ``tolerances`` maps a
+    metric to an absolute tolerance, with a ``default``.
+    """
     old, new = _rows(reference / "results.csv"), _rows(fresh / "results.csv")
-    found = [f"row missing: {_name(key)}" for key in old if key not in new]
+    counts = [sum(map(len, rows.values())) for rows in (new, old)]
+    found = [] if counts[0] == counts[1] else [f"{counts[0]} rows, reference {counts[1]}"]
+    for where, rows in (("the reference", old), ("the run", new)):
+        found += [f"{len(values)} rows of {where} have one key: {_name(key)}"
+                  for key, values in rows.items() if len(values) > 1]
+    found += [f"row missing: {_name(key)}" for key in old if key not in new]
     found += [f"row not in the reference: {_name(key)}" for key in new if key not in old]
-    for key in old:
-        if key not in new:
-            continue
-        metric = key[_KEYS.index("metric")]
-        allowed = float(tolerances.get(metric, tolerances["default"]))
-        if not abs(new[key] - old[key]) <= allowed:
-            found.append(f"{_name(key)}: {new[key]:.4f}, reference {old[key]:.4f}, tolerance {allowed:g}")
-    before, after = _verdicts(reference), _verdicts(fresh)
-    for claim in sorted({*before, *after}):
-        if before.get(claim) != after.get(claim):
-            found.append(f"verdict of {claim}: {after.get(claim, 'none')}, reference {before.get(claim, 'none')}")
+    for key in [key for key in old if key in new]:
+        allowed = float(tolerances.get(key[RESULT_KEY.index("metric")], tolerances["default"]))
+        for before, after in zip(old[key], new[key], strict=False):     # another number of them is told above
+            if not abs(after - before) <= allowed:
+                found.append(f"{_name(key)}: {after:.4f}, reference {before:.4f}, tolerance {allowed:g}")
+    verdicts, now = _verdicts(reference), _verdicts(fresh)
+    for claim in sorted({*verdicts, *now}):
+        if verdicts.get(claim) != now.get(claim):
+            found.append(f"verdict of {claim}: {now.get(claim, 'none')}, reference {verdicts.get(claim, 'none')}")
     return found
 
 
-def _rows(path: Path) -> dict[tuple[str, ...], float]:
+def _rows(path: Path) -> dict[tuple[str, ...], list[float]]:
+    """The values under each key, in the order of the file."""
+    found: dict[tuple[str, ...], list[float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
-        return {tuple(row[key] for key in _KEYS): float(row["value"]) for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            found.setdefault(tuple(row[column] for column in RESULT_KEY), []).append(float(row["value"]))
+    return found
 
 
 def _name(key: tuple[str, ...]) -> str:
@@ -104,12 +116,20 @@ def update_reference(profile: str) -> list[str]:
 
 
 def _content(path: Path) -> bytes:
-    """The file's bytes; a PNG is reduced to 256 colours, which is a third of the size and looks the same."""
+    """The file's bytes; a PNG is reduced to 256 colours, less than half the size, where the difference is invisible.
+
+    Invisible: no channel of any pixel changes by more than ``_LARGEST_STEP`` of 255, and none by more than
+    ``_MEAN_STEP`` on average. Other pictures, such as photographs, keep all their colours.
+    """
     if path.suffix != ".png":
         return path.read_bytes()
-    from PIL import Image
+    from PIL import Image, ImageChops, ImageStat
 
     out = io.BytesIO()
     with Image.open(path) as picture:
-        picture.convert("RGB").quantize(256).save(out, "PNG", optimize=True)
+        full = picture.convert("RGB")
+    reduced = full.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3)     # its largest step is the smallest
+    step = ImageStat.Stat(ImageChops.difference(full, reduced.convert("RGB")))
+    invisible = max(largest for _, largest in step.extrema) <= _LARGEST_STEP and max(step.mean) <= _MEAN_STEP
+    (reduced if invisible else full).save(out, "PNG", optimize=True)
     return out.getvalue()

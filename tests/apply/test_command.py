@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from oodlib import FeatureBank, OodlibError, create
-from oodlib.apply import command
+from oodlib.apply import command, inputs, score_csv
 from oodlib.features.extract import extract, stream
 from oodlib.files import write_json
 from oodlib.metrics import threshold
@@ -61,14 +61,14 @@ def score(made, tmp_path):
 @pytest.fixture
 def interrupted(monkeypatch):
     """Interrupt a call behind its first four safe rows; later calls write four rows at a time too."""
-    monkeypatch.setattr(command, "SHARD", 4)
+    monkeypatch.setattr(inputs, "SHARD", 4)
 
     def run(call):
         def interrupt(*arguments):
             write_json(*arguments)
             raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(command, "write_json", interrupt)
+            patch.setattr(score_csv, "write_json", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 call()
     return run
@@ -80,7 +80,7 @@ def values(rows):
 
 def bank(made, folder):
     model, transform = command.load_network(TAG, weights=str(made / "net.safetensors"), num_classes=CLASSES)
-    images = command.open_images(made / folder, transform)
+    images = inputs.open_images(made / folder, transform)
     return extract(model, [(torch.stack([x for x, _ in images]), torch.from_numpy(images.labels))], device="cpu")
 
 
@@ -146,13 +146,13 @@ def test_second_run_reads_features_of_fit_and_id_images_from_the_cache(made, sco
     def count(*arguments, **options):
         passes.append(arguments)
         return stream(*arguments, **options)
-    monkeypatch.setattr("oodlib.features.extract.stream", count)
+    monkeypatch.setattr(sys.modules["oodlib.features.extract"], "stream", count)
     assert score(*arguments) == first and not passes
 
 
 def test_memory_holds_two_shards_whatever_the_number_of_images(made, score, tmp_path, monkeypatch):
     """Rows of all banks that are alive while a shard is scored."""
-    monkeypatch.setattr(command, "SHARD", 3)
+    monkeypatch.setattr(inputs, "SHARD", 3)
     original, alive, held = FeatureBank.__init__, weakref.WeakSet(), []
 
     def remember(self, *arguments, **values):
@@ -176,7 +176,7 @@ def test_memory_holds_two_shards_whatever_the_number_of_images(made, score, tmp_
 
 def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, monkeypatch, capsys):
     arguments = {"images": made / "fit"}                              # 18 images
-    monkeypatch.setattr(command, "SHARD", 4)
+    monkeypatch.setattr(inputs, "SHARD", 4)
     whole = score("--batch-size", 4, **arguments)
     (tmp_path / "out" / "scores.csv").unlink()
     original, seen = command.Detector.score, []
@@ -264,9 +264,9 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
         "    torch.manual_seed(0)\n"
         "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24 * 20 * 3, 3)), transform\n")
     (tmp_path / "list.txt").write_text("".join(f"{made / 'new'}/im {i % 5}.png\n" for i in range(700)))
-    command = ["--model", f"{tmp_path / 'hanging_net.py'}:make", "--images", str(tmp_path / "list.txt"), "--workers",
+    asked = ["--model", f"{tmp_path / 'hanging_net.py'}:make", "--images", str(tmp_path / "list.txt"), "--workers",
                "0", "--device", "cpu", "--output"]
-    once = subprocess.Popen([sys.executable, "-m", "oodlib", "score", *command, str(tmp_path / "a.csv")],
+    once = subprocess.Popen([sys.executable, "-m", "oodlib", "score", *asked, str(tmp_path / "a.csv")],
                             stderr=subprocess.PIPE, text=True, env={**os.environ, "HANG": "1"})
     while not (tmp_path / "a.csv.part.json").exists() and once.poll() is None:
         time.sleep(0.02)
@@ -275,7 +275,7 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
     assert once.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
     assert not (tmp_path / "a.csv").exists()
     for name in ("a.csv", "b.csv"):
-        command.main([*command, str(tmp_path / name)])
+        command.main([*asked, str(tmp_path / name)])
     assert capsys.readouterr().out.count("Going on behind 512 rows") == 1
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
@@ -283,7 +283,7 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
 def test_a_full_disk_is_one_error_that_says_so(score, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(command.os, "fsync", full)
+    monkeypatch.setattr(score_csv.os, "fsync", full)
     with pytest.raises(OodlibError, match=r"No space left on device.* the room on the disk"):
         score()
 
@@ -345,7 +345,7 @@ def test_damaged_image_among_the_id_images_is_named(made, score, tmp_path):
 def test_file_that_is_no_list(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"\xff\xfe\xff\x00")
     with pytest.raises(OodlibError, match="neither an image"):
-        command.open_images(tmp_path / "a.bin", lambda picture: picture)
+        inputs.open_images(tmp_path / "a.bin", lambda picture: picture)
 
 
 def test_suite_network_sees_32_pixels_normalised(monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from oodlib import FeatureBank, OodlibError, create
-from oodlib.apply import command
+from oodlib.apply import command, inputs
 from oodlib.apply.class_order import check_classes
 from oodlib.apply.inputs import FeatureFile
 from oodlib.apply.network import load_network
@@ -133,7 +133,7 @@ def arrays(blobs):
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_feature_files_give_the_detectors_scores(blobs, arrays, tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(command, "SHARD", 150)
+    monkeypatch.setattr(inputs, "SHARD", 150)
     for name, values in arrays.items():
         values = {key: np.ascontiguousarray(value) for key, value in values.items()}
         np.savez(tmp_path / f"{name}.npz", **values) if suffix == ".npz" else save_file(

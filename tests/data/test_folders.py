@@ -1,19 +1,14 @@
 """Image lists and folders of the paper profile, on a miniature tree."""
 
-import re
 
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 from PIL import Image
 
 from oodlib.data.folders import ImageList, image_loader, read_list
 from oodlib.data.imagenet import PAPER_SETS, class_remap, describe_paper_sets, open_paper_set, paper_set_status
-from oodlib.errors import OodlibError
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def to_tensor(picture):

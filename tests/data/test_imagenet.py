@@ -1,13 +1,12 @@
 """Splits of the ImageNet models on a miniature tree: labels of OOD classes, unit tests at native size, loaders."""
 
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 
-from oodlib import OodlibError
 from oodlib.data import ImageSet
 from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
 from oodlib.data.folders import ImageList
@@ -23,10 +22,6 @@ from oodlib.data.imagenet import (
 )
 
 OOD = ("ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def small(picture):

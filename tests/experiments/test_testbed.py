@@ -14,8 +14,8 @@ from oodlib.models import FastConvNet, shipped
 from oodlib.models.shipped import Spec
 from oodlib.models.training.classifier import Recipe
 
+module = importlib.import_module("oodlib.experiments.testbed")       # the package's testbed is its function
 TAG = "test_resnet.r160_in1k"
-module = importlib.import_module("oodlib.experiments.testbed")       # the package hands on a function of this name
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ def test_unknown_network_lists_the_known_ones():
 def tiny(monkeypatch, tmp_path):
     """A test bed of embedded data whose network is trained here in a second, below a root of its own."""
     def make(*, expected=0.0, **options):
-        spec = Spec("latin_fast", lambda: FastConvNet(26, widths=(4, 4, 8)),
-                    lambda split: embedded("latin", split, n=100), Recipe(epochs=1, batch_size=50),
-                    (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), expected)
+        spec = Spec(name="latin_fast", network=lambda: FastConvNet(26, widths=(4, 4, 8)),
+                    data=lambda split: embedded("latin", split, n=100), recipe=Recipe(epochs=1, batch_size=50),
+                    mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), expected=expected)
         monkeypatch.setitem(shipped.SPECS, "latin_fast", spec)
         monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
         return module.testbed("latin_fast:live", n_fit=52, n_test=40, n_ood=10, device="cpu", progress=False, **options)

@@ -3,26 +3,21 @@
 import hashlib
 import os
 import pickle
-import re
 
 import numpy as np
 import pytest
 import torch
+from helpers import refuses
 from PIL import Image
 from torch import nn
 
 from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.images import ImageSet
-from oodlib.errors import OodlibError
-from oodlib.models import pretrained
+from oodlib.models import cifar_nets, pretrained
 from oodlib.models.cifar_nets import DenseNetBC, ResNetA
 from oodlib.models.pretrained import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def last_module(model):
@@ -37,8 +32,19 @@ def toy(monkeypatch, tmp_path):
     path = tmp_path / "mirror" / "weights" / "toy.th"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "best_prec1": 10.0}, path)
-    info = ModelInfo("toy", 10, (0.5,) * 3, (0.5,) * 3, hashlib.sha256(path.read_bytes()).hexdigest(),
-                     path.as_uri(), "none", None, (0.1, 1), "cifar10", "toy.th")
+    info = ModelInfo(
+        name="toy",
+        num_classes=10,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        address=path.as_uri(),
+        licence="none",
+        stored_accuracy=None,
+        measured_accuracy=(0.1, 1),
+        id_set="cifar10",
+        file="toy.th",
+    )
     monkeypatch.setitem(PUBLIC, "toy", (info, lambda: ResNetA(1)))
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
@@ -106,7 +112,7 @@ def test_networks_have_the_published_size(model, features, parameters):
 
 
 def test_option_a_shortcut_subsamples_and_pads_evenly():
-    block = pretrained._BasicBlock(2, 4, 2)
+    block = cifar_nets._BasicBlock(2, 4, 2)
     for parameter in block.parameters():
         nn.init.zeros_(parameter)
     x = torch.rand(1, 2, 4, 4)

@@ -36,7 +36,16 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
 
     def register(snapshots=(), recipe=RECIPE):
-        spec = Spec("tiny", lambda: FastConvNet(2, widths=(4, 4, 6)), data, recipe, MEAN, STD, 0.5, snapshots)
+        spec = Spec(
+            name="tiny",
+            network=lambda: FastConvNet(2, widths=(4, 4, 6)),
+            data=data,
+            recipe=recipe,
+            mean=MEAN,
+            std=STD,
+            expected=0.5,
+            snapshots=snapshots,
+        )
         monkeypatch.setitem(shipped.SPECS, "tiny", spec)
     register()
     return register

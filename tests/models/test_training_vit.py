@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from oodlib.errors import OodlibError
-from oodlib.models import small_vit as networks
-from oodlib.models.small_vit import small_vit
+from oodlib.models.small_vit import NETWORKS, small_vit
 from oodlib.models.training import vit as training
 from oodlib.models.training.vit import VitRecipe, decay_integral, fit_vit
 
@@ -42,7 +41,7 @@ IMAGES = pictures()
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(networks.NETWORKS, "tiny", TINY)
+    monkeypatch.setitem(NETWORKS, "tiny", TINY)
 
 
 def run(recipe, *, seed=0, model=None, **options):
@@ -272,7 +271,7 @@ def test_a_batch_keeps_its_shape_and_its_targets_sum_to_one(aug, n):
 
 def run_until_killed(checkpoint: str) -> None:
     """What the process below does: it is killed in step 7, with the state of every step before kept."""
-    networks.NETWORKS["tiny"] = TINY
+    NETWORKS["tiny"] = TINY
     training.SAVE_EVERY = -1.0
     training._loss = stopping(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(RICH, checkpoint=Path(checkpoint))

@@ -1,6 +1,7 @@
 """The sweep of pruning ratios equals pruning one pair at a time; the choice uses validation sets that are clean."""
 
 import dataclasses
+import importlib
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 import oodlib
-import oodlib.experiments.testbed as testbeds
 from oodlib import FeatureBank, OodlibError, metrics, scores
 from oodlib.data import ImageSet
 from oodlib.experiments.testbed import validation_banks
 from oodlib.scores import opnp_neurons, opnp_sensitivity
 from oodlib.scores.opnp_ratios import HIGH, LOW, Choice, Sweep, choose, choose_both, kept, sweep
+
+testbeds = importlib.import_module("oodlib.experiments.testbed")
 
 GRID = {"low": (0.0, 0.3, 0.6), "high": (0.0, 0.1, 0.5)}
 
@@ -158,9 +160,23 @@ def bed(blobs):
     rng = np.random.default_rng(0)
     images = {name: ImageSet(name, "x", rng.integers(0, 256, (len(bank), 3, 4, 4), dtype=np.uint8),
                              np.zeros(len(bank), np.int64)) for name, bank in banks.items()}
-    return testbeds.Testbed("blobs", "four blobs", None, (), (), train, banks["val"], banks["test"], {"weak": ood},
-                            {"weak": "near"}, {k: banks[k] for k in ("shuffled", "weak-val")}, {"weak-val": "weak"},
-                            images, {}, {})
+    return testbeds.Testbed(
+        network="blobs",
+        id_name="four blobs",
+        model=None,
+        mean=(),
+        std=(),
+        fit=train,
+        val=banks["val"],
+        test=banks["test"],
+        ood={"weak": ood},
+        group={"weak": "near"},
+        ood_val={k: banks[k] for k in ("shuffled", "weak-val")},
+        leaks={"weak-val": "weak"},
+        images=images,
+        fingerprints={},
+        provenance={},
+    )
 
 
 def test_clean_validation_sets_are_handed_over(bed):
@@ -199,7 +215,15 @@ def other_network(bank):
 
 
 def chosen(prefix):
-    return Choice({f"{prefix}_low": 0.3, f"{prefix}_high": 0.0}, (1, 0), 0.9, 1.0, (0.8, 1.0), {"a": 0.9}, {})
+    return Choice(
+        ratios={f"{prefix}_low": 0.3, f"{prefix}_high": 0.0},
+        index=(1, 0),
+        auroc=0.9,
+        accuracy=1.0,
+        unpruned=(0.8, 1.0),
+        by_set={"a": 0.9},
+        dropped={},
+    )
 
 
 def unlabelled(bank):

@@ -18,15 +18,21 @@ from torch import nn
 import oodlib
 from oodlib.__main__ import _parser
 from oodlib.errors import OodlibError
+from oodlib.suite import readme
 from oodlib.suite.docs import build_docs, module_names
-from oodlib.suite.readme import readme_text, update_readme
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "data/published/README.md", "data/pools/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+         "data/published/README.md", "data/pools/README.md", "benchmarks/README.md"]
 
 
 def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def block(name: str, text: str) -> str:
+    """The generated text between the marks."""
+    return text.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
 
 
 def code_of(text: str) -> str:
@@ -34,6 +40,23 @@ def code_of(text: str) -> str:
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return "\n".join([*blocks, *spans])
+
+
+def links_of(name: str) -> list[tuple[Path, str]]:
+    """(file, anchor) of every link that stays in the repository."""
+    here, found = ROOT / name, []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page(name)):
+        if not re.match(r"https?://", link):
+            path, _, anchor = link.partition("#")
+            found.append((here.parent / path if path else here, anchor))
+    return found
+
+
+def anchors_of(path: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    prose = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -60,70 +83,210 @@ def test_every_command_line_is_understood(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_link_leads_to_a_file(name: str) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page(name))
-    missing = [link for link in links if not re.match(r"https?://|#", link)
-               and not (ROOT / name).parent.joinpath(link.partition("#")[0]).exists()]
-    assert not missing
+    assert not [str(path) for path, _ in links_of(name) if not path.exists()]
 
 
-def test_the_readme_tables_are_current() -> None:
-    assert readme_text(page("README.md")) == page("README.md"), "run `make docs`"
+@pytest.mark.parametrize("name", PAGES)
+def test_every_anchor_is_a_heading(name: str) -> None:
+    assert not [f"{path.name}#{anchor}" for path, anchor in links_of(name) if anchor and anchor not in anchors_of(path)]
 
 
-def test_the_readme_tables_follow_the_reference_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
-    blank = "Top\n" + "".join(f"<!-- {name}:begin -->\nstale\n<!-- {name}:end -->\nprose\n"
-                              for name in ("verdicts", "methods", "compute"))
-    (tmp_path / "README.md").write_text(blank)
-    claim = {"id": "toy/C1", "statement": "a | b", "source": "abs", "unit": "percent", "published": {"value": 0.5},
-             "kind": "trend", "direction": "above", "margin": 0.5,
-             "verdict": "trend holds", "measured": 0.75, "low": 0.7, "high": 0.8, "reason": "", "detail": "",
-             "network": "net"}
-    untested = {**claim, "id": "toy/C2", "verdict": "not testable here", "measured": None, "low": None, "high": None,
-                "published": None}
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, todo = set(), ["README.md"]
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        near = {path.resolve().relative_to(ROOT).as_posix() for path, _ in links_of(name) if path.suffix == ".md"}
+        todo += [other for other in near if other in PAGES and other not in reached]
+    assert reached == set(PAGES)
+
+
+def test_the_readme_has_at_most_130_lines() -> None:
+    assert len(page("README.md").splitlines()) <= 130
+
+
+def test_the_readme_has_at_most_8_kilobytes() -> None:
+    assert len(page("README.md").encode()) <= 8192
+
+
+def test_the_alternative_text_of_the_picture_agrees_with_the_ranks() -> None:
+    (alternative, picture), = re.findall(r"!\[([^\]]+)\]\((\S+)\)", page("README.md"))
+    ranks = (ROOT / picture).with_suffix(".md").read_text(encoding="utf-8")
+    order = re.findall(r"^\| (\w+) \| \d", ranks, re.MULTILINE)
+    assert order[:3] == ["energy", "gen", "dice"] and order[-1] == "mahalanobis"
+    text = " ".join(alternative.split())
+    assert "Energy is first, then GEN and DICE" in text and "Mahalanobis is last" in text
+    assert f"{len(order)} OOD detectors" in text
+    assert all(len(order) // 4 < order.index(name) < 3 * len(order) // 4 for name in ("grood", "opnp", "gradnorm"))
+
+
+@pytest.mark.parametrize("name", readme.PAGES)
+def test_the_generated_text_is_current(name: str) -> None:
+    assert readme.page_text(name, page(name)) == page(name), "run `make docs`"
+
+
+def test_every_interval_of_the_findings_stands_in_the_committed_results() -> None:
+    known = set()
+    for path in (ROOT / "figures" / "reference").glob("*/*/claims.json"):
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            if record["unit"] == "points" and record["low"] is not None:
+                size, *ends = (abs(100 * record[key]) for key in ("measured", "low", "high"))
+                known.add((f"{size:.2f}", f"{min(ends):.2f}", f"{max(ends):.2f}"))
+    stated = re.findall(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", " ".join(block("findings", page("README.md")).split()))
+    assert len(stated) >= 6 and set(stated) <= known
+
+
+def test_the_stated_minutes_are_those_of_the_reference_runs() -> None:
+    for profile, minutes in re.findall(r"`(\w+)` (\d+) minutes", block("cost", page("README.md"))):
+        runs = (ROOT / "figures" / "reference" / profile).glob("*/provenance.json")
+        seconds = sum(json.loads(path.read_text(encoding="utf-8"))["wall_seconds"] for path in runs)
+        assert abs(int(minutes) - seconds / 60) <= 0.5, profile
+
+
+def test_networks_are_counted_not_commas() -> None:
+    flows = ["a_glow:0", "a_glow:1", "b_glow:0", "c_glow:live", "other:0"]
+    assert readme.network_names("a_glow, c_glow", flows) == ["a_glow:0", "a_glow:1", "c_glow:live"]
+    assert readme.network_names("a_glow:0,1, resnet20", flows) == ["a_glow:0", "a_glow:1", "resnet20"]
+    assert readme.network_names("", flows) == []
+    assert readme.network_cell("a_glow, b_glow", flows) == "3 networks (2 recipes)"
+    assert readme.network_cell("a_glow:0, b_glow:0", flows) == "a_glow:0, b_glow:0"
+    assert readme.network_cell("20 ViTs of the pool cifar", ["20 ViTs of cifar"]) == "20 ViTs of the pool cifar"
+
+
+def test_the_verdicts_on_the_flows_count_every_seed() -> None:
+    folder = ROOT / "figures" / "reference" / "benchmark" / "05_immature_glow"
+    flows = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["weights"]
+    section = page("docs/verdicts.md").split("\n## immature_glow\n")[1].split("\n## ")[0]
+    counts = re.findall(r"(\d+) networks \((\d+) recipes\) \|$", section, re.MULTILINE)
+    assert set(counts) == {(str(len(flows)), str(len({name.partition(":")[0] for name in flows})))}
+
+
+CLAIM = {"id": "toy/C1", "statement": "a | b", "source": "abs", "unit": "points",
+         "published": {"value": 0.5, "source": "x"}, "kind": "trend", "direction": "above", "margin": 0.0,
+         "verdict": "trend holds", "measured": 0.125, "low": 0.1, "high": 0.15, "n": 7,
+         "reason": "", "detail": "", "network": "net"}
+UNTESTED = {**CLAIM, "id": "toy/C2", "verdict": "not testable here", "measured": None, "low": None, "high": None,
+            "published": None, "reason": "judged at paper"}
+
+
+def toy_root(root: Path, *claims: dict[str, object]) -> Path:
+    """A project with two reference runs of one notebook, and pages whose generated text is stale."""
+    for name, blocks in readme.PAGES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        stale = [f"<!-- {x}:begin -->\nstale\n<!-- {x}:end -->\nprose\n" for x in blocks]
+        (root / name).write_text("".join(["Top\n", *stale]))
     for profile in ("laptop", "benchmark"):
-        folder = tmp_path / "figures" / "reference" / profile / "01_toy"
+        folder = root / "figures" / "reference" / profile / "01_toy"
         folder.mkdir(parents=True)
-        (folder / "claims.json").write_text(json.dumps([claim, untested]))
+        (folder / "claims.json").write_text(json.dumps(claims))
         (folder / "provenance.json").write_text(json.dumps({
             "seed": 3, "device": "cpu", "platform": "Linux", "wall_seconds": 90.0, "peak_memory_mib": 512.0,
             "weights": {"net": "3f9c"}}))
-    assert update_readme() and not update_readme()
-    text = (tmp_path / "README.md").read_text()
-    assert "| claim | statement [read in] | holds if | laptop | benchmark | published |" in text
+    return root
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
+    sentence = "gains {laptop/C1:more} ({laptop:trend holds}) on {laptop/C1:networks}"
+    monkeypatch.setattr(readme, "FINDINGS", (("Toy", "toy", sentence),))
+    return toy_root(tmp_path, CLAIM, UNTESTED)
+
+
+def test_only_stale_pages_are_written(toy: Path) -> None:
+    assert readme.update_pages() == list(readme.PAGES)
+    assert readme.update_pages() == []
+
+
+def test_text_outside_the_marks_is_kept(toy: Path) -> None:
+    readme.update_pages()
+    for name, blocks in readme.PAGES.items():
+        text = (toy / name).read_text()
+        assert text.startswith("Top\n") and text.count("prose") == len(blocks) and "stale" not in text, name
+
+
+def test_a_finding_is_written_from_the_results(toy: Path) -> None:
+    readme.update_pages()
+    assert block("findings", (toy / "README.md").read_text()) == (
+        "- **[Toy](docs/verdicts.md#toy)**: gains 12.50 [10.00, 15.00] (1 of 2) on net")
+
+
+@pytest.mark.parametrize("sentence, match", [
+    ("behind by {laptop/C1:less}", "toy/C1 is less than zero, but it is 0.125"),
+    ("gains {laptop/C2:more}", "toy/C2 is more than zero, but it is None"),
+    ("gains {laptop/C9:more}", "laptop/C9")])
+def test_a_finding_that_the_results_contradict_is_refused(
+        toy: Path, monkeypatch: pytest.MonkeyPatch, sentence: str, match: str) -> None:
+    monkeypatch.setattr(readme, "FINDINGS", (("Toy", "toy", sentence),))
+    with pytest.raises(OodlibError, match=match):
+        readme.update_pages()
+
+
+def test_the_verdicts_show_each_profile_and_the_published_value(toy: Path) -> None:
+    readme.update_pages()
+    text = (toy / "docs" / "verdicts.md").read_text()
     both = "1 trend holds<br>1 not testable here"
-    assert f"| toy | {both} | {both} |" in text
-    cell = "**trend holds**<br>75.00 [70.00, 80.00]<br>net"
-    assert f"| toy C1 | a \\| b [abs] | > 50.00 percent | {cell} | {cell} | 50.00 |" in text
-    assert "| toy C2 | a \\| b [abs] | > 50.00 percent | – | – | none known |" in text
-    assert "| 01_toy | benchmark | 3 | cpu | Linux | 1.5 | 0.5 | net |" in text
-    assert text.startswith("Top\n") and text.count("prose") == 3 and "stale" not in text
+    assert f"| [toy](#toy) | {both} | {both} |" in text
+    cell = "**trend holds**<br>12.50 [10.00, 15.00]<br>net"
+    assert f"| C1 | a \\| b [abs]<br>Published: 50.00 (x) | > 0.00 points | {cell} | {cell} |" in text
 
 
-def test_a_readme_without_its_marks_is_refused() -> None:
-    with pytest.raises(OodlibError, match="verdicts:begin"):
-        readme_text("no mark")
+def test_claims_that_no_run_can_test_are_folded(toy: Path) -> None:
+    readme.update_pages()
+    text = (toy / "docs" / "verdicts.md").read_text()
+    table, folded = text.split("<details><summary>1 that no committed run can test</summary>")
+    assert "| C2 |" not in table
+    assert "| C2 | a \\| b [abs] | judged at paper |" in folded
 
 
-def test_the_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_costs_are_those_of_the_provenance(toy: Path) -> None:
+    readme.update_pages()
+    assert "| 01_toy | benchmark | 3 | cpu | Linux | 1.5 | 0.5 | net |" in (toy / "docs" / "compute.md").read_text()
+    assert "`laptop` 2 minutes and 0.5 GiB, `benchmark` 2 minutes" in (toy / "README.md").read_text()
+
+
+def test_without_reference_results_the_pages_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
+    toy_root(tmp_path)
+    shutil.rmtree(tmp_path / "figures")
+    readme.update_pages()
+    for file, name in (("README.md", "cost"), ("README.md", "findings"), ("docs/verdicts.md", "verdicts"),
+                       ("docs/compute.md", "compute")):
+        assert block(name, (tmp_path / file).read_text()) == readme.NOTHING, name
+
+
+def test_a_page_without_its_marks_is_refused() -> None:
+    with pytest.raises(OodlibError, match=r"docs/verdicts\.md must hold <!-- verdicts:begin -->"):
+        readme.page_text("docs/verdicts.md", "no mark")
+
+
+@pytest.fixture
+def space() -> dict[str, object]:
+    """What the snippets of the pages take for granted."""
     rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    space = {"weight": np.eye(3, 5), "bias": np.zeros(3), "labels": labels,
-             "train_features": rng.normal(size=(60, 5)), "new_features": rng.normal(size=(7, 5))}
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
     images = torch.randn(20, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         answers = model(images).argmax(1)
-    space |= {"model": model, "test_loader": [(images, answers)], "other_loader": [(2 * images, answers)]}
-    space |= {name: rng.integers(0, 256, (n, 1, 28, 28), np.uint8)
-              for name, n in (("id_images", 12), ("new_images", 4))}
-    snippets = re.findall(r"```python\n(.*?)```", page("README.md"), re.DOTALL)
-    shapes = []
-    for snippet in snippets:
+    pictures = {name: rng.integers(0, 256, (n, 1, 28, 28), np.uint8)
+                for name, n in (("id_images", 12), ("new_images", 4))}
+    return {"weight": np.eye(3, 5), "bias": np.zeros(3), "labels": np.arange(60) % 3, "model": model,
+            "train_features": rng.normal(size=(60, 5)), "new_features": rng.normal(size=(7, 5)),
+            "test_loader": [(images, answers)], "other_loader": [(2 * images, answers)], **pictures}
+
+
+@pytest.mark.parametrize("name, snippets, rows", [("README.md", 2, 7), ("docs/your-own-model.md", 2, 4)])
+def test_the_snippets_run(
+        name: str, snippets: int, rows: int, space: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.findall(r"```python\n(.*?)```", page(name), re.DOTALL)
+    for snippet in found:
         exec(snippet, space)
-        shapes.append(space["scores"].shape)
-    assert shapes == [(7,), (7,), (4,)]                  # the second snippet makes none
-    assert len(re.findall(r"0\.\d+|1\.0", capsys.readouterr().out)) == 2
+    assert len(found) == snippets and np.shape(space["scores"]) == (rows,)
+    assert re.fullmatch(r"(0\.\d+|1\.0)\n", capsys.readouterr().out)
+
+
+def test_every_snippet_is_run() -> None:
+    assert {name for name in PAGES if "```python" in page(name)} == {"README.md", "docs/your-own-model.md"}
 
 
 def public_names() -> list[tuple[str, str]]:
@@ -154,7 +317,7 @@ def test_the_api_reference_has_a_page_for_every_module(tmp_path: Path) -> None:
 
 
 def test_every_detector_has_a_complete_record_a_reference_and_a_test() -> None:
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("test_*.py"))
                       if path.name != Path(__file__).name)
     entries = dict(re.findall(r"@\w+\{(\w+),(.*?)\n\}", page("docs/papers.bib"), re.DOTALL))
     for key, info in oodlib.names().items():
@@ -171,7 +334,7 @@ def test_every_detector_has_a_complete_record_a_reference_and_a_test() -> None:
 
 def test_the_five_papers_are_cited() -> None:
     for arxiv in ("2110.00218", "2402.10062", "2312.14427", "2405.17447", "2502.00820"):
-        assert f"{{{arxiv}}}" in page("docs/papers.bib") and arxiv in page("README.md")
+        assert f"{{{arxiv}}}" in page("docs/papers.bib") and arxiv in page("docs/sources.md")
 
 
 def test_every_paper_that_the_vit_study_names_is_in_the_bibliography() -> None:

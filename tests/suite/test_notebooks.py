@@ -90,8 +90,18 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(project: Path, 
     for label in range(2, 1000):                          # the covariance needs an image of every class
         (train / f"n{label:04d}").mkdir()
         shutil.copy(picture, train / f"n{label:04d}" / "0.JPEG")
-    pool = [PoolRow(f"net-{data_set}", "test_vit.r160_in1k", f"{data_set}.safetensors", data_set, "sigmoid",
-                    weight_decay=0.1, ft_lr=0.01) for data_set in ("in1k", "in21k")]
+    pool = [
+        PoolRow(
+            name=f"net-{data_set}",
+            network="test_vit.r160_in1k",
+            weights=f"{data_set}.safetensors",
+            pretraining=data_set,
+            objective="sigmoid",
+            weight_decay=0.1,
+            ft_lr=0.01,
+        )
+        for data_set in ("in1k", "in21k")
+    ]
     for seed, row in enumerate(pool):
         torch.manual_seed(seed)
         save_file(timm.create_model(row.network).state_dict(), tmp_path / row.weights)

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_notebook
 
+from oodlib import workspace
 from oodlib.errors import OodlibError
 from oodlib.suite import runner
 from oodlib.suite.notebooks import Notebook, find_notebook, list_notebooks, load_profile
@@ -62,6 +63,17 @@ def test_a_failure_leaves_nothing_half_made_and_the_next_run_resumes(
     assert all(is_done(plan) for plan in plans)
 
 
+def test_a_run_that_a_killed_process_took_away_is_put_back(root: Path) -> None:
+    write_notebook(root, "02_bad", "n_test / 0")
+    figures = root / "figures" / "smoke"
+    for name in (".02_bad.old.part", ".02_bad.x.part"):
+        (figures / name).mkdir(parents=True)
+    (figures / ".02_bad.old.part" / "results.csv").touch()
+    options = Options(profile="smoke")
+    assert run_all(make_plans([find_notebook("bad")], options)[0], options) == ["02_bad"]
+    assert [path.relative_to(figures).as_posix() for path in figures.rglob("*")] == ["02_bad", "02_bad/results.csv"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM handler there")
 def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
     write_notebook(root, "03_slow", "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",
@@ -95,7 +107,7 @@ def test_a_source_change_touches_only_its_users(root: Path, monkeypatch: pytest.
     package.mkdir()
     for name in ("__init__", "one", "two"):
         (package / f"{name}.py").write_text("")
-    monkeypatch.setattr(runner, "PACKAGE", package)
+    monkeypatch.setattr(workspace, "_PACKAGE", package)
     write_notebook(root, "01_good", "from oodlib.one import x")
     write_notebook(root, "02_other", "from oodlib.two import y")
     before = [plan.key for plan in make_plans(None, Options())[0]]

@@ -39,7 +39,7 @@ DIGITS_SOURCE = ("Alpaydin, Kaynak, Optical Recognition of Handwritten Digits, U
                  "scikit-learn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbeddedInfo:
     """Facts about one embedded set; README tables are made from these.
 
@@ -67,26 +67,94 @@ def _records() -> dict[str, EmbeddedInfo]:
     titles = {"greek": "Greek letters", "cyrillic": "Cyrillic letters", "armenian": "Armenian letters",
               "georgian": "Georgian letters (Asomtavruli and Mkhedruli)", "hebrew": "Hebrew letters",
               "math": "mathematical operators", "arabic": "Arabic letters (isolated forms)"}
-    out = [EmbeddedInfo("latin", "id", "26 Latin capitals", {"train": 12000, "val": 1000, "test": 2000}, FONT_TERMS,
-                        FONT_SOURCE)]
-    out += [EmbeddedInfo(name, "validation" if name == "arabic" else "near",
-                         f"{title}, look-alikes of Latin letters removed", ood, FONT_TERMS, FONT_SOURCE)
-            for name, title in titles.items()]
+    out = [
+        EmbeddedInfo(
+            name="latin",
+            kind="id",
+            title="26 Latin capitals",
+            default_n={"train": 12000, "val": 1000, "test": 2000},
+            licence=FONT_TERMS,
+            citation=FONT_SOURCE,
+        )
+    ]
     out += [
-        EmbeddedInfo("digits", "far", "handwritten digits whose printed form is no look-alike of a Latin letter", ood,
-                     "CC BY 4.0", DIGITS_SOURCE),
-        EmbeddedInfo("digits_all", "far", "all ten handwritten digits: a lesson in unclean OOD sets", ood, "CC BY 4.0",
-                     DIGITS_SOURCE),
-        EmbeddedInfo("digits_rendered", "near", "printed digits that are no look-alikes", ood, FONT_TERMS, FONT_SOURCE),
-        EmbeddedInfo("textures", "far", f"{len(textures.TEXTURES)} families of procedural textures", ood),
-        EmbeddedInfo("unicode", "pretraining", "Unicode letters, OOD scripts and their look-alikes left out",
-                     {"train": 40000, "val": 2000, "test": 2000}, FONT_TERMS, FONT_SOURCE),
-        EmbeddedInfo("unicode_with_ood", "pretraining", "the same with the OOD scripts' characters as classes",
-                     {"train": 40000, "val": 2000, "test": 2000}, FONT_TERMS, FONT_SOURCE),
-        EmbeddedInfo("unit_tests", "unit_test", "the 17 unit tests in turn, labelled by test",
-                     dict.fromkeys(SPLITS, 17 * 100), "Apache-2.0", NINCO)]
-    out += [EmbeddedInfo(name, "unit_test", "synthetic unit test", dict.fromkeys(SPLITS, 400), "Apache-2.0", NINCO)
-            for name in UNIT_TESTS]
+        EmbeddedInfo(
+            name=name,
+            kind="validation" if name == "arabic" else "near",
+            title=f"{title}, look-alikes of Latin letters removed",
+            default_n=ood,
+            licence=FONT_TERMS,
+            citation=FONT_SOURCE,
+        )
+        for name, title in titles.items()
+    ]
+    out += [
+        EmbeddedInfo(
+            name="digits",
+            kind="far",
+            title="handwritten digits whose printed form is no look-alike of a Latin letter",
+            default_n=ood,
+            licence="CC BY 4.0",
+            citation=DIGITS_SOURCE,
+        ),
+        EmbeddedInfo(
+            name="digits_all",
+            kind="far",
+            title="all ten handwritten digits: a lesson in unclean OOD sets",
+            default_n=ood,
+            licence="CC BY 4.0",
+            citation=DIGITS_SOURCE,
+        ),
+        EmbeddedInfo(
+            name="digits_rendered",
+            kind="near",
+            title="printed digits that are no look-alikes",
+            default_n=ood,
+            licence=FONT_TERMS,
+            citation=FONT_SOURCE,
+        ),
+        EmbeddedInfo(
+            name="textures",
+            kind="far",
+            title=f"{len(textures.TEXTURES)} families of procedural textures",
+            default_n=ood,
+        ),
+        EmbeddedInfo(
+            name="unicode",
+            kind="pretraining",
+            title="Unicode letters, OOD scripts and their look-alikes left out",
+            default_n={"train": 40000, "val": 2000, "test": 2000},
+            licence=FONT_TERMS,
+            citation=FONT_SOURCE,
+        ),
+        EmbeddedInfo(
+            name="unicode_with_ood",
+            kind="pretraining",
+            title="the same with the OOD scripts' characters as classes",
+            default_n={"train": 40000, "val": 2000, "test": 2000},
+            licence=FONT_TERMS,
+            citation=FONT_SOURCE,
+        ),
+        EmbeddedInfo(
+            name="unit_tests",
+            kind="unit_test",
+            title="the 17 unit tests in turn, labelled by test",
+            default_n=dict.fromkeys(SPLITS, 17 * 100),
+            licence="Apache-2.0",
+            citation=NINCO,
+        ),
+    ]
+    out += [
+        EmbeddedInfo(
+            name=name,
+            kind="unit_test",
+            title="synthetic unit test",
+            default_n=dict.fromkeys(SPLITS, 400),
+            licence="Apache-2.0",
+            citation=NINCO,
+        )
+        for name in UNIT_TESTS
+    ]
     return {info.name: info for info in out}
 
 

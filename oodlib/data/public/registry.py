@@ -40,7 +40,7 @@ class Split:
     archive: tuple[str, str] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SetInfo:
     """Facts about one set; README tables and ``oodlib doctor`` are made from these.
 

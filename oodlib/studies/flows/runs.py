@@ -36,7 +36,7 @@ __all__ = ["FlowRun", "flow_run", "load_weights", "run_flow", "train_and_ship"]
 _AGAIN = "Restore it, or delete its folder and train again: python -m oodlib train"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FlowRun:
     """A flow along its training: scores of every image at every kept step, and weights at some of them.
 
@@ -141,7 +141,14 @@ def flow_run(name: str, *, n_fit: int | None = None, n_test: int | None = None, 
         raise OodlibError(f"flow_run: {name!r} needs a seed or live behind the colon: {flow}:0 or {flow}:live.")
     record = _record(folder / "run.json", "seed", "history", "sets", "weights")
     tables = [_table(_scores_path(folder, row["step"])) for row in record["history"]]
-    return FlowRun(name, spec, int(record["seed"]), record, pd.concat(tables, ignore_index=True), folder)
+    return FlowRun(
+        name=name,
+        spec=spec,
+        seed=int(record["seed"]),
+        record=record,
+        scores=pd.concat(tables, ignore_index=True),
+        folder=folder,
+    )
 
 
 def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:

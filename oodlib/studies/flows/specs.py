@@ -21,7 +21,7 @@ _SPLITS = {"tiny-imagenet": "valid", "dtd": "all", "omniglot": "background", "im
 _INVERTED = ("omniglot",)                                                        # black on white, unlike its ID sets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlowSpec:
     """What decides a trained flow, besides the seed, and the sets it is tested on.
 
@@ -77,14 +77,36 @@ def _small(name: str, id_set: str, shape: tuple[int, int, int], levels: int, hid
            ood: tuple[str, ...], *, augmented: bool = False, **more: Any) -> FlowSpec:
     recipe = FlowRecipe(tuple(s for s in _STEPS if s <= last), flip="random" if augmented else "none",
                         shift=3 if augmented else 0)
-    return FlowSpec(name, id_set, shape, 4, levels, hidden, recipe, tuple(s for s in ood if s != id_set), **more)
+    return FlowSpec(
+        name=name,
+        id_set=id_set,
+        image_shape=shape,
+        steps=4,
+        levels=levels,
+        hidden=hidden,
+        recipe=recipe,
+        ood=tuple(s for s in ood if s != id_set),
+        **more,
+    )
 
 
 def _embedded(id_set: str) -> FlowSpec:
     """Small enough to be trained and scored in a minute; few images, so that it matures within that minute."""
     recipe = FlowRecipe((0, 30, 100, 300, 600), batch_size=32, warmup=50)
-    return FlowSpec(f"{id_set}_glow", id_set, (3, 16, 16), 4, 2, 32, recipe, tuple(s for s in _EMBEDDED if s != id_set),
-                    n_train=800, n_validation=400, n=200, shipped=(30, 600))
+    return FlowSpec(
+        name=f"{id_set}_glow",
+        id_set=id_set,
+        image_shape=(3, 16, 16),
+        steps=4,
+        levels=2,
+        hidden=32,
+        recipe=recipe,
+        ood=tuple(s for s in _EMBEDDED if s != id_set),
+        n_train=800,
+        n_validation=400,
+        n=200,
+        shipped=(30, 600),
+    )
 
 
 def _paper_flow(id_set: str) -> FlowSpec:
@@ -92,10 +114,19 @@ def _paper_flow(id_set: str) -> FlowSpec:
     n_train, flip, shift, published_bpd = _PAPER[id_set]
     epoch = (n_train - 1000) // 64
     steps = (0, 100, 300, epoch, 3 * epoch, 10 * epoch, 30 * epoch, 125 * epoch, 250 * epoch)
-    recipe = FlowRecipe(steps, lr=5e-4, warmup=5 * epoch, flip=flip, shift=shift)                  # type: ignore[arg-type]
-    return FlowSpec(f"paper_{id_set}_glow", id_set, (3, 32, 32), 32, 3, 512, recipe,
-                    (*(s for s in _PAPER if s != id_set), *(["cifar10-jpeg"] if id_set == "cifar10" else [])),
-                    n_train=n_train, published_bpd=published_bpd)
+    recipe = FlowRecipe(steps, lr=5e-4, warmup=5 * epoch, flip=flip, shift=shift)  # type: ignore[arg-type]
+    return FlowSpec(
+        name=f"paper_{id_set}_glow",
+        id_set=id_set,
+        image_shape=(3, 32, 32),
+        steps=32,
+        levels=3,
+        hidden=512,
+        recipe=recipe,
+        ood=(*(s for s in _PAPER if s != id_set), *(["cifar10-jpeg"] if id_set == "cifar10" else [])),
+        n_train=n_train,
+        published_bpd=published_bpd,
+    )
 
 
 FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (

@@ -27,7 +27,7 @@ NEAR = {"embedded": ("greek", "cyrillic", "armenian", "georgian", "hebrew", "mat
         "cifar": ("cifar100-seen", "cifar100-unseen")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What a small pool is about.
 
@@ -46,8 +46,19 @@ class Task:
     shift: int
 
 
-TASKS = {"embedded": Task("latin", "unicode", (0.25, 0.25, 0.25), (0.25, 0.25, 0.25), "none", 2),
-         "cifar": Task("cifar10", "tiny-imagenet", (0.491, 0.482, 0.447), (0.247, 0.243, 0.262), "random", 4)}
+TASKS = {
+    "embedded": Task(
+        id_set="latin", pretraining="unicode", mean=(0.25, 0.25, 0.25), std=(0.25, 0.25, 0.25), flip="none", shift=2
+    ),
+    "cifar": Task(
+        id_set="cifar10",
+        pretraining="tiny-imagenet",
+        mean=(0.491, 0.482, 0.447),
+        std=(0.247, 0.243, 0.262),
+        flip="random",
+        shift=4,
+    ),
+}
 
 
 def training_images(pool: str, name: str) -> ImageSet:

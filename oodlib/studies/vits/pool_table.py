@@ -14,7 +14,7 @@ from oodlib.workspace import root
 __all__ = ["PoolRow", "find_pool", "read_pool", "write_pool"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolRow:
     """One model. An empty text or None stands for what is not known (other people's models) or has no meaning.
 

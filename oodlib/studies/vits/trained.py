@@ -45,7 +45,7 @@ __all__ = ["BUDGETS", "Budget", "check_test_images", "finetune_recipe", "is_made
            "train_command"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long a pool's models are trained: images seen, the same for every arm; and on how many images they score."""
 
@@ -57,8 +57,10 @@ class Budget:
     n_ood: int                  # of each near-OOD class
 
 
-BUDGETS = {"embedded": Budget(100_000, 8_000, 4_000, 3_000, 800, 3),
-           "cifar": Budget(180_000, 150_000, 40_000, 20_000, 1_000, 10)}
+BUDGETS = {
+    "embedded": Budget(pretraining=100_000, finetuning=8_000, member=4_000, n_fit=3_000, n_test=800, n_ood=3),
+    "cifar": Budget(pretraining=180_000, finetuning=150_000, member=40_000, n_fit=20_000, n_test=1_000, n_ood=10),
+}
 HELD_OUT = 1000                 # last training images, which finetuning leaves out: greedy soups choose by them
 
 

@@ -29,8 +29,14 @@ def made_run(flow: str, seed: int, sets: tuple[str, ...], n: int = 40) -> FlowRu
             rows.append(pd.DataFrame({"step": step, "group_size": size, "set": name, "index": np.arange(n // size),
                                       "density": values, "nll": values + 5}))
     history = [{"step": s, "epoch": s / 10, "validation_bpd": 8.0 - s / 10, "seconds": s} for s in STEPS]
-    return FlowRun(f"{flow}:{seed}", replace(FLOWS[flow], id_set=flow), seed, {"history": history}, pd.concat(rows),
-                   Path("nowhere"))
+    return FlowRun(
+        name=f"{flow}:{seed}",
+        spec=replace(FLOWS[flow], id_set=flow),
+        seed=seed,
+        record={"history": history},
+        scores=pd.concat(rows),
+        folder=Path("nowhere"),
+    )
 
 
 @pytest.fixture(scope="module")

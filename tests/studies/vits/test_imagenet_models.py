@@ -1,12 +1,12 @@
 """Models of a pool by timm tag or by file: what is loaded is what the file holds, and every wrong row is refused."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import refuses
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -18,13 +18,11 @@ from oodlib.models.timm_checks import check_timm_name
 from oodlib.studies.vits.imagenet_models import find_weights, load_tagged
 from oodlib.studies.vits.pool_table import PoolRow
 
-TAGGED = PoolRow("small", "test_vit.r160_in1k", resolution=160)
-AUGREG = PoolRow("B16-toy", "test_vit", "augreg/toy.npz", resolution=160)
-SOUP = PoolRow("soup", "vit_xsmall_patch16_clip_224", "model-soups/model_0.pt", head="unit", resolution=224)
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
+TAGGED = PoolRow(name="small", network="test_vit.r160_in1k", resolution=160)
+AUGREG = PoolRow(name="B16-toy", network="test_vit", weights="augreg/toy.npz", resolution=160)
+SOUP = PoolRow(
+    name="soup", network="vit_xsmall_patch16_clip_224", weights="model-soups/model_0.pt", head="unit", resolution=224
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,7 @@ def test_soup_transform_is_openai_s(picture):
 ])
 def test_wrong_names(name, parts):
     with refuses("a-row", *parts):
-        load_tagged(PoolRow("a-row", name), pretrained=False)
+        load_tagged(PoolRow(name="a-row", network=name), pretrained=False)
 
 
 def test_bare_name_is_refused_everywhere_unless_weights_come_from_elsewhere(small, tmp_path):
@@ -291,7 +289,7 @@ def test_unit_head_needs_a_file():
 # Heads and sizes
 
 def test_distilled_network_is_refused_by_name_and_with_a_remedy():
-    row = PoolRow("distilled", "deit_tiny_distilled_patch16_224.fb_in1k")
+    row = PoolRow(name="distilled", network="deit_tiny_distilled_patch16_224.fb_in1k")
     with refuses("distilled", "VisionTransformerDistilled (deit_tiny_distilled_patch16_224)", "undistilled"):
         load_tagged(row, pretrained=False)
 

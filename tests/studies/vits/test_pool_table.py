@@ -5,8 +5,8 @@ import re
 from collections import Counter
 
 import pytest
+from helpers import refuses
 
-from oodlib import OodlibError
 from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool, write_pool
 
 HEADER = ("name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,head,penalty,"
@@ -14,10 +14,6 @@ HEADER = ("name,network,weights,pretraining,objective,aug,weight_decay,dropout,s
 ROW = "a,net,,in1k,sigmoid,none,0.1,0.0,0.0,0.01,raw,0.0,224,0,"
 AUGREG = re.compile(r"augreg/(?P<arch>\w+?)-(?P<data>i1k|i21k)-300ep-lr_0.001-aug_(?P<aug>\w+)-wd_(?P<wd>[\d.]+)-"
                     r"do_(?P<do>[\d.]+)-sd_(?P<sd>[\d.]+)--imagenet2012-steps_20k-lr_(?P<lr>[\d.]+)-res_(?P<res>\d+)\.npz")
-
-
-def refuses(*parts):
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def table(path, *lines):
@@ -28,8 +24,26 @@ def table(path, *lines):
 # Reading and writing
 
 def test_rows_survive_writing_and_reading(tmp_path):
-    rows = (PoolRow("a", "net"), PoolRow("b", "net", "w.npz", "in21k", "sigmoid", "light1", 0.1, 0.0, 0.1, 1e-6, "unit",
-                                         0.5, 384, 3, "member"))
+    rows = (
+        PoolRow(name="a", network="net"),
+        PoolRow(
+            name="b",
+            network="net",
+            weights="w.npz",
+            pretraining="in21k",
+            objective="sigmoid",
+            aug="light1",
+            weight_decay=0.1,
+            dropout=0.0,
+            stochastic_depth=0.1,
+            ft_lr=1e-6,
+            head="unit",
+            penalty=0.5,
+            resolution=384,
+            seed=3,
+            role="member",
+        ),
+    )
     write_pool(tmp_path / "pool.csv", rows)
     assert read_pool(tmp_path / "pool.csv") == rows
 

@@ -191,8 +191,17 @@ def made_cells(effect: float = 0.3, noise: float = 0.0) -> DataFrame:
     """Two pretraining sets x two weight decays x three seeds x two finetuning rates; the pretraining has an effect."""
     rng, rows, found = np.random.default_rng(0), [], []
     for data, decay, seed, rate in itertools.product(("cifar10", "tiny-imagenet"), (0.05, 1.0), range(3), (0.01, 0.03)):
-        rows.append(PoolRow(f"m{len(rows)}", "vit", pretraining=data, objective="sigmoid", weight_decay=decay,
-                            ft_lr=rate, seed=seed))
+        rows.append(
+            PoolRow(
+                name=f"m{len(rows)}",
+                network="vit",
+                pretraining=data,
+                objective="sigmoid",
+                weight_decay=decay,
+                ft_lr=rate,
+                seed=seed,
+            )
+        )
         base = 0.5 + effect * (data == "tiny-imagenet") + decay * 0.01 + noise * rng.normal()
         found.append({"maha": base, "logit": 0.5 + seed / 100})
     return pool_frame(rows, found)
@@ -215,7 +224,7 @@ def test_a_factor_of_the_finetuning_is_clustered_by_checkpoint() -> None:
 
 
 def test_a_checkpoint_with_more_pairs_has_one_vote() -> None:
-    rows = [PoolRow(f"{lr}{head}{seed}", "vit", objective="sigmoid", ft_lr=lr, head=head, seed=seed)
+    rows = [PoolRow(name=f"{lr}{head}{seed}", network="vit", objective="sigmoid", ft_lr=lr, head=head, seed=seed)
             for lr in (0.01, 0.03) for head, seed in (("raw", 0), ("unit", 0), ("raw", 1))]
     cells = pool_frame(rows, [{"v": 0.0}] * 3 + [{"v": 1.0}, {"v": 1.0}, {"v": 4.0}])
     found = paired_effects(cells, "ft_lr", 0.01, 0.03, "v")
@@ -246,7 +255,7 @@ def test_an_interaction_is_the_difference_of_two_effects() -> None:
 
 
 def test_a_free_column_may_change_with_the_factor() -> None:
-    rows = [PoolRow(f"m{i}", "vit", dropout=d, stochastic_depth=d, seed=s)
+    rows = [PoolRow(name=f"m{i}", network="vit", dropout=d, stochastic_depth=d, seed=s)
             for i, (d, s) in enumerate(itertools.product((0.0, 0.1), range(2)))]
     cells = pool_frame(rows, [{"maha": row.dropout or 0.0} for row in rows])
     with pytest.raises(OodlibError, match="no two cells differ in dropout alone"):
@@ -255,7 +264,11 @@ def test_a_free_column_may_change_with_the_factor() -> None:
 
 
 def test_cells_that_are_empty_in_a_factor_pair_with_empty_ones() -> None:
-    rows = [PoolRow("a", "vit", ft_lr=0.01), PoolRow("b", "vit", ft_lr=0.03), PoolRow("c", "vit", ft_lr=0.01, aug="x")]
+    rows = [
+        PoolRow(name="a", network="vit", ft_lr=0.01),
+        PoolRow(name="b", network="vit", ft_lr=0.03),
+        PoolRow(name="c", network="vit", ft_lr=0.01, aug="x"),
+    ]
     found = paired_effects(pool_frame(rows, [{"v": 1.0}, {"v": 3.0}, {"v": 9.0}]), "ft_lr", 0.01, 0.03, "v")
     assert (found.value, found.n) == (2.0, 1)
 
@@ -391,7 +404,7 @@ def test_spread_within_groups() -> None:
 
 def test_the_two_levels_that_most_pairs_have_are_compared() -> None:
     def rows(*cells: tuple[float, float]) -> DataFrame:
-        pool = [PoolRow(f"m{i}", "vit", weight_decay=wd, ft_lr=lr) for i, (wd, lr) in enumerate(cells)]
+        pool = [PoolRow(name=f"m{i}", network="vit", weight_decay=wd, ft_lr=lr) for i, (wd, lr) in enumerate(cells)]
         return pool_frame(pool, [{}] * len(pool))
 
     assert common_levels(rows((0.1, 1), (0.5, 1), (0.1, 2), (0.5, 2), (1.0, 1)), "weight_decay") == (0.1, 0.5)
@@ -402,9 +415,14 @@ def test_the_two_levels_that_most_pairs_have_are_compared() -> None:
 @pytest.mark.parametrize(("quality", "sign"), [("auroc", 1), ("fpr", -1)])
 def test_models_become_rows_whose_quality_grows_with_detection(quality: str, sign: int) -> None:
     kinds = {"a": ("unicode", "sigmoid"), "b": ("latin", "softmax"), "c": ("unicode", "cosine")}
-    models = [SimpleNamespace(row=PoolRow(name, "vit", pretraining=data, objective=objective), table=made_table(seed),
-                              record={"accuracy": 0.9, "geometry": {"nc1": 1.0}})
-              for seed, (name, (data, objective)) in enumerate(kinds.items())]
+    models = [
+        SimpleNamespace(
+            row=PoolRow(name=name, network="vit", pretraining=data, objective=objective),
+            table=made_table(seed),
+            record={"accuracy": 0.9, "geometry": {"nc1": 1.0}},
+        )
+        for seed, (name, (data, objective)) in enumerate(kinds.items())
+    ]
     frame = model_frame(models, near=NEAR, quality=quality)
     assert frame["data"].to_dict() == {"a": "broad", "b": "narrow", "c": "CLIP-like"}
     expected = frame[f"msp/near/{quality}"] if sign == 1 else 1 - frame[f"msp/near/{quality}"]

@@ -18,7 +18,19 @@ from oodlib.studies.vits.pool_table import PoolRow, write_pool
 from oodlib.studies.vits.stored import STORED, pool_models, ranked, ship
 from oodlib.studies.vits.trained import finetune_recipe, made_folder, pretrained_path
 
-CELL = PoolRow("cell", "vit_conv_64", "", "cifar10", "sigmoid", "none", 0.1, 0.0, 0.0, 0.1, resolution=32)
+CELL = PoolRow(
+    name="cell",
+    network="vit_conv_64",
+    weights="",
+    pretraining="cifar10",
+    objective="sigmoid",
+    aug="none",
+    weight_decay=0.1,
+    dropout=0.0,
+    stochastic_depth=0.0,
+    ft_lr=0.1,
+    resolution=32,
+)
 OTHER = replace(CELL, name="other", pretraining="tiny-imagenet")
 START = replace(CELL, name="start", ft_lr=None, role="pretrained")
 ROWS = (CELL, OTHER, START)

@@ -179,7 +179,19 @@ def test_an_unknown_pool_or_training_set_is_refused(call):
 
 # --- trained rows ------------------------------------------------------------------------------------------------
 
-CELL = PoolRow("cell", "tiny", "", "cifar10", "sigmoid", "none", 0.1, 0.0, 0.0, 0.1, resolution=32)
+CELL = PoolRow(
+    name="cell",
+    network="tiny",
+    weights="",
+    pretraining="cifar10",
+    objective="sigmoid",
+    aug="none",
+    weight_decay=0.1,
+    dropout=0.0,
+    stochastic_depth=0.0,
+    ft_lr=0.1,
+    resolution=32,
+)
 START = replace(CELL, name="start", ft_lr=None, role="pretrained")
 MEMBERS = tuple(replace(CELL, name=f"member{i}", ft_lr=lr, role="member") for i, lr in enumerate((0.05, 0.1, 0.4)))
 UNIFORM, GREEDY = (replace(CELL, name=role, ft_lr=None, role=role) for role in ("soup-uniform", "soup-greedy"))
@@ -206,7 +218,9 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "HELD_OUT", 52)
     classes = {"cifar": 10, "embedded": 26}
     for pool in classes:
-        monkeypatch.setitem(trained.BUDGETS, pool, Budget(256, 192, 96, 0, 0, 0))
+        monkeypatch.setitem(
+            trained.BUDGETS, pool, Budget(pretraining=256, finetuning=192, member=96, n_fit=0, n_test=0, n_ood=0)
+        )
     tested = {pool: {name: pictures(name, n, count, seed=i) for i, (name, n) in enumerate(
         {"fit": 130, "val": 52, "id": 52, "unit_tests": 34}.items())} for pool, count in classes.items()}
     monkeypatch.setattr(trained, "_sets", tested.__getitem__)

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import socket
 import time
 import traceback
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, write_json
+from oodlib.files import atomic_folder, remove_parts, write_json
 from oodlib.studies.vits.pool_table import PoolRow, read_pool
 from oodlib.studies.vits.sweep.models_and_images import FIT, Opened, Source
 from oodlib.studies.vits.sweep.tables import make_table, read_record
@@ -43,7 +42,7 @@ STATES = ("done", "running", "failed", "missing")
 _DTYPE = "float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One model and one split.
 
@@ -81,8 +80,8 @@ class Job:
     def request(self) -> str:
         """Hash of what is asked for, as far as it shows without weights and images."""
         asked = {"format": 1, "version": version("oodlib"), "dtype": _DTYPE, "row": asdict(self.row),
-                 "split": self.split,
-                 "source": self.source.settings(), "all": self.all_features and self.split == FIT}
+                 "split": self.split, "source": self.source.settings(),
+                 "all": self.all_features and self.split == FIT}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +98,11 @@ def make_jobs(rows: Iterable[PoolRow], source: Source, output: Path, *, all_feat
               device: str = "auto") -> list[Job]:
     """All jobs of a pool; the long ones ("fit") first, so that every shard ``jobs[i::n]`` gets its part of them."""
     rows = list(rows)
-    return [Job(row, split, source, output, all_features, device) for split in source.splits() for row in rows]
+    return [
+        Job(row=row, split=split, source=source, output=output, all_features=all_features, device=device)
+        for split in source.splits()
+        for row in rows
+    ]
 
 
 def prepare(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
@@ -159,8 +162,7 @@ def run_job(job: Job) -> str:
             return "running"
         if state_known(job) == "done":
             return "done"
-        for rest in job.folder.glob(f".{job.split}.*.part"):            # of a process that was killed
-            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        remove_parts(job.folder / job.split)
         job.sidecar.unlink(missing_ok=True)
         started = time.time()
         try:

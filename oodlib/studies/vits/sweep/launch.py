@@ -28,7 +28,7 @@ _MAX_ARRAY = 1001            # SLURM's default MaxArraySize
 _SILENCES = 30               # polls in a row that squeue may fail
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """What one job gets, and how many run at a time.
 

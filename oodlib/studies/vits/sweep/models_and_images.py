@@ -32,7 +32,7 @@ _N_UNIT = 30                             # pictures of each unit test for 32-pix
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
     """A model in evaluation mode with the images of one split, ready for `oodlib.features.extract.stream`.
 
@@ -173,9 +173,9 @@ class TrainedSource:
         drawn = self._drawn()
         images, labels = (np.load(drawn / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
         loaded = load_row(row)
-        return Opened(loaded.model, ImageSet(split, "sweep", images, np.asarray(labels)),
-                      f"(pixel / 255 - {loaded.mean}) / {loaded.std}", loaded.mean, loaded.std,
-                      {"file": loaded.provenance["sha256"], "command": loaded.provenance["command"]})
+        return Opened(model=loaded.model, data=ImageSet(split, "sweep", images, np.asarray(labels)),
+                      transform=f"(pixel / 255 - {loaded.mean}) / {loaded.std}", mean=loaded.mean, std=loaded.std,
+                      provenance={"file": loaded.provenance["sha256"], "command": loaded.provenance["command"]})
 
     def _drawn(self) -> Path:
         """Folder of the image sets, drawn by the first process that asks for them."""
@@ -259,7 +259,7 @@ class ImagenetSource:
 
         model, transform = load_tagged(row, weights=self.models)
         images = imagenet_split(split, data_root(self.data), transform)
-        return Opened(model, image_loader(images, workers=self.workers), repr(transform),
+        return Opened(model=model, data=image_loader(images, workers=self.workers), transform=repr(transform),
                       provenance={"network": row.network, "file": row.weights, "timm": timm.__version__})
 
 

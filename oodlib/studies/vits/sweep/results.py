@@ -82,4 +82,4 @@ def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
         if table or networks[0].endswith(".csv"):
             return list(read_pool(networks[0])), Path(networks[0]).stem
     known = {row.network: row for row in read_pool("imagenet_timm")}
-    return [known.get(name, PoolRow(name, name)) for name in networks], "timm_models"
+    return [known.get(name, PoolRow(name=name, network=name)) for name in networks], "timm_models"

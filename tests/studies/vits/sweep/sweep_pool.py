@@ -82,11 +82,11 @@ class TinySource:
         if (row.name, split) == ("broken", "id") and (self.store / "traps" / "error").exists():
             raise OodlibError("the weights are missing.")
         model = TinyNet(row.seed, self.store / "traps" / row.name).eval()
-        return Opened(model, self.images(split), "noise", (0.5,) * 3, (0.25,) * 3)
+        return Opened(model=model, data=self.images(split), transform="noise", mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def tiny_jobs(output: Path, names: Iterable[str] = NAMES) -> list[Job]:
-    rows = [PoolRow(name, name, seed=i) for i, name in enumerate(names)]
+    rows = [PoolRow(name=name, network=name, seed=i) for i, name in enumerate(names)]
     return make_jobs(rows, TinySource(output), output, device="cpu")
 
 

@@ -99,15 +99,21 @@ def test_a_bank_without_logits_gives_them_again(swept: list[Job]) -> None:
     assert bank.accuracy == whole.accuracy
 
 
-@pytest.mark.parametrize("change", [{"row": PoolRow("good", "good", seed=0, ft_lr=0.1)}, {"inputs": ("other", "files")},
-                                    {"source": TinySource(Path(), shift=1)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"row": PoolRow(name="good", network="good", seed=0, ft_lr=0.1)},
+        {"inputs": ("other", "files")},
+        {"source": TinySource(Path(), shift=1)},
+    ],
+)
 def test_another_request_or_other_inputs_are_not_done(swept: list[Job], change: dict) -> None:
     assert state(swept[1]) == ("done", "")
     assert state(replace(swept[1], **change)) == ("missing", "")
 
 
 def test_another_version_is_not_done(swept: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "__version__", "0.0.0")
+    monkeypatch.setattr(sweep, "version", lambda name: "0.0.0")
     assert state(replace(swept[1])) == ("missing", "")
 
 
@@ -125,7 +131,9 @@ def test_a_job_that_is_running_elsewhere_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_all_features_of_the_training_images_are_kept_on_request(tmp_path: Path) -> None:
-    job = prepare(make_jobs([PoolRow("good", "good")], TinySource(tmp_path), tmp_path, all_features=True))[0][0]
+    job = prepare(make_jobs([PoolRow(name="good", network="good")], TinySource(tmp_path), tmp_path, all_features=True))[
+        0
+    ][0]
     assert run_job(job) == "done"
     assert len(FeatureBank.load(job.folder / "fit")) == ROWS["fit"] and (job.folder / "fit.safetensors").is_file()
 
@@ -163,7 +171,7 @@ def test_a_table_is_made_once_and_again_after_a_new_result(swept: list[Job]) -> 
 
 
 def test_shards_take_every_job_once_and_a_part_of_the_long_ones(tmp_path: Path) -> None:
-    rows = [PoolRow(f"m{i}", "m") for i in range(8)]
+    rows = [PoolRow(name=f"m{i}", network="m") for i in range(8)]
     jobs = make_jobs(rows, TinySource(tmp_path), tmp_path)
     shards = [jobs[i::3] for i in range(3)]
     assert sorted(job.name for shard in shards for job in shard) == sorted(job.name for job in jobs)
@@ -189,7 +197,7 @@ def imagenet_source(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_imagenet_model_from_images_to_summary(imagenet_source: ImagenetSource, tmp_path: Path) -> None:
-    rows = [PoolRow("net", "vit", weights="net.npz")]
+    rows = [PoolRow(name="net", network="vit", weights="net.npz")]
     jobs, absent = prepare(make_jobs(rows, imagenet_source, tmp_path, device="cpu"))
     assert not absent and [run_job(job) for job in jobs] == ["done"] * 8
     summary = pd.read_csv(collect(tmp_path, ["net"], imagenet_source.splits()))
@@ -214,7 +222,7 @@ def test_a_manifest_is_of_contents_not_times(tree: Path, tmp_path: Path) -> None
 
 
 def test_other_weights_under_the_same_name_are_other_weights(tmp_path: Path) -> None:
-    source, row = ImagenetSource(None, tmp_path, 0), PoolRow("net", "vit", weights="net.npz")
+    source, row = ImagenetSource(None, tmp_path, 0), PoolRow(name="net", network="vit", weights="net.npz")
     assert source.weights(row) == ""
     (tmp_path / "net.npz").write_bytes(bytes(5_000_000))
     first = source.weights(row)
@@ -257,13 +265,13 @@ def test_operations_are_those_of_the_formula() -> None:
 
 def test_the_plan_of_a_pool_trained_here(tmp_path: Path) -> None:
     source, networks = TrainedSource("cifar", tmp_path, 100, 50, 2), list(NETWORKS)
-    text = describe_plan(make_jobs([PoolRow(name, name) for name in networks[:2]], source, tmp_path))
+    text = describe_plan(make_jobs([PoolRow(name=name, network=name) for name in networks[:2]], source, tmp_path))
     images = 2 * (100 + 50 + 2 * 98 + 17 * models_and_images._N_UNIT)
     assert f"{images:,}" in text and "CPU h" in text and "Training" in text
 
 
 def test_status_imports_no_torch(tmp_path: Path) -> None:
-    write_pool(tmp_path / "own.csv", [PoolRow("a", "vit_base_patch16_224", weights="a.npz")])
+    write_pool(tmp_path / "own.csv", [PoolRow(name="a", network="vit_base_patch16_224", weights="a.npz")])
     arguments = ["sweep", "--status", "--pool", str(tmp_path / "own.csv"), "--output", str(tmp_path / "o")]
     code = (f"import sys; from oodlib.__main__ import main\nmain({arguments!r})\n"
             "assert 'torch' not in sys.modules")
@@ -324,7 +332,7 @@ def test_an_array_is_no_larger_than_the_site_allows(tmp_path: Path, monkeypatch:
             return [type("Handle", (), {"job_id": f"{70 + len(self.arrays)}_{i}"}) for i in range(len(jobs))]
 
     monkeypatch.setattr("oodlib.studies.vits.sweep.launch._ask", lambda command: "MaxArraySize            = 4\n")
-    jobs = make_jobs([PoolRow(f"m{i}", "m") for i in range(3)], TinySource(tmp_path), tmp_path)
+    jobs = make_jobs([PoolRow(name=f"m{i}", network="m") for i in range(3)], TinySource(tmp_path), tmp_path)
     executor = Executor()
     pairs = list(_submit_arrays(executor, jobs, Resources(at_once=2, slurm={"account": "a"})))
     assert [job for job, _ in pairs] == jobs and [size for size, _ in executor.arrays] == [4, 4, 1]

@@ -2,11 +2,9 @@
 
 import dataclasses
 import gzip
-import inspect
 import io
 import json
 import os
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -15,15 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers import refuses
 from PIL import Image
 
-from oodlib.data.cifar import cifar_protocol, split_test, tiny_imagenet_classes, tiny_imagenet_ood
-from oodlib.data.images import ImageSet, assert_disjoint
+from oodlib.data.images import ImageSet
 from oodlib.data.public import prepare as prepare_module
 from oodlib.data.public import readers
 from oodlib.data.public.prepare import load, pixel_checksum, prepare, prepared_info
 from oodlib.data.public.registry import SETS, SetInfo, Split
-from oodlib.errors import OodlibError
 
 needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
 N = 12
@@ -56,8 +53,16 @@ def write_idx(path, array):
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """A registered set of 12 images, its mirror (Parquet) and an empty data folder."""
-    info = SetInfo("toy", "Toy", "none", "nobody 2026", (3, 8, 8), {"test": Split(N, torchvision=({"train": False},))},
-                   ("toy",), torchvision="CIFAR10")
+    info = SetInfo(
+        name="toy",
+        title="Toy",
+        terms="none",
+        citation="nobody 2026",
+        size=(3, 8, 8),
+        splits={"test": Split(N, torchvision=({"train": False},))},
+        folders=("toy",),
+        torchvision="CIFAR10",
+    )
     monkeypatch.setitem(SETS, "toy", info)
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
@@ -70,7 +75,15 @@ def toy(monkeypatch, tmp_path):
 def toy_idx(monkeypatch, tmp_path):
     """The same in the MNIST family's form."""
     files = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-    info = SetInfo("toy-idx", "Toy", "none", "nobody 2026", (1, 8, 8), {"test": Split(N, idx=files)}, ("Toy",))
+    info = SetInfo(
+        name="toy-idx",
+        title="Toy",
+        terms="none",
+        citation="nobody 2026",
+        size=(1, 8, 8),
+        splits={"test": Split(N, idx=files)},
+        folders=("Toy",),
+    )
     monkeypatch.setitem(SETS, "toy-idx", info)
     monkeypatch.setenv("OODLIB_MIRROR", str(tmp_path / "mirror"))
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
@@ -78,11 +91,6 @@ def toy_idx(monkeypatch, tmp_path):
     write_idx(folder / files[0], pixels(shape=(8, 8)))
     write_idx(folder / files[1], (np.arange(N) % 2).astype(np.uint8))
     return folder
-
-
-def refuses(*parts):
-    """The error names all of these, in this order."""
-    return pytest.raises(OodlibError, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def redefine(monkeypatch, name="toy", **changes):
@@ -482,111 +490,12 @@ def test_truncated_prepared_data_is_noticed(toy, tmp_path):
         load("toy", "test")
 
 
-# Registry and protocol
-
-@pytest.mark.parametrize("info", SETS.values(), ids=SETS)
-def test_registry_entry_is_complete(info):
-    assert info.terms and re.search(r"\b(19|20)\d\d\b", info.citation) and info.folders
-    assert (info.torchvision or info.archive or all(split.archive for split in info.splits.values())
-            or info.note.startswith("from a mirror only"))
-    for split in info.splits.values():
-        assert split.count > 0 and (split.checksum is None or re.fullmatch("[0-9a-f]{64}", split.checksum))
-        assert (split.torchvision or info.archive or split.archive or split.idx
-                or info.note.startswith("from a mirror only"))                       # Parquet shards
-
-
-def test_registry_s_torchvision_classes_and_files_exist():
-    datasets = pytest.importorskip("torchvision").datasets
-    for info in SETS.values():
-        if info.torchvision:
-            kind = getattr(datasets, info.torchvision)
-            known = {**dict(getattr(kind, "resources", [])),
-                     getattr(kind, "filename", ""): getattr(kind, "tgz_md5", ""),
-                     **{row[1]: row[2] for row in getattr(kind, "split_list", {}).values()},
-                     **{row[2]: row[1] for row in getattr(kind, "file_list", [])},
-                     "dtd-r1.0.1.tar.gz": getattr(kind, "_MD5", "")}
-            if info.name == "gtsrb":                       # its files are literals of a method
-                source = inspect.getsource(kind.download)
-                known = {file: md5 for file, md5 in info.raw_md5.items() if file in source and md5 in source}
-            assert info.raw_md5.items() <= known.items()
-
-
-def test_omniglot_s_archives_are_those_of_torchvision():
-    kind = pytest.importorskip("torchvision").datasets.Omniglot
-    for split, entry in SETS["omniglot"].splits.items():
-        stem = f"images_{split}"
-        assert entry.archive == (f"{kind.download_url_prefix}/{stem}.zip", kind.zips_md5[stem])
-        assert entry.zips[0] == f"{stem}.zip"
-
-
-def test_excluded_tiny_imagenet_classes():
-    classes = tiny_imagenet_classes()
-    excluded = {c.words.split(",")[0]: c.cifar10_class for c in classes if c.cifar10_class}
-    assert len(classes) == 200 and len(excluded) == 26 and [c.wnid for c in classes] == sorted(c.wnid for c in classes)
-    assert excluded["bullfrog"] == "frog" and excluded["limousine"] == "automobile" and excluded["tractor"] == "truck"
-    assert "lion" not in excluded and "gazelle" not in excluded
-    assert set(excluded.values()) <= set(SETS["cifar10"].class_names)
-    wide = {c.words.split(",")[0]: c.cifar100_class for c in classes if c.cifar100_class}
-    assert len(wide) == 48 and wide["lampshade"] == "lamp" and wide["school bus"] == "bus" and "abacus" not in wide
-
-
-def tiny_like(per_class=2):
-    labels = np.repeat(np.arange(200), per_class)
-    return ImageSet("tiny-imagenet", "valid", pixels(len(labels), (3, 4, 4)), labels,
-                    tuple(c.wnid for c in tiny_imagenet_classes()))
-
-
-def test_near_and_validation_classes_are_disjoint():
-    near, val = tiny_imagenet_ood(tiny_like())
-    overlap = {i for i, c in enumerate(tiny_imagenet_classes()) if c.cifar10_class}
-    assert len(np.unique(near.labels)) == 154 and len(np.unique(val.labels)) == 20
-    assert not (set(near.labels) & set(val.labels)) and not (overlap & {*near.labels, *val.labels})
-
-
-def test_classes_left_out_depend_on_the_id_set():
-    near, val = tiny_imagenet_ood(tiny_like(), id_name="cifar100")
-    assert len(np.unique(near.labels)) == 132 and len(np.unique(val.labels)) == 20
-
-
 def test_set_that_only_a_mirror_holds(tmp_path):
     with refuses("notmnist/test is not at hand", "no library downloads it", "under notmnist/"):
         load("notmnist", "test", mirror=tmp_path, data_dir=tmp_path)
 
 
-def test_tiny_imagenet_without_wordnet_ids_is_refused():
-    with refuses("WordNet ids"):
-        tiny_imagenet_ood(dataclasses.replace(tiny_like(), class_names=("cat",) * 200))
-
-
-def test_test_split_is_balanced_disjoint_and_seeded():
-    images = ImageSet("x", "test", pixels(100), np.arange(100) % 10)
-    val, test = split_test(images, n_val=20)
-    assert (np.bincount(val.labels) == 2).all() and (np.bincount(test.labels) == 8).all()
-    assert_disjoint(val, test)
-    assert split_test(images, n_val=20)[0].fingerprint == val.fingerprint
-    assert split_test(images, n_val=20, seed=1)[0].fingerprint != val.fingerprint
-
-
-def test_uneven_validation_is_refused():
-    with refuses("cannot be drawn evenly"):
-        split_test(ImageSet("x", "test", pixels(100), np.arange(100) % 10), n_val=25)
-
-
 # The real mirror
-
-@pytest.mark.mirror
-@pytest.mark.slow
-@needs_mirror
-def test_cifar_protocol_on_the_mirror(tmp_path):
-    p = cifar_protocol(download=False, data_dir=tmp_path)
-    assert (len(p.id_fit), len(p.id_val), len(p.id_test)) == (10_000, 1_000, 9_000)
-    assert (np.bincount(p.id_fit.labels) == 1000).all() and (np.bincount(p.id_test.labels) == 900).all()
-    ood = {**p.near, **p.far}
-    assert all(s.images.shape[1:] == (3, 32, 32) for s in ood.values())
-    assert_disjoint(p.id_fit, p.id_val, p.id_test, *p.ood_val.values(), *ood.values())
-    assert "notmnist" in p.ood_val and p.leaks == {"tiny-imagenet-incomplete-val": "tiny-imagenet-incomplete"}
-    assert all(name in p.notes for name in ood if name.endswith("-incomplete"))
-
 
 @pytest.mark.mirror
 @needs_mirror
