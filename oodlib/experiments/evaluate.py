@@ -33,14 +33,20 @@ METRICS: dict[str, tuple[str, str, Callable[..., float]]] = {
 def score(bed: Testbed, detectors: Sequence[str] | Mapping[str, Detector]) -> dict[str, Scores]:
     """Fit each detector on ``bed.fit`` and score the ID test set ("id") and every OOD set, all from the same banks.
 
+    Where the bed has no training images (ImageNet), detectors that learn are left out, and their names printed.
+
     detectors : names, or name -> detector with its own parameters
     """
     made = detectors if isinstance(detectors, Mapping) else {name: create(name) for name in detectors}
+    left_out = [name for name, detector in made.items() if detector.needs_fit and bed.fit is None]
+    if left_out:
+        print(f"{bed.network}: left out {', '.join(left_out)}: they learn from ID training images, and this test bed "
+              "has none (ImageNetFiles(train=True) gathers them).")
     out: dict[str, Scores] = {}
     for name, detector in made.items():
-        if detector.needs_fit:
-            if bed.fit is None:                 # no training images at hand (ImageNet); the table then lacks the row
-                continue
+        if name in left_out:
+            continue
+        if bed.fit is not None and detector.needs_fit:
             detector.fit(bed.fit)
         out[name] = {"id": detector.score(bed.test)} | {k: detector.score(bank) for k, bank in bed.ood.items()}
     return out

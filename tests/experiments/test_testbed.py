@@ -16,6 +16,7 @@ from oodlib.models.training.classifier import Recipe
 
 module = importlib.import_module("oodlib.experiments.testbed")       # the package's testbed is its function
 TAG = "test_resnet.r160_in1k"
+module = importlib.import_module("oodlib.experiments.testbed")       # the package hands on a function of this name
 
 
 @pytest.fixture
@@ -42,9 +43,10 @@ def test_paper_path_gives_a_bank_for_every_set(paper):
     assert bed.id_name == "imagenet-1k" and bed.group["textures"] == "far"
 
 
-def test_paper_path_scores_what_needs_no_training_images(paper):
-    scores = evaluate.score(paper(n_test=5), ["msp", "gradnorm", "knn"])
+def test_paper_path_scores_what_needs_no_training_images_and_names_the_rest(paper, capsys):
+    scores = evaluate.score(paper(n_test=5), ["msp", "gradnorm", "knn", "vim"])
     assert set(scores) == {"msp", "gradnorm"}
+    assert f"{TAG}: left out knn, vim: they learn from ID training images" in capsys.readouterr().out
     assert {name: len(values) for name, values in scores["gradnorm"].items()} == {
         "id": 5, "inaturalist": 6, "sun": 4, "places": 4, "textures": 4}
 

@@ -1,5 +1,6 @@
 """Squared gradient norms per tensor: equal to a loop of backward passes, for flows, other networks and awkward ones."""
 
+import logging
 import math
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from oodlib import OodlibError
-from oodlib.gradients import layer_gradient_norms, per_image
+from oodlib.gradients import layer_gradient_norms
+from oodlib.gradients import per_image as gradients
 from oodlib.models import Glow, dequantise
 
 close = torch.testing.assert_close
@@ -56,8 +58,8 @@ def ways(monkeypatch):
     """Names of the ways that really ran, in order."""
     ran = []
     for name in ("_by_layer", "_by_vmap", "_by_loop"):
-        way = getattr(per_image, name)
-        monkeypatch.setattr(per_image, name, lambda *a, way=way, name=name: ran.append(name) or way(*a))
+        way = getattr(gradients, name)
+        monkeypatch.setattr(gradients, name, lambda *a, way=way, name=name: ran.append(name) or way(*a))
     return ran
 
 
@@ -79,9 +81,9 @@ def test_glow_equals_the_loop(glow, objective, group_size, monkeypatch):
 @pytest.mark.oracle
 def test_three_ways_agree_in_double_precision(glow):
     model, x = Glow((1, 8, 8), steps=1, levels=2, hidden=8, generator=seeded()).double(), glow[1][:4, :1].double()
-    target = per_image._Target(moved(model), "log_prob")
-    by_loop = per_image._by_loop(target, x, 2)
-    for way in (per_image._by_layer, per_image._by_vmap):
+    target = gradients._Target(moved(model), "log_prob")
+    by_loop = gradients._by_loop(target, x, 2)
+    for way in (gradients._by_layer, gradients._by_vmap):
         value, norms = way(target, x, 2)
         close(norms, by_loop[1], rtol=1e-9, atol=1e-12)
         close(value, model.log_prob(x).detach().view(2, 2).sum(1))
@@ -269,7 +271,7 @@ def test_an_overflow_in_the_first_images_hides_no_disagreement(chunk_size):
     assert relative_error(found[2:], loop(model, x[2:], objective)).max() < 1e-4
 
 
-def test_the_loop_is_the_last_resort(monkeypatch):
+def test_the_loop_is_the_last_resort_and_says_so(monkeypatch):
     class Branches(Twice):
         def forward(self, x):
             return super().forward(x if float(x.detach().sum()) > 0 else 2 * x)      # vmap cannot read a value
@@ -277,8 +279,44 @@ def test_the_loop_is_the_last_resort(monkeypatch):
     with torch.random.fork_rng():
         model = Branches().eval()
     x, ran = torch.randn(4, 5, generator=seeded()), ways(monkeypatch)
-    error = relative_error(layer_gradient_norms(model, x, objective=uniform), loop(model, x, uniform))
-    assert set(ran) == {"_by_layer", "_by_vmap", "_by_loop"} and error.max() < 1e-4
+    with pytest.warns(RuntimeWarning, match=r"Branches needs one backward .* slow \(layer by layer: Linear is called "
+                                            r"twice; vmap of the whole model: .*item"):
+        found = layer_gradient_norms(model, x, objective=uniform)
+    assert set(ran) == {"_by_layer", "_by_vmap", "_by_loop"}
+    assert relative_error(found, loop(model, x, uniform)).max() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "way"), [
+    (Twice, "vmap of the whole model; not layer by layer: Linear is called twice"),
+    (Tied, "vmap of the whole model; not layer by layer: Linear shares a weight with another layer"),
+    (Direct, "vmap of the whole model; not layer by layer: differs from plain autograd by more than 0.1 %")])
+def test_the_way_that_was_taken_is_logged(kind, way, caplog):
+    with torch.random.fork_rng():
+        model = moved(kind(), by=0.3)
+    with caplog.at_level(logging.INFO, logger="oodlib"):
+        layer_gradient_norms(model, torch.randn(4, 5, generator=seeded()), objective=uniform)
+        layer_gradient_norms(nn.Linear(5, 3), torch.ones(2, 5), objective=uniform)
+    assert caplog.messages == [f"layer_gradient_norms of {kind.__name__}: {way}",
+                               "layer_gradient_norms of Linear: layer by layer"]
+
+
+@pytest.mark.parametrize("error", [TypeError, NameError, IndexError, OodlibError])
+def test_a_programming_error_is_not_taken_for_a_limit_of_a_way(net, error):
+    def objective(model, x):
+        if len(x) > 1:
+            raise error("in a batch")
+        return uniform(model, x)
+
+    with pytest.raises(error, match="in a batch"):
+        layer_gradient_norms(*net, objective=objective)
+
+
+def test_half_a_per_cent_is_a_disagreement(net, monkeypatch):
+    by_layer = gradients._by_layer
+    monkeypatch.setattr(gradients, "_by_layer", lambda *a: (lambda value, norms: (value, 1.005 * norms))(*by_layer(*a)))
+    ran = ways(monkeypatch)
+    found = layer_gradient_norms(*net, objective=uniform)
+    assert ran[-1] == "_by_vmap" and relative_error(found, loop(*net, uniform)).max() < 1e-3
 
 
 # --- overflow ----------------------------------------------------------------------------------------------------
@@ -291,10 +329,10 @@ def test_an_overflow_is_infinite_for_its_image_alone(way, monkeypatch):
     with torch.no_grad():
         model.levels[0].steps[0].actnorm.logs.fill_(45.0)             # e^90 is too much for float32, 1e-20 e^90 is not
     for name in {"_by_layer", "_by_vmap", "_by_loop"} - {way}:
-        monkeypatch.setattr(per_image, name, getattr(per_image, way))
+        monkeypatch.setattr(gradients, name, getattr(gradients, way))
     f = layer_gradient_norms(model, x)
     assert (f[[0, 1, 3]] == math.inf).all() and f[2].isfinite().all() and f[2].max() > 1e50
-    close(f[2], per_image._by_loop(per_image._Target(model, "log_prob"), x[2:3], 1)[1][0], rtol=1e-3, atol=0)
+    close(f[2], gradients._by_loop(gradients._Target(model, "log_prob"), x[2:3], 1)[1][0], rtol=1e-3, atol=0)
 
 
 def test_an_overflow_in_the_first_image_does_not_slow_the_others(glow, monkeypatch):
@@ -357,10 +395,10 @@ def test_hooks_go_when_the_model_fails(net):
 def test_chunks_follow_the_free_memory(monkeypatch):
     x = torch.zeros(1)
     memory = type("memory", (), {"available": 2**30})
-    monkeypatch.setattr(per_image.psutil, "virtual_memory", lambda: memory)
-    assert per_image._chunk_size(x, 2**23, 1) == 2**30 // (4 * 2**23 + 4)
-    assert per_image._chunk_size(x, 2**40, 1) == 1
-    assert per_image._chunk_size(x, 0, 1) == 64 and per_image._chunk_size(x, 0, 5) == 12
+    monkeypatch.setattr(gradients.psutil, "virtual_memory", lambda: memory)
+    assert gradients._chunk_size(x, 2**23, 1) == 2**30 // (4 * 2**23 + 4)
+    assert gradients._chunk_size(x, 2**40, 1) == 1
+    assert gradients._chunk_size(x, 0, 1) == 64 and gradients._chunk_size(x, 0, 5) == 12
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -7,8 +7,9 @@ in two sets: those that Tiny-ImageNet, the pretraining set, shows too (column ``
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -70,8 +71,13 @@ def training_images(pool: str, name: str) -> ImageSet:
         raise OodlibError(f"training_images: the {pool} pool trains on {task.id_set} or {task.pretraining}, not on "
                           f"{name}.")
     if pool == "embedded":
-        return embedded(name, "train", style="plain")
+        return _drawn(name, EMBEDDED[name].default_n["train"])
     return load(name, "train").resized(32)
+
+
+@lru_cache(maxsize=1)                   # row after row is finetuned on the same images
+def _drawn(name: str, n: int) -> ImageSet:
+    return embedded(name, "train", n=n, style="plain")
 
 
 def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 30,
@@ -108,11 +114,27 @@ def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 3
     return sets
 
 
-def assert_never_trained_on(pool: str, sets: dict[str, ImageSet]) -> None:
-    """Raise OodlibError if a test image, ID or OOD, is an image of the pool's training sets (by hash of its pixels)."""
+def assert_never_trained_on(pool: str, sets: Mapping[str, ImageSet], *,
+                            training: Mapping[str, Collection[str]] | None = None) -> None:
+    """Raise OodlibError if a test image, ID or OOD, is in another test set or was trained on, by hash of its pixels.
+
+    training : name -> first 16 digits of the `ImageSet.image_hashes` of what was trained on; by default the pool's
+        pretraining set and ID training images, which then are read or drawn (a minute for the embedded pool)
+    """
     task = _task(pool)
+    if training is None:
+        training = {name: [digest[:16] for digest in training_images(pool, name).image_hashes()]
+                    for name in (task.pretraining, task.id_set)}
     tested = [images for name, images in sets.items() if name not in ("fit", "unit_tests")]
-    assert_disjoint(training_images(pool, task.pretraining), training_images(pool, task.id_set), *tested)
+    assert_disjoint(*tested)
+    for images in tested:
+        digests = {digest[:16] for digest in images.image_hashes()}
+        for name, known in training.items():
+            shared = digests.intersection(known)
+            if shared:
+                raise OodlibError(f"assert_never_trained_on: {len(shared)} images of {images.name}/{images.split} are "
+                                  f"also in {name}, which the models of the {pool} pool are trained on. Leave them "
+                                  "out of the test.")
 
 
 def _task(pool: str) -> Task:

@@ -3,6 +3,7 @@
 Everything lies in ``data/training/vits_<pool>``: ``pretrained/<checkpoint>.safetensors`` and a folder per row with
 ``model.safetensors``, ``scores.parquet`` and ``run.json``, the last file to be written. What is there and was made by
 the same recipe is not made again. The embedded pool's pretrained checkpoints are shipped in ``data/checkpoints``.
+Beside checkpoints lie the hashes of the images that they were pretrained on, for `assert_never_trained_on`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,29 @@ from oodlib.models.training.augment import hash_seed
 from oodlib.models.training.classifier import evaluate
 from oodlib.models.training.vit import VitRecipe, decay_integral, fit_vit
 from oodlib.scores import gradnorm, gradnorm_factors
-from oodlib.studies.vits.image_sets import TASKS, pool_sets, training_images
+from oodlib.studies.vits.image_sets import TASKS, assert_never_trained_on, pool_sets, training_images
 from oodlib.studies.vits.pool_table import PoolRow
 from oodlib.studies.vits.score_table import geometry, norm_correlation, reference, score_table
 from oodlib.studies.vits.soups import fill_greedily, fill_with_mean
 from oodlib.workspace import code_hash, root
 
-__all__ = ["BUDGETS", "Budget", "finetune_recipe", "is_made", "live_folder", "load_row", "made_folder",
-           "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row", "train_command"]
+__all__ = [
+    "BUDGETS",
+    "Budget",
+    "check_test_images",
+    "finetune_recipe",
+    "is_made",
+    "live_folder",
+    "load_row",
+    "made_folder",
+    "made_row",
+    "pool_of",
+    "pretrain",
+    "pretrain_recipe",
+    "pretrained_path",
+    "score_row",
+    "train_command",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +107,7 @@ def finetune_recipe(row: PoolRow) -> VitRecipe:
 def pretrained_path(row: PoolRow) -> Path:
     """Where the pretrained checkpoint of a row lies: shipped, else among what was trained here."""
     name = f"{row.checkpoint}.safetensors"
-    shipped = root() / "data" / "checkpoints" / f"vits_{pool_of(row)}" / name
+    shipped = _shipped_folder(pool_of(row)) / name
     return shipped if shipped.with_suffix(".json").exists() else _folder(row) / "pretrained" / name
 
 
@@ -114,6 +130,13 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
     if recipe.objective == "sigmoid":
         nn.init.constant_(_head(model).bias, -math.log(len(images.class_names)))   # every class starts at its frequency
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(np.array(images.labels))
+    fingerprint = images.fingerprint
+    if row.pretraining == TASKS[pool].pretraining:
+        hashes = np.array([int(digest, 16) for digest in _digests(images)], dtype="<u8")
+        with (atomic_path(path.with_name(f"{row.pretraining}-{fingerprint[:16]}.npy")) as temporary,
+              open(temporary, "wb") as file):
+            np.save(file, np.sort(hashes))
+    _sets(pool)                                                    # a leak shows before the hours of training
     resume = path.with_suffix(".resume")
     history = fit_vit(model, pixels, labels, recipe, seed=row.seed, checkpoint=resume, device=pick_device(device),
                       progress=progress, title=row.checkpoint, mean=mean, std=std)
@@ -121,7 +144,7 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
         save_file(to_half(_without_head(model)), temporary)
     write_json(path.with_suffix(".json"), {
         "checkpoint": row.checkpoint, "recipe": asdict(recipe), "decay_integral": decay_integral(recipe),
-        "images": len(images), "classes": len(images.class_names), "fingerprint": images.fingerprint,
+        "images": len(images), "classes": len(images.class_names), "fingerprint": fingerprint,
         "dtype": "float16", "history": history, "sha256": sha256(path), "torch": torch.__version__,
         "threads": torch.get_num_threads(), "command": train_command(row)})
     resume.unlink()
@@ -180,6 +203,7 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
     model, extra = small_vit(row.network, _classes(pool), head=row.head), {}
     resume = _folder(row) / "resume" / row.name
     start = to_single(load_file(pretrain(row, device=device, progress=progress)))
+    _sets(pool)                                                    # a leak shows before the training
     model.load_state_dict(start, strict=False)
     nn.init.zeros_(_head(model).weight)
     nn.init.zeros_(_head(model).bias)
@@ -237,8 +261,33 @@ def _gradnorm(bank: FeatureBank) -> dict[str, np.ndarray]:
 
 @functools.cache
 def _sets(pool: str) -> dict[str, ImageSet]:
+    """The images that models are scored on, once per process, after a look that no model was trained on them."""
     budget = BUDGETS[pool]
-    return pool_sets(pool, n_fit=budget.n_fit, n_test=budget.n_test, n_ood=budget.n_ood)
+    sets = pool_sets(pool, n_fit=budget.n_fit, n_test=budget.n_test, n_ood=budget.n_ood)
+    check_test_images(pool, sets)
+    return sets
+
+
+def check_test_images(pool: str, sets: Mapping[str, ImageSet]) -> None:
+    """`assert_never_trained_on`, with the hashes of pretraining images that lie beside the pool's checkpoints.
+
+    The pretraining set itself is read or drawn where there are none.
+    """
+    task = TASKS[pool]
+    places = (_shipped_folder(pool), _trained_folder(pool) / "pretrained")
+    known: set[str] = set()
+    for path in (path for place in places for path in place.glob(f"{task.pretraining}-*.npy")):
+        try:
+            known |= {f"{value:016x}" for value in np.load(path)}
+        except (OSError, ValueError, EOFError) as error:
+            raise OodlibError(f"{path} is damaged ({error}). Restore it from git, or delete it.") from error
+    assert_never_trained_on(pool, sets, training={
+        task.id_set: _digests(training_images(pool, task.id_set)),
+        task.pretraining: known or _digests(training_images(pool, task.pretraining))})
+
+
+def _digests(images: ImageSet) -> list[str]:
+    return [digest[:16] for digest in images.image_hashes()]
 
 
 def _soup(model: nn.Module, row: PoolRow, members: Sequence[PoolRow],
@@ -270,8 +319,16 @@ def live_folder(row: PoolRow, *, device: str = "auto") -> Path:
     return made / "row"
 
 
+def _shipped_folder(pool: str) -> Path:
+    return root() / "data" / "checkpoints" / f"vits_{pool}"
+
+
+def _trained_folder(pool: str) -> Path:
+    return root() / "data" / "training" / f"vits_{pool}"
+
+
 def _folder(row: PoolRow) -> Path:
-    return root() / "data" / "training" / f"vits_{pool_of(row)}"
+    return _trained_folder(pool_of(row))
 
 
 def _classes(pool: str) -> int:

@@ -1,5 +1,6 @@
 """Small ViTs, the pools' image sets, and the work of a pool: what is trained, what is not trained again, soups."""
 
+import functools
 import json
 import math
 import os
@@ -97,8 +98,59 @@ def test_a_training_image_among_the_test_images_is_found(monkeypatch):
     monkeypatch.setattr(image_sets, "training_images",
                         lambda pool, name: images if name == "latin" else other.subset([0]))
     assert_never_trained_on("embedded", {"id": other.subset([1]), "fit": images})
-    with pytest.raises(OodlibError, match=r"1 images of .* also in toy"):
+    with pytest.raises(OodlibError, match=r"1 images of toy/train are also in latin, which .* trained on"):
         assert_never_trained_on("embedded", {"id": other.subset([1]), "greek": images.subset([2])})
+    with pytest.raises(OodlibError, match=r"1 images of .* also in toy/test"):
+        assert_never_trained_on("embedded", {"id": other.subset([1]), "greek": other.subset([1])})
+
+
+def leaky(monkeypatch, name):
+    """Let the images to be scored hold one that the models of the pool cifar are trained on."""
+    monkeypatch.setattr(trained, "_sets", functools.cache(whole_sets.__wrapped__))
+    training = {name: pictures(name, 182, 10, seed=seed) for seed, name in ((8, "cifar10"), (9, "tiny-imagenet"))}
+    monkeypatch.setattr(trained, "training_images", lambda pool, name: training[name])
+    monkeypatch.setattr(trained, "pool_sets", lambda pool, **n: {
+        "fit": training["cifar10"], "id": pictures("id", 52, 10, seed=1), "near": training[name].subset([5])})
+    return training
+
+
+whole_sets = trained._sets
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet"])
+def test_nothing_is_trained_whose_training_images_are_scored(small, monkeypatch, name):
+    leaky(monkeypatch, name)
+    row = replace(CELL, pretraining="tiny-imagenet")
+    for _ in range(2):                                    # a second call must not get by
+        with pytest.raises(OodlibError, match=rf"1 images of .* are also in {name}, which the models of the cifar"):
+            made_row(row)
+    assert not small and not made_folder(row).exists()
+
+
+def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, monkeypatch):
+    """What counts is what the checkpoint has seen, not what would be drawn today."""
+    row = replace(CELL, pretraining="tiny-imagenet")
+    training = leaky(monkeypatch, "cifar10")
+    monkeypatch.setattr(trained, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)})
+    path, = trained.pretrain(row).parent.glob("*.npy")
+    assert path.name == f"tiny-imagenet-{training['tiny-imagenet'].fingerprint[:16]}.npy" and len(np.load(path)) == 182
+    sets = {"near": training["tiny-imagenet"].subset([5])}
+    training["tiny-imagenet"] = pictures("tiny-imagenet", 10, 10, seed=7)
+    with pytest.raises(OodlibError, match=r"1 images of tiny-imagenet/test are also in tiny-imagenet"):
+        trained.check_test_images("cifar", sets)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.npy is damaged"):
+        trained.check_test_images("cifar", sets)
+
+
+@pytest.mark.slow
+def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
+    path, = trained._shipped_folder("embedded").glob("unicode-*.npy")
+    images = training_images("embedded", "unicode")
+    assert path.name == f"unicode-{images.fingerprint[:16]}.npy"
+    assert np.load(path).tolist() == sorted(int(digest[:16], 16) for digest in images.image_hashes())
+    for record in path.parent.glob("*-unicode-*.json"):
+        assert json.loads(record.read_text())["fingerprint"] == images.fingerprint
 
 
 @needs_mirror

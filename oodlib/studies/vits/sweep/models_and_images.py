@@ -183,6 +183,7 @@ class TrainedSource:
         from filelock import FileLock
 
         from oodlib.studies.vits.image_sets import pool_sets
+        from oodlib.studies.vits.trained import check_test_images
 
         key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
         folder = self.store / "images" / key
@@ -190,6 +191,7 @@ class TrainedSource:
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 sets = pool_sets(self.pool, n_fit=self.n_fit, n_test=self.n_test, n_ood=self.n_ood, n_unit=_N_UNIT)
+                check_test_images(self.pool, sets)
                 with atomic_folder(folder) as temporary:
                     for split in self.splits():
                         np.save(temporary / f"{split}.images.npy", sets[split].images)

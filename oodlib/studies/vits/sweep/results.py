@@ -38,7 +38,7 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
 
     Raises
     ------
-    OodlibError : an unknown pool; no model has its scores: no data root, images or weights of none at hand
+    OodlibError : a pool's table is missing or damaged; no model has its scores: no data root, no images, no weights
     """
     rows, name = _rows(networks)
     folder = Path(output) if output else root() / "data" / "sweeps" / name
@@ -76,7 +76,10 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
 def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
     """Rows of the pool that is named, or of the models that are: with their factors where a pool knows them."""
     if len(networks) == 1:
-        with contextlib.suppress(OodlibError):
-            return list(read_pool(find_pool(networks[0]))), Path(networks[0]).stem
+        table = None
+        with contextlib.suppress(OodlibError):                       # no such table: the name of a timm model
+            table = find_pool(networks[0])
+        if table or networks[0].endswith(".csv"):
+            return list(read_pool(networks[0])), Path(networks[0]).stem
     known = {row.network: row for row in read_pool("imagenet_timm")}
     return [known.get(name, PoolRow(name=name, network=name)) for name in networks], "timm_models"

@@ -20,6 +20,14 @@ def test_an_empty_folder_is_no_imagenet(tmp_path: Path) -> None:
         swept_models(["vit_base_patch16_224.augreg_in21k_ft_in1k"], data_root=str(tmp_path), output=str(tmp_path / "o"))
 
 
+def test_a_damaged_table_is_no_timm_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("name,network\na,b\n")
+    with pytest.raises(OodlibError, match=r"mine\.csv: the column weights is missing"):
+        swept_models([str(tmp_path / "mine.csv")], data_root="")
+    with pytest.raises(OodlibError, match=r"There is no pool '.*absent\.csv'"):
+        swept_models([str(tmp_path / "absent.csv")], data_root="")
+
+
 def test_what_is_done_counts_where_neither_images_nor_weights_are(tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object) -> str:
