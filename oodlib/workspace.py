@@ -50,7 +50,9 @@ def imported_modules(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [item.name for item in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise OodlibError(f"imported_modules: line {node.lineno} holds a relative import. Write the full name.")
             names += [f"{node.module}.{item.name}" for item in node.names]
         elif isinstance(node, ast.Attribute):
             names.append(ast.unparse(node))

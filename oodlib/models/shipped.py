@@ -187,7 +187,7 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
         "n_train": len(images), "train_fingerprint": images.fingerprint, "test_fingerprint": test.fingerprint,
         "mean": spec.mean, "std": spec.std, "dtype": "float16", "torch": torch.__version__, "device": where.type,
         "machine": platform.machine(), "threads": torch.get_num_threads(), "history": history,
-        "command": f"python -m oodlib train {name} --seed {seed}",
+        "command": f"python -m oodlib train {name} --seed {seed}", "code": code_hash(__name__),
     }
     if snapshots:
         _write(output / f"{name}_s{seed}_snapshots", snapshots, {**provenance, "epochs": spec.snapshots})

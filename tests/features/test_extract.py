@@ -1,6 +1,8 @@
 """One forward pass: the head is found, rows keep their order, the cache is keyed, an interrupted pass resumes."""
 
+import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from oodlib import FeatureBank, OodlibError, extract
+from oodlib import FeatureBank, OodlibError, extract, workspace
 from oodlib.data import ImageSet
 from oodlib.features.extract import stream
 from oodlib.models import FastConvNet
@@ -177,6 +179,49 @@ def test_cache_key_follows(tmp_path, images, change):
         options["layers"] = ["head"]
     extract(model, data, cache=tmp_path, device="cpu", **options)
     assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 2
+
+
+@pytest.fixture
+def fresh_hashes():
+    """What is known of the code is forgotten before and after."""
+    workspace.code_hash.cache_clear()
+    yield workspace.code_hash.cache_clear
+    workspace.code_hash.cache_clear()
+
+
+@pytest.mark.parametrize("change", ["the network's file", "a file that the pass reaches", "timm"])
+def test_edited_code_or_another_timm_gives_a_new_bank(tmp_path, images, model, monkeypatch, fresh_hashes, change):
+    options = {**STATS, "cache": tmp_path, "device": "cpu"}
+    first = extract(model, images, **options).meta
+    fresh_hashes()
+    assert extract(model, images, **options).meta == first
+    sha256, version = workspace.sha256, workspace.version
+    file = {"the network's file": "fast_convnet.py", "a file that the pass reaches": "augment.py"}.get(change)
+    if file:
+        monkeypatch.setattr(workspace, "sha256", lambda path: "edited" if path.name == file else sha256(path))
+    else:
+        monkeypatch.setattr(workspace, "version", lambda name: "0.0" if name == "timm" else version(name))
+    fresh_hashes()
+    other = extract(model, images, **options).meta
+    assert {name for name in first if first[name] != other[name]} == {"code"}
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_an_edited_class_of_the_users_gives_a_new_bank(tmp_path, images):
+    code = ("import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+            "        self.head = torch.nn.Linear(3, 2)\n    def forward(self, x):\n"
+            "        return self.head(x.{}((2, 3)))\n")
+    banks = []
+    for name in ("mean", "amax", "mean"):
+        (tmp_path / "net.py").write_text(code.format(name))
+        spec = importlib.util.spec_from_file_location("net_of_a_user", tmp_path / "net.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        torch.manual_seed(0)
+        banks.append(extract(module.Net(), images, **STATS, cache=tmp_path / "banks", device="cpu"))
+    del sys.modules["net_of_a_user"]
+    assert banks[0].meta == banks[2].meta and banks[0].meta["weights"] == banks[1].meta["weights"]
+    assert not np.allclose(banks[0].features, banks[1].features)
 
 
 def test_damaged_bank_is_refused(tmp_path, images):

@@ -97,6 +97,16 @@ def test_provenance_describes_the_file(tiny):
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
 
 
+def test_the_code_is_on_record_and_compared_for_live_networks_only(tiny, monkeypatch):
+    code = shipped.code_hash("oodlib.models.shipped")
+    path = train_and_save("tiny", device="cpu")
+    assert json.loads(path.with_suffix(".json").read_text())["code"] == code
+    assert load_or_train("tiny", device="cpu").provenance["code"] == code
+    monkeypatch.setattr(shipped, "code_hash", lambda *_: "edited")
+    assert load_trained("tiny").provenance["code"] == code
+    assert load_or_train("tiny", device="cpu").provenance["code"] == "edited"
+
+
 def test_stated_accuracy_is_that_of_the_file_as_loaded(tiny):
     train_and_save("tiny", device="cpu")
     trained, test = load_trained("tiny"), data("test")

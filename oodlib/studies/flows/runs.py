@@ -104,6 +104,7 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
                 table.assign(step=step).to_parquet(temporary, index=False, compression="zstd")
     write_json(folder / "run.json", {
         "flow": spec.name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__,
+        "code": code_hash(__name__),
         "network": {"image_shape": spec.image_shape, "steps": spec.steps, "levels": spec.levels, "hidden": spec.hidden},
         "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
         "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},

@@ -2,8 +2,9 @@
 
 Everything lies in ``data/training/vits_<pool>``: ``pretrained/<checkpoint>.safetensors`` and a folder per row with
 ``model.safetensors``, ``scores.parquet`` and ``run.json``, the last file to be written. What is there and was made by
-the same recipe is not made again. The embedded pool's pretrained checkpoints are shipped in ``data/checkpoints``.
-Beside checkpoints lie the hashes of the images that they were pretrained on, for `assert_never_trained_on`.
+the same recipe is not made again, whatever the code. The embedded pool's pretrained checkpoints are shipped in
+``data/checkpoints``. Beside checkpoints lie the hashes of the images that they were pretrained on, for
+`assert_never_trained_on`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,6 @@ from oodlib.studies.vits.score_table import geometry, norm_correlation, referenc
 from oodlib.studies.vits.soups import fill_greedily, fill_with_mean
 from oodlib.workspace import code_hash, root
 
-<<<<<<< HEAD
-__all__ = ["BUDGETS", "Budget", "check_test_images", "finetune_recipe", "is_made", "live_folder", "load_row",
-           "made_folder", "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row",
-           "train_command"]
-=======
 __all__ = [
     "BUDGETS",
     "Budget",
@@ -62,7 +58,6 @@ __all__ = [
     "score_row",
     "train_command",
 ]
->>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +115,20 @@ def pretrained_path(row: PoolRow) -> Path:
 def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Path:
     """Pretrain the checkpoint that a row starts from (resumable), unless it is there; returns its file.
 
-    OodlibError : the file is not the one its record describes
+    OodlibError : the file is not the one its record describes, or was made by another recipe
     """
-    path = pretrained_path(row)
+    path, recipe = pretrained_path(row), pretrain_recipe(row)
     if path.with_suffix(".json").exists():
-        if not path.exists() or sha256(path) != json.loads(path.with_suffix(".json").read_text())["sha256"]:
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if not path.exists() or sha256(path) != record["sha256"]:
             raise OodlibError(f"{path} is not the file its {path.stem}.json describes. Restore both, or delete both "
                               f"and train again: {train_command(row)}")
+        if record["recipe"] != asdict(recipe):
+            raise OodlibError(f"{path} was pretrained by another recipe, {record['recipe']}, than that of today, "
+                              f"{asdict(recipe)}. Restore the recipe, or delete the checkpoint and what was finetuned "
+                              f"from it and train again: {train_command(row)}")
         return path
-    pool, recipe = pool_of(row), pretrain_recipe(row)
+    pool = pool_of(row)
     mean, std = _statistics(pool)
     images = training_images(pool, row.pretraining)
     model = small_vit(row.network, len(images.class_names), dropout=row.dropout or 0.0,
@@ -152,7 +152,7 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
         "checkpoint": row.checkpoint, "recipe": asdict(recipe), "decay_integral": decay_integral(recipe),
         "images": len(images), "classes": len(images.class_names), "fingerprint": fingerprint,
         "dtype": "float16", "history": history, "sha256": sha256(path), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "command": train_command(row)})
+        "code": code_hash(__name__), "threads": torch.get_num_threads(), "command": train_command(row)})
     resume.unlink()
     return path
 
@@ -163,7 +163,10 @@ def made_folder(row: PoolRow) -> Path:
 
 
 def is_made(row: PoolRow, folder: Path | None = None) -> bool:
-    """Whether the folder (default: `made_folder`) holds this row, finished, made by the recipe of today."""
+    """Whether the folder (default: `made_folder`) holds this row, finished, made by the recipe of today.
+
+    Its code is on record (``code``, see `code_hash`) but not compared: hours of training outlive an edit.
+    """
     try:
         record = json.loads(((folder or made_folder(row)) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -232,6 +235,7 @@ def made_row(row: PoolRow, *, device: str = "auto", progress: bool = True, rows:
             "row": asdict(row), "start": _digest(start), "moved": _moved(start, model), **extra, **measures,
             "held_out_accuracy": evaluate(model, pixels[-HELD_OUT:], labels[-HELD_OUT:], *_statistics(pool)),
             "decay_integral": decay_integral(pretrain_recipe(row)), "torch": torch.__version__,
+            "code": code_hash(__name__),
             "sha256": sha256(temporary / "model.safetensors"), "threads": torch.get_num_threads(),
             "command": train_command(row)})
     resume.unlink(missing_ok=True)
@@ -317,7 +321,7 @@ def _soup(model: nn.Module, row: PoolRow, members: Sequence[PoolRow],
 
 
 def live_folder(row: PoolRow, *, device: str = "auto") -> Path:
-    """Folder of a model finetuned now, or earlier by the same code from the same checkpoint."""
+    """Folder of a model finetuned now, or earlier by the same code (`code_hash`) from the same checkpoint."""
     made_of = [asdict(row), repr(BUDGETS["embedded"]), _digest(load_file(pretrain(row, device=device))),
                "1 thread", code_hash(__name__)]
     made = made_once(made_of, "row/run.json", lambda output: made_row(row, device=device, progress=False,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oodlib import workspace
 from oodlib.data import EMBEDDED, ImageSet
 from oodlib.errors import OodlibError
 from oodlib.features.extract import extract
@@ -308,6 +309,23 @@ def test_another_recipe_trains_again(small, monkeypatch):
     made_row(replace(CELL, ft_lr=0.2))
     assert small == [CELL.checkpoint, "cell", "cell", "cell"]
     assert record(CELL)["recipe"]["lr"] == 0.2 and not torch.equal(weights(CELL)["head.bias"], first)
+
+
+def test_what_was_trained_at_length_outlives_an_edit_but_not_another_recipe(small, monkeypatch):
+    """Only what is finetuned on the spot is keyed by its code; elsewhere the code is on record."""
+    made_row(CELL)
+    load_row(LIVE)
+    code = workspace.code_hash("oodlib.studies.vits.trained")
+    checkpoint = json.loads(pretrained_path(CELL).with_suffix(".json").read_text())
+    assert record(CELL)["code"] == checkpoint["code"] == load_row(LIVE).provenance["code"] == code
+    assert len(small) == 4
+    monkeypatch.setattr(trained, "code_hash", lambda *_: "edited")
+    made_row(CELL)
+    assert record(CELL)["code"] == code and len(small) == 4
+    assert load_row(LIVE).provenance["code"] == "edited" and small[4:] == ["cell"]
+    monkeypatch.setitem(trained.BUDGETS, "cifar", replace(trained.BUDGETS["cifar"], pretraining=128))
+    with pytest.raises(OodlibError, match=r"s0\.safetensors was pretrained by another recipe, .*256.*128"):
+        made_row(replace(CELL, name="low", ft_lr=0.03))
 
 
 def test_cells_see_the_images_in_one_order_and_members_in_their_own(small, monkeypatch):

@@ -32,6 +32,7 @@ from oodlib.files import atomic_folder, remove_parts, write_json
 from oodlib.studies.vits.pool_table import PoolRow, read_pool
 from oodlib.studies.vits.sweep.models_and_images import FIT, Opened, Source
 from oodlib.studies.vits.sweep.tables import make_table, read_record
+from oodlib.workspace import code_hash
 
 if TYPE_CHECKING:
     from oodlib.features.feature_bank import FeatureBank
@@ -226,8 +227,8 @@ def _pass(job: Job) -> dict[str, Any]:
         fitted.save(job.folder / f"{FIT}.safetensors")
     labelled = count["labelled"] if job.split in (FIT, "id") else 0
     accuracy = {"accuracy": count["right"] / labelled} if labelled else {}
-    return {"images": count["images"], "device": str(pick_device(device)), "torch": torch.__version__, **accuracy,
-            **facts}
+    return {"images": count["images"], "device": str(pick_device(device)), "torch": torch.__version__,
+            "code": code_hash(__name__), **accuracy, **facts}
 
 
 def _kept(banks: Iterable[FeatureBank], folder: Path, opened: Opened, facts: dict[str, Any]) -> Iterator[FeatureBank]:
