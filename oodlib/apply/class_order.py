@@ -16,6 +16,7 @@ __all__ = ["ClassCheck", "check_classes"]
 class ClassCheck:
     """Are the labels the model's classes, in its order?
 
+    n : images whose label is known; unknown : the others, which count nowhere
     accuracy : share of images whose label is the model's answer
     chance : share of the most frequent label, what a blind guess would get
     best : accuracy if the labels were renamed one to one as well as possible
@@ -27,6 +28,7 @@ class ClassCheck:
     chance: float
     best: float
     order: NDArray[np.int64]
+    unknown: int = 0
 
     @property
     def hint(self) -> str:
@@ -49,15 +51,19 @@ class ClassCheck:
 
 
 def check_classes(bank: FeatureBank) -> ClassCheck | None:
-    """Compare labels and answers; None where the labels are not 0 .. C-1, all of them present."""
+    """Compare labels and answers; None where the known labels (not -1) are not 0 .. C-1, all of them present."""
     from scipy.optimize import linear_sum_assignment
 
     classes = bank.head.num_classes
-    if bank.labels is None or not np.array_equal(np.unique(bank.labels), np.arange(classes)):
+    if bank.labels is None:
+        return None
+    known = bank.labels >= 0
+    labels = bank.labels[known]
+    if not np.array_equal(np.unique(labels), np.arange(classes)):
         return None
     counts = np.zeros((classes, classes), dtype=np.int64)                 # label by answer
-    np.add.at(counts, (bank.labels, bank.logits.argmax(1)), 1)
+    np.add.at(counts, (labels, bank.logits[known].argmax(1)), 1)
     rows, order = linear_sum_assignment(-counts)
-    n = len(bank)
+    n = len(labels)
     return ClassCheck(n, float(np.trace(counts) / n), float(counts.sum(1).max() / n),
-                      float(counts[rows, order].sum() / n), order)
+                      float(counts[rows, order].sum() / n), order, bank.unknown)

@@ -77,7 +77,8 @@ def _accuracy(bank: FeatureBank, where: str) -> str:
         return "" if bank.labels is None or (bank.labels < 0).all() else ", accuracy unknown: not one folder per class"
     if check.hint:
         print(f"warning: {where}: {check.hint}", file=sys.stderr)
-    return f", accuracy {check.accuracy:.1%}"
+    left_out = f" ({check.unknown} of unknown label left out)" if check.unknown else ""
+    return f", accuracy {check.accuracy:.1%}{left_out}"
 
 
 def _literal(value: str) -> Any:

@@ -1,13 +1,19 @@
-"""A user's own network and data: models by name or function, image folders, feature files, a check of the labels."""
+"""A network to score with, by name: the suite's, a public one, timm's, or a function of the user's."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
+import pickle
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 from torch import nn
 
@@ -17,21 +23,41 @@ from oodlib.files import sha256
 
 __all__ = ["load_network"]
 
-_OWN: set[str] = set()                                     # modules that were loaded from a user's file
+# private name of the module of a user's file -> the modules that it imported from its own folder
+_BESIDE: dict[str, dict[str, ModuleType]] = {}
 
 
 @dataclass(frozen=True)
 class OwnTransform:
-    """A user's transform under a name that stays the same between runs, for caches: no memory addresses."""
+    """A user's transform under a name that stays the same between runs, for caches: no memory addresses.
+
+    A worker process that is handed a transform from a file runs that file again, under the same private name.
+    """
 
     function: Transform
     source: str
+    module: str = ""
+    file: str = ""
 
     def __call__(self, picture: Any) -> Any:
         return self.function(picture)
 
     def __repr__(self) -> str:
-        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.function)) + self.source
+        name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.function))
+        return (name.replace(self.module, Path(self.file).stem) if self.file else name) + self.source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not self.file:
+            return OwnTransform, (self.function, self.source)
+        with _importable(self.module, Path(self.file)):
+            return _reopened, (pickle.dumps(self.function), self.source, self.module, self.file)
+
+
+def _reopened(function: bytes, source: str, module: str, file: str) -> OwnTransform:
+    if module not in sys.modules:
+        _run_file(Path(file), module)
+    with _importable(module, Path(file)):
+        return OwnTransform(pickle.loads(function), source, module, file)
 
 
 def load_network(name: str, *, weights: str | None = None, num_classes: int | None = None,
@@ -42,7 +68,8 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
     ----------
     name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1, ``latin_fast``), a
         public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of yours that
-        returns ``(model, transform)``: ``package.module:function`` or ``path/to/file.py:function``
+        returns ``(model, transform)``: ``package.module:function`` or ``path/to/file.py:function``. The file may import
+        what lies beside it while it is loaded and its function runs, not later
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number of classes where
         that is not the model's own
 
@@ -76,31 +103,75 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
                                       transforms.Normalize(mean, std)])
 
 
-def _from_function(module_name: str, function: str) -> tuple[nn.Module, Transform]:
-    path = Path(module_name)
-    if module_name.endswith(".py"):
-        if not path.is_file():
-            raise OodlibError(f"score: there is no file {path}. Give path/to/file.py:function.")
-        sys.path.insert(0, str(path.resolve().parent))     # so that worker processes and its own imports find it
-        module_name = path.stem
-        if module_name in _OWN:                            # an earlier version, or a file of the same name elsewhere
-            sys.modules.pop(module_name, None)
-        importlib.invalidate_caches()
-        if module_name not in sys.modules:
-            _OWN.add(module_name)
+def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
+    file = Path(place).resolve() if place.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise OodlibError(f"score: there is no file {place}. Give path/to/file.py:function.")
     try:
-        module = importlib.import_module(module_name)
-        result = getattr(module, function)()
+        if file is None:
+            module = importlib.import_module(place)
+            result = getattr(module, function)()
+        else:
+            module = _run_file(file, f"_own_{uuid4().hex}")
+            with _importable(module.__name__, file):
+                result = getattr(module, function)()
     except Exception as error:                             # a user's code may raise anything
-        raise OodlibError(f"score: {module_name}:{function} failed ({type(error).__name__}: "
+        raise OodlibError(f"score: {place}:{function} failed ({type(error).__name__}: "
                           f"{(str(error).splitlines() or [''])[0][:200]}). It must be a "
                           "function without arguments that returns (model, transform).") from error
-    loaded = Path(getattr(module, "__file__", None) or "")
-    if path.suffix == ".py" and loaded.resolve() != path.resolve():
-        raise OodlibError(f"score: Python knows another module {module_name!r} ({loaded}). Rename {path}.")
     if (not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module)
             or not callable(result[1])):
-        raise OodlibError(f"score: {module_name}:{function} must return (model, transform), an nn.Module and a "
+        raise OodlibError(f"score: {place}:{function} must return (model, transform), an nn.Module and a "
                           f"function of PIL images, got {type(result).__name__}.")
-    return result[0].eval(), OwnTransform(result[1], f" {sha256(loaded)}" if loaded.is_file() else "")
+    files = [Path(found.__file__ or "") for found in (module, *_BESIDE.get(module.__name__, {}).values())
+             if getattr(found, "__file__", None)]
+    source = "".join(f" {sha256(path)}" for path in files if path.is_file())
+    if file is None:
+        return result[0].eval(), OwnTransform(result[1], source)
+    return result[0].eval(), OwnTransform(result[1], source, module.__name__, str(file))
 
+
+def _run_file(file: Path, name: str) -> ModuleType:
+    """Run a user's file as a module of that name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module                             # as the import statement does, before it runs
+    try:
+        with _importable(name, file):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _importable(name: str, file: Path) -> Iterator[None]:
+    """What lies beside a user's file can be imported for a while; then Python knows neither the folder nor its modules.
+
+    name : of the file's own module, which keeps what it imports from there
+    """
+    if str(file.parent) in (str(Path(entry).resolve()) for entry in sys.path):
+        yield                                              # the folder can be imported from anyway
+        return
+    kept = _BESIDE.setdefault(name, {})
+    before, hidden = set(sys.modules), {other: sys.modules[other] for other in kept if other in sys.modules}
+    sys.modules.update(kept)
+    sys.path.insert(0, str(file.parent))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):              # taken out by the user's file
+            sys.path.remove(str(file.parent))
+        new = kept.keys() | (sys.modules.keys() - before)
+        tops = {other for other in new if "." not in other and _lies_in(sys.modules.get(other), file.parent)}
+        kept |= {other: sys.modules.pop(other) for other in new
+                 if other.partition(".")[0] in tops and other in sys.modules}
+        sys.modules.update(hidden)
+
+
+def _lies_in(module: ModuleType | None, folder: Path) -> bool:
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(place and Path(place).parent == folder for place in places)

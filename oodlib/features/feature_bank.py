@@ -122,7 +122,8 @@ class FeatureBank:
         return len(self.features)
 
     def __repr__(self) -> str:
-        return (f"FeatureBank({len(self)} x {self.features.shape[1]} features, {self.head.num_classes} classes"
+        unknown = f", {self.unknown} labels unknown" if self.labels is not None and self.unknown else ""
+        return (f"FeatureBank({len(self)} x {self.features.shape[1]} features, {self.head.num_classes} classes{unknown}"
                 f"{', ' + self.meta['data'] if 'data' in self.meta else ''})")
 
     def subset(self, index: NDArray | slice) -> FeatureBank:
@@ -132,17 +133,29 @@ class FeatureBank:
                            {k: v[index] for k, v in self.layers.items()}, self.meta)
 
     @property
+    def unknown(self) -> int:
+        """Number of rows whose label is not known: -1, or none at all."""
+        return len(self) if self.labels is None else int((self.labels < 0).sum())
+
+    @property
     def accuracy(self) -> float:
-        """Share of rows whose arg-max logit is the label, in [0, 1]."""
-        if self.labels is None:
-            raise OodlibError("FeatureBank.accuracy: this bank has no labels.")
-        return float((self.logits.argmax(1) == self.labels).mean())
+        """Share of rows of known label whose arg-max logit is the label, in [0, 1]; `unknown` counts the others.
+
+        OodlibError : no label is known
+        """
+        if self.labels is None or self.unknown == len(self):
+            raise OodlibError("FeatureBank.accuracy: this bank has no labels."
+                              + ("" if self.labels is None else " All are -1, which stands for unknown."))
+        known = self.labels >= 0
+        return float((self.logits.argmax(1) == self.labels)[known].mean())
 
     def require_accuracy(self, at_least: float, *, what: str = "the network") -> float:
         """The accuracy, or OodlibError if it is lower: no OOD score means anything without it."""
         if self.accuracy < at_least:
-            raise OodlibError(f"{what}: accuracy {self.accuracy:.1%} on {len(self)} ID images, expected at least "
-                              f"{at_least:.1%}. Check the weights, the label order and the transform.")
+            left_out = f" ({self.unknown} of unknown label left out)" if self.unknown else ""
+            raise OodlibError(f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID images"
+                              f"{left_out}, expected at least {at_least:.1%}. Check the weights, the label order and "
+                              "the transform.")
         return self.accuracy
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,10 +1,11 @@
-"""The device a model runs on, and what identifies a model: the hash of its weights and of its code."""
+"""The device a model runs on, its random state, and what identifies a model: hashes of its weights and of its code."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import inspect
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from oodlib.errors import OodlibError
 from oodlib.workspace import code_hash
 
-__all__ = ["model_code_hash", "pick_device", "weights_hash"]
+__all__ = ["model_code_hash", "pick_device", "random_state", "weights_hash"]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -27,6 +28,32 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def random_state(device: str | torch.device = "cpu") -> Iterator[Callable[[int], None]]:
+    """Yields the function that seeds torch's global generators, the CPU's and the device's; both are given back after.
+
+    `torch.manual_seed` would seed those of every device, and nobody would give them back.
+    """
+    generators, where = [torch.default_generator], torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.init()
+        index = torch.cuda.current_device() if where.index is None else where.index
+        generators.append(torch.cuda.default_generators[index])
+    elif where.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    states = [generator.get_state() for generator in generators]
+
+    def seed_torch(seed: int) -> None:
+        for generator in generators:
+            generator.manual_seed(seed)
+
+    try:
+        yield seed_torch
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -158,15 +158,15 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
 
     The accuracy in the provenance is that of the half-precision weights as written, on the whole test split.
     """
-    from oodlib.models.device import pick_device
+    from oodlib.models.device import pick_device, random_state
 
     spec, output = _spec(name), output or folder()
     where = pick_device(device)
     images, test = spec.data("train"), spec.data("test")
     pixels, labels = torch.from_numpy(images.images[:]), torch.from_numpy(images.labels[:])
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with random_state() as seed_torch:
+        seed_torch(seed)
         model = spec.network()
     model.initialise(normalise(pixels[:5000], mean, std))
     resume = folder().parent / "training" / f"{name}_s{seed}.pt"

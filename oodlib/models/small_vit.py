@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from oodlib.errors import OodlibError
+from oodlib.models.device import random_state
 
 __all__ = ["NETWORKS", "UnitNorm", "small_vit"]
 
@@ -66,8 +66,8 @@ def small_vit(name: str, num_classes: int, *, dropout: float = 0.0, stochastic_d
         raise OodlibError(f'small_vit: the network must be one of {", ".join(NETWORKS)} and the head "raw" or "unit", '
                           f"got {name!r} and {head!r}.")
     width, depth, heads, channels, strides = NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with random_state() as seed_torch:
+        seed_torch(seed)
         stem = ConvStem(channels=channels, stride=strides, depth=len(channels), act_layer=nn.GELU)
         options: dict[str, Any] = {"img_size": 32, "patch_size": 1, "embed_dim": width, "depth": depth,
                                    "num_heads": heads, "num_classes": num_classes, "class_token": False,

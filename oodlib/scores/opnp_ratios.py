@@ -33,7 +33,7 @@ class Sweep:
 
     low (L,), high (H,) : the ratios
     scores : set -> (L, H, N) float64, larger = more OOD; NaN where low + high is 1 or more; "id" is the ID set
-    accuracy : (L, H) of the ID set; NaN where it has no labels
+    accuracy : (L, H) of the ID images whose label is known; NaN where none is
     """
 
     low: NDArray[np.float64]
@@ -93,7 +93,8 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
                [_part(weight, rank >= n - tail_size(ratio, n)) for ratio in high]]
     valid = np.add.outer(np.asarray(low), np.asarray(high)) < 1
     scores = {name: np.full((*valid.shape, len(bank)), np.nan) for name, bank in banks.items()}
-    right = np.where(valid & (labels is not None), 0.0, np.nan)
+    known = 0 if labels is None else int((labels >= 0).sum())
+    right = np.where(valid & (known > 0), 0.0, np.nan)
     base, bias = torch.from_numpy(weight), torch.from_numpy(np.array(head.bias, dtype=np.float32))
     rows = max(1, arrays.BLOCK // (2 * max(weight.shape)))
     for name, bank in banks.items():
@@ -108,9 +109,9 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
                 for j in np.flatnonzero(valid[i]):
                     pruned = without - highs[j]
                     scores[name][i, j, part] = score(pruned)
-                    if name == "id" and labels is not None:
+                    if name == "id" and labels is not None and known:
                         right[i, j] += float((pruned.argmax(1).numpy() == labels[part]).sum())
-    return Sweep(np.array(low, dtype=float), np.array(high, dtype=float), scores, right / len(banks["id"]))
+    return Sweep(np.array(low, dtype=float), np.array(high, dtype=float), scores, right / max(known, 1))
 
 
 def _part(weight: NDArray[np.float32], removed: NDArray[np.bool_]) -> tuple[Tensor | None, Tensor]:

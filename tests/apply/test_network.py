@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import multiprocessing
 import sys
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from oodlib import FeatureBank, OodlibError, create
 from oodlib.apply import command, inputs
 from oodlib.apply.class_order import check_classes
-from oodlib.apply.inputs import FeatureFile
+from oodlib.apply.inputs import FeatureFile, open_images
 from oodlib.apply.network import load_network
 from oodlib.metrics import threshold
 
@@ -34,9 +36,8 @@ def broken():
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(tmp_path):
     """A user's file, and folders id/ and new/ of small images; gives the path of the file."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
     name = f"net_{tmp_path.name}"
     file = tmp_path / f"{name}.py"
     file.write_text(CODE.format(seed=0))
@@ -46,7 +47,7 @@ def own(tmp_path, monkeypatch):
         for i in range(7):
             Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
     yield file
-    sys.modules.pop(name, None)
+    sys.modules.pop(name, None)                            # of the test that imports it
 
 
 def run(tmp_path, *arguments):
@@ -59,8 +60,7 @@ def run(tmp_path, *arguments):
 def test_a_function_in_a_file_is_scored_with_its_own_transform(own, tmp_path):
     rows = run(tmp_path, "--model", f"{own}:make", "--images", tmp_path / "new", "--id-images", tmp_path / "id",
                "--detector", "energy")
-    module = importlib.import_module(own.stem)
-    model, transform = module.make()
+    model, transform = load_network(f"{own}:make")
     with torch.no_grad():
         logits = {name: model(torch.stack([transform(Image.open(tmp_path / name / f"{i}.png")) for i in range(7)]))
                   for name in ("id", "new")}
@@ -100,11 +100,88 @@ def test_options_of_timm_models_are_refused_for_functions(own):
         load_network(f"{own}:make", num_classes=3)
 
 
-def test_another_module_of_the_same_name_is_not_mistaken_for_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    (tmp_path / "csv.py").write_text("def reader():\n    pass\n")
-    with pytest.raises(OodlibError, match=r"Python knows another module|failed"):
-        load_network(f"{tmp_path / 'csv.py'}:reader")
+def test_a_file_named_like_a_known_module_is_no_other_module(own, tmp_path):
+    (tmp_path / "csv.py").write_text(CODE.format(seed=0))
+    assert isinstance(load_network(f"{tmp_path / 'csv.py'}:make")[0], nn.Module)
+    assert sys.modules["csv"] is csv
+
+
+WITH_SIBLINGS = '''
+from torch import nn
+import helper
+class Crop:
+    def __call__(self, picture):
+        return helper.tensor(picture)
+def make():
+    import parts.late
+    return nn.Sequential(nn.Flatten(), nn.Linear(parts.late.WIDTH, 3)), {transform}
+'''
+
+
+@pytest.fixture
+def with_siblings(own, tmp_path):
+    """A user's file that imports what lies beside it; other files there bear names of Python's modules."""
+    def make(transform="Crop()"):
+        own.write_text(WITH_SIBLINGS.format(transform=transform))
+        (tmp_path / "helper.py").write_text(CODE + "class Own:\n    __call__ = staticmethod(tensor)\n")
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / "late.py").write_text("WIDTH = 48\n")
+        for name in ("json", "colorsys", "utils"):
+            (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
+        return own
+    return make
+
+
+def test_a_file_imports_what_lies_beside_it_and_leaves_nothing_behind(with_siblings):
+    path, modules = [*sys.path], set(sys.modules)
+    sys.modules.pop("colorsys", None)
+    model, transform = load_network(f"{with_siblings()}:make")
+    assert transform(Image.new("RGB", (8, 8))).shape == (3, 4, 4) and model[1].in_features == 48
+    assert sys.path == path
+    assert {name for name in set(sys.modules) - modules if not name.startswith("_own_")} == set()
+    for name in ("helper", "parts", "utils"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(name)
+    assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 0) == (0.0, 0.0, 0)
+
+
+def test_a_file_that_fails_leaves_nothing_behind(own, tmp_path):
+    path, modules = [*sys.path], set(sys.modules)
+    (tmp_path / "half.py").write_text("x = 1\n")
+    own.write_text("import half\nraise KeyError('weights')\n")
+    with pytest.raises(OodlibError, match=r"failed .*KeyError"):
+        load_network(f"{own}:make")
+    assert sys.path == path and set(sys.modules) == modules
+
+
+def test_a_folder_that_is_on_the_path_stays_there(own, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{own.stem}_x.py").write_text("y = 1\n")
+    own.write_text(f"import {own.stem}_x\n" + CODE.format(seed=0))
+    before = [*sys.path]
+    load_network(f"{own}:make")
+    assert sys.path == before and sys.modules.pop(f"{own.stem}_x").y == 1
+
+
+def test_a_changed_file_beside_the_model_changes_the_transforms_name(with_siblings, tmp_path):
+    file = with_siblings()
+    first = repr(load_network(f"{file}:make")[1])
+    assert first == repr(load_network(f"{file}:make")[1]) and file.stem in first and "_own_" not in first
+    with open(tmp_path / "helper.py", "a") as text:
+        text.write("more = 1\n")
+    assert repr(load_network(f"{file}:make")[1]) != first
+
+
+@pytest.mark.parametrize("transform", ["Crop()", "helper.tensor", "helper.Own()"])
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_worker_processes_find_the_transform(with_siblings, tmp_path, transform, start):
+    if start not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {start} on this system")
+    found = load_network(f"{with_siblings(transform)}:make")[1]
+    images = open_images(tmp_path / "new", found)
+    batch, labels = next(iter(DataLoader(images, batch_size=7, num_workers=1, multiprocessing_context=start)))
+    expected = torch.stack([found(images.picture(i)) for i in range(7)])
+    assert torch.equal(batch, expected) and labels.tolist() == [-1] * 7
 
 
 def test_a_file_of_the_same_name_in_another_folder_is_another_model(own, tmp_path):
@@ -224,6 +301,17 @@ def test_wrong_order_is_told_from_wrong_answers(blobs):
 def test_labels_that_are_not_the_classes_are_not_judged(blobs):
     assert check_classes(relabelled(blobs[1], None)) is None
     assert check_classes(relabelled(blobs[1], np.minimum(blobs[1].labels, 2))) is None
+
+
+def test_unknown_labels_are_left_out_and_counted(blobs, arrays, tmp_path, capsys):
+    test = blobs[1]
+    labels = np.where(np.arange(len(test)) % 8 == 0, -1, test.labels)
+    check, known = check_classes(relabelled(test, labels)), test.subset(labels >= 0)
+    assert check.accuracy == check_classes(known).accuracy > 0.9 and check.order.tolist() == [0, 1, 2, 3]
+    assert (check.n, check.unknown) == (350, 50)
+    np.savez(tmp_path / "id.npz", **arrays["id"] | {"labels": labels})
+    run(tmp_path, "--images", tmp_path / "id.npz", "--id-images", tmp_path / "id.npz")
+    assert f"accuracy {known.accuracy:.1%} (50 of unknown label left out)" in capsys.readouterr().out
 
 
 def test_wrong_order_is_a_warning_on_the_command_line(arrays, tmp_path, capsys):

@@ -16,7 +16,6 @@ from oodlib.models.training.classifier import Recipe
 
 module = importlib.import_module("oodlib.experiments.testbed")       # the package's testbed is its function
 TAG = "test_resnet.r160_in1k"
-module = importlib.import_module("oodlib.experiments.testbed")       # the package hands on a function of this name
 
 
 @pytest.fixture

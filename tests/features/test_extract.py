@@ -218,6 +218,16 @@ def test_bank_refuses_arrays_that_do_not_fit(change, message):
         FeatureBank.from_arrays(**arrays)
 
 
+def test_unknown_labels_count_neither_as_right_nor_as_wrong():
+    bank = FeatureBank.from_arrays(np.eye(4, 2), weight=np.eye(2), labels=[0, 0, -1, -1])        # answers 0, 1, 0, 0
+    assert bank.accuracy == 0.5 and bank.unknown == 2 and "2 labels unknown" in repr(bank)
+    assert bank.require_accuracy(0.5) == 0.5 and "unknown" not in repr(bank.subset(slice(0, 2)))
+    with pytest.raises(OodlibError, match=r"accuracy 50\.0% on 2 ID images \(2 of unknown label left out\)"):
+        bank.require_accuracy(0.6)
+    with pytest.raises(OodlibError, match=r"no labels\. All are -1"):
+        bank.subset(slice(2, 4)).accuracy   # noqa: B018
+
+
 def test_weights_hash_sees_one_changed_value(model):
     before = weights_hash(model)
     with torch.no_grad():

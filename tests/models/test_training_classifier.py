@@ -97,6 +97,14 @@ def test_resume_refuses_another_recipe_or_seed(bright, tmp_path, change):
         run(bright, checkpoint=tmp_path / "a.pt", **change)
 
 
+@pytest.mark.parametrize("damage", [lambda d: d[:-100], lambda d: d[:10], lambda d: b""])
+def test_a_damaged_checkpoint_is_named(bright, tmp_path, damage):
+    run(bright, checkpoint=tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(damage((tmp_path / "a.pt").read_bytes()))
+    with pytest.raises(OodlibError, match=r"a\.pt is damaged .*Delete it"):
+        run(bright, checkpoint=tmp_path / "a.pt")
+
+
 def test_too_few_images_for_one_batch(bright):
     with pytest.raises(OodlibError, match="48 images do not fill one batch of 64"):
         run(bright, batch_size=64)

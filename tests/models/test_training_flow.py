@@ -20,6 +20,7 @@ from oodlib.models.glow import Glow, quantise
 from oodlib.models.training import flow as flow_training
 from oodlib.models.training.augment import hash_seed
 from oodlib.models.training.flow import FlowRecipe, mean_bits_per_dim, snapshot_path, train_flow
+from oodlib.models.training.state import load_state
 
 STEPS = (0, 4, 13)                                                    # 10 steps are an epoch
 RECIPE = {"snapshots": STEPS, "batch_size": 32, "lr": 0.01, "warmup": 4, "n_initialise": 256, "flip": "random",
@@ -223,7 +224,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["save_file", "_write", "write_json"])
+@pytest.mark.parametrize("place", ["save_file", "save_state", "write_json"])
 def test_an_interruption_while_a_snapshot_is_written_does_no_harm(whole, tmp_path, monkeypatch, place):
     run(tmp_path, snapshots=STEPS[:2])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -235,7 +236,7 @@ def test_an_interruption_while_a_snapshot_is_written_does_no_harm(whole, tmp_pat
 
 def test_a_run_stopped_before_its_first_state_starts_again(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flow_training, "_write", interrupt)
+        patch.setattr(flow_training, "save_state", interrupt)
         run(tmp_path)
     assert sorted(weights(tmp_path)) == ["step_0000000.safetensors"]
     run(tmp_path)
@@ -252,7 +253,7 @@ def run_until_killed(folder: str, step: int) -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path, killed_process):
     killed_process("test_training_flow", f"run_until_killed({str(tmp_path)!r}, 7)")
-    assert flow_training._read(tmp_path / "resume.pt")["step"] == 6
+    assert load_state(tmp_path / "resume.pt")["step"] == 6
     steps = []
     with before_each_step(lambda number, _: steps.append(number)):
         model, history = run(tmp_path)
@@ -302,7 +303,7 @@ def test_an_overflow_stops_the_run_and_keeps_what_was_good(tmp_path, monkeypatch
     with pytest.raises(OodlibError, match=rf"{message}.*Lower lr.*step_0000000\.safetensors"):
         run(tmp_path, snapshots=snapshots, lr=1e3, warmup=0, clip=NO_CLIP)
     assert sorted(files(tmp_path)) == ["resume.pt", "step_0000000.json", "step_0000000.safetensors"]
-    for state in (load_file(snapshot_path(tmp_path, 0)), flow_training._read(tmp_path / "resume.pt")["model"]):
+    for state in (load_file(snapshot_path(tmp_path, 0)), load_state(tmp_path / "resume.pt")["model"]):
         model = network()
         model.load_state_dict(state)
         assert math.isfinite(mean_bits_per_dim(model, VALIDATION, seed=0))

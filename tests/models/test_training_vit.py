@@ -158,6 +158,18 @@ def test_global_random_states_are_given_back(end, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_the_random_state_of_the_device_in_use_is_given_back(monkeypatch):
+    """A generator in the place of the CUDA device's, which dropout would draw from."""
+    card, used = torch.Generator().manual_seed(3), []
+    whole = training.random_state
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "default_generators", (card,))
+    monkeypatch.setattr(training, "random_state", lambda device: used.append(device) or whole("cuda:0"))
+    before = card.get_state()
+    run(replace(RICH, samples=48))
+    assert used == ["cpu"] and torch.equal(card.get_state(), before)
+
+
 def test_weight_decay_touches_weight_matrices_and_filters_only():
     """One step at rate lr shrinks those by lr * weight_decay, whatever their gradient."""
     start = {name: p.detach().clone() for name, p in small_vit("tiny", CLASSES, dropout=0.1).named_parameters()}
@@ -258,8 +270,8 @@ def test_the_penalty_is_the_squared_coefficient_of_variation(batch):
 @pytest.mark.parametrize("n", [8, 7])
 def test_a_batch_keeps_its_shape_and_its_targets_sum_to_one(aug, n):
     recipe = replace(PLAIN, aug=aug, shift=2, flip="random")
-    with training._random_state():
-        training._seed_all(0)
+    with training._random_state("cpu") as seed_all:
+        seed_all(0)
         x, targets = training._batch(IMAGES[:n], LABELS[:n], CLASSES, recipe, training._rand_augment(recipe), MEAN, STD)
     assert x.shape == (n, 3, 32, 32) and x.dtype == torch.float32
     torch.testing.assert_close(targets.sum(1), torch.ones(n))

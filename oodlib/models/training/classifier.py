@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_path
 from oodlib.models.training.augment import augment, hash_seed, normalise
+from oodlib.models.training.state import load_state, save_state
 
 __all__ = ["Recipe", "evaluate", "train"]
 
@@ -99,7 +99,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
 
     Raises
     ------
-    OodlibError : the checkpoint belongs to another recipe or seed
+    OodlibError : the checkpoint is damaged, or belongs to another recipe or seed
     """
     n = len(images)
     steps_per_epoch = n // recipe.batch_size
@@ -113,13 +113,15 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
     step, key = 0, {"recipe": asdict(recipe), "seed": seed, "n": n}
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        state = load_state(checkpoint)
         if state["key"] != key:
             raise OodlibError(f"train: {checkpoint} was written with {state['key']}, this run asks for {key}. "
                               "Delete it to start afresh, or restore the old settings.")
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         slow, history, step = state["slow"], state["history"], state["step"]
+        if slow is not None:
+            slow = {name: value.to(device) for name, value in slow.items()}
 
     if on_epoch and step == 0:
         on_epoch(0, model.eval())
@@ -158,9 +160,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
         history.append({"epoch": epoch + 1, "step": step, "loss": float(np.mean(losses)),
                         "seconds": time.perf_counter() - started})
         if checkpoint:
-            with atomic_path(checkpoint) as temporary:
-                torch.save({"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "slow": slow,
-                            "history": history, "step": step}, temporary)
+            save_state(checkpoint, {"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                                    "slow": slow, "history": history, "step": step})
         if on_epoch:
             on_epoch(epoch + 1, model.eval())
     bar.close()

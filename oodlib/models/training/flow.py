@@ -7,7 +7,6 @@ step by step instead of epoch by epoch, gradients are clipped, and the rate is s
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, sha256, write_json
 from oodlib.models.glow import Glow, bits_per_dim, dequantise
 from oodlib.models.training.augment import augment, hash_seed
+from oodlib.models.training.state import load_state, save_state
 
 __all__ = ["FlowRecipe", "kept_step", "mean_bits_per_dim", "snapshot_path", "train_flow"]
 
@@ -108,7 +108,7 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
     history: list[dict[str, Any]] = []
     step, seconds, losses, resume = 0, 0.0, [], folder / "resume.pt"
     if resume.exists():
-        state = _read(resume)
+        state = load_state(resume)
         if state["key"] != key:
             raise OodlibError(f"train_flow: {resume} belongs to another run: {state['key']}, this one is {key}. "
                               "Delete the folder to start afresh, or restore the old settings.")
@@ -134,8 +134,9 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
 
     def save() -> None:
         nonlocal saved
-        _write(resume, {"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                        "history": history, "step": step, "seconds": time.monotonic() - started, "losses": losses})
+        save_state(resume, {"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                            "history": history, "step": step, "seconds": time.monotonic() - started, "losses": losses},
+                   checksum=True)
         saved = time.monotonic()
 
     def keep() -> None:
@@ -226,24 +227,6 @@ def _load(model: Glow, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise OodlibError(f"train_flow: {path} is missing or damaged ({error}). Restore it, or train in another "
                           "folder.") from error
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    """A torch file behind its own SHA-256, so that a damaged one is found before it is used."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(hashlib.sha256(payload).digest())
-        file.write(payload)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        raise OodlibError(f"train_flow: {path} is damaged: its checksum does not match. Delete it; the run then "
-                          "starts afresh and writes the same snapshots again.")
-    return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
 
 
 def kept_step(history: Sequence[Mapping[str, Any]], epochs: float, *, nearest: bool = False) -> int:

@@ -9,11 +9,10 @@ CLIP-like objective is ours: InfoNCE between an image's unit-norm feature and th
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +24,9 @@ from torch.nn.functional import cross_entropy, log_softmax, normalize
 from tqdm import tqdm
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_path
+from oodlib.models.device import random_state
 from oodlib.models.training.augment import augment, hash_seed, normalise
+from oodlib.models.training.state import load_state, save_state
 
 __all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
 
@@ -121,7 +121,7 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
     history: list[dict[str, float]] = []
     step, seconds, losses = 0, 0.0, []
     if checkpoint and checkpoint.exists():
-        state = _read(checkpoint)
+        state = load_state(checkpoint)
         if state["key"] != key:
             raise OodlibError(f"fit_vit: {checkpoint} belongs to another recipe, seed or images. Delete it to start "
                               "afresh.")
@@ -132,7 +132,7 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
     started = saved = time.monotonic()
     policy, epoch_of_order = _rand_augment(recipe), -1
     bar = tqdm(total=recipe.steps, initial=step, desc=title, unit="step", disable=None if progress else True)
-    with _random_state():
+    with _random_state(device) as seed_all:
         while step < recipe.steps:
             rows = range(step * recipe.batch_size, min((step + 1) * recipe.batch_size, recipe.samples))
             index = []
@@ -142,7 +142,7 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
                     order = torch.randperm(n, generator=torch.Generator().manual_seed(hash_seed(seed, epoch_of_order)))
                 assert order is not None
                 index.append(int(order[row % n]))
-            _seed_all(hash_seed(seed, recipe.steps, step))
+            seed_all(hash_seed(seed, recipe.steps, step))
             x, targets = _batch(images[index], labels[index], codes.weight.shape[0], recipe, policy, mean, std)
             x = x.to(device, memory_format=torch.channels_last)
             for group in optimiser.param_groups:
@@ -163,10 +163,10 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
                 losses = []
             if checkpoint and (step == recipe.steps or time.monotonic() - saved > SAVE_EVERY):
                 saved = time.monotonic()
-                with atomic_path(checkpoint) as temporary:
-                    torch.save({"key": key, "model": model.state_dict(), "codes": codes.state_dict(), "step": step,
-                                "optimiser": optimiser.state_dict(), "history": history, "losses": losses,
-                                "seconds": seconds + saved - started}, temporary)
+                save_state(checkpoint, {
+                    "key": key, "model": model.state_dict(), "codes": codes.state_dict(), "step": step,
+                    "optimiser": optimiser.state_dict(), "history": history, "losses": losses,
+                    "seconds": seconds + saved - started})
     bar.close()
     model.eval()
     return history
@@ -247,25 +247,18 @@ def _rand_augment(recipe: VitRecipe) -> Any:
 
 
 @contextlib.contextmanager
-def _random_state() -> Iterator[None]:
-    """timm's augmentations draw from the global generators: seed them inside, give them back as they were."""
+def _random_state(device: str | torch.device) -> Iterator[Callable[[int], None]]:
+    """timm's augmentations draw from the global generators: yields what seeds them, gives them back as they were."""
     python, numpy = random.getstate(), np.random.get_state()                                     # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
+
+    def seed_all(seed: int) -> None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)                                                             # noqa: NPY002
+        seed_torch(seed)
+
+    with random_state(device) as seed_torch:
         try:
-            yield
+            yield seed_all
         finally:
             random.setstate(python)
             np.random.set_state(numpy)                                                           # noqa: NPY002
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)                                                                 # noqa: NPY002
-    torch.manual_seed(seed)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-    except Exception as error:                                                # pickle, zip and runtime errors
-        raise OodlibError(f"fit_vit: {path} is damaged ({type(error).__name__}). Delete it to start afresh.") from error

@@ -205,7 +205,9 @@ def _pass(job: Job) -> dict[str, Any]:
     def counted(banks: Iterable[FeatureBank]) -> Iterator[FeatureBank]:
         for bank in banks:
             count["images"] += len(bank)
-            count["right"] += int((bank.logits.argmax(1) == bank.labels).sum())
+            if bank.labels is not None:
+                count["labelled"] += int((bank.labels >= 0).sum())
+                count["right"] += int((bank.logits.argmax(1) == bank.labels).sum())
             yield bank
 
     banks = counted(stream(opened.model, opened.data, mean=opened.mean, std=opened.std, device=device, progress=False))
@@ -222,7 +224,8 @@ def _pass(job: Job) -> dict[str, Any]:
             first = next(banks)
             fitted = reference(itertools.chain([first], banks), first.head.num_classes, per_class=job.source.per_class)
         fitted.save(job.folder / f"{FIT}.safetensors")
-    accuracy = {"accuracy": count["right"] / count["images"]} if job.split in (FIT, "id") else {}
+    labelled = count["labelled"] if job.split in (FIT, "id") else 0
+    accuracy = {"accuracy": count["right"] / labelled} if labelled else {}
     return {"images": count["images"], "device": str(pick_device(device)), "torch": torch.__version__, **accuracy,
             **facts}
 
