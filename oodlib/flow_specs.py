@@ -184,7 +184,8 @@ def _images(name: str, split: str, shape: tuple[int, int, int], n: int | None, *
     if name in EMBEDDED:
         return embedded(name, split, n=n, size=shape[1])
     if pooled:
-        split = _POOLED[name][split == "test"]
+        training, testing, *_ = _POOLED[name]
+        split = testing if split == "test" else training
     elif split == "test":
         split = _SPLITS.get(name, split)
     images = load(name, split)

@@ -87,7 +87,7 @@ class AveragedFastConvNet(FastConvNet):
 
     def __init__(self, num_classes: int = 10, *, widths: tuple[int, int, int] = (64, 192, 256), in_channels: int = 3):
         super().__init__(num_classes, widths=widths, in_channels=in_channels)
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AdaptiveAvgPool2d(1)                            # type: ignore[assignment]
 
 
 def _convolution(channels_in: int, channels: int, size: int = 3, *, stride: int = 1, groups: int = 1,
