@@ -40,11 +40,6 @@ from oodlib.studies.vits.score_table import geometry, norm_correlation, referenc
 from oodlib.studies.vits.soups import fill_greedily, fill_with_mean
 from oodlib.workspace import code_hash, root
 
-<<<<<<< HEAD
-__all__ = ["BUDGETS", "Budget", "check_test_images", "finetune_recipe", "is_made", "live_folder", "load_row",
-           "made_folder", "made_row", "pool_of", "pretrain", "pretrain_recipe", "pretrained_path", "score_row",
-           "train_command"]
-=======
 __all__ = [
     "BUDGETS",
     "Budget",
@@ -62,7 +57,6 @@ __all__ = [
     "score_row",
     "train_command",
 ]
->>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
