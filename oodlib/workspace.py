@@ -22,8 +22,19 @@ _LIBRARIES = ("torch", "torchvision", "timm")
 
 
 def root() -> Path:
-    """The repository: ``OODLIB_ROOT`` where set, else the folder above the package."""
-    return Path(os.environ.get("OODLIB_ROOT") or Path(__file__).resolve().parents[1])
+    """The repository: ``OODLIB_ROOT`` where set, else the folder above the package.
+
+    Raises
+    ------
+    OodlibError : ``OODLIB_ROOT`` is not set, and the package is installed without the repository around it
+    """
+    named = os.environ.get("OODLIB_ROOT")
+    if named:
+        return Path(named)
+    if not (_PACKAGE.parent / "data" / "claims").is_dir():
+        raise OodlibError("This installation of oodlib holds the code alone: clone the repository and set OODLIB_ROOT "
+                          "to its folder, which holds the data, weights, claims and notebooks.")
+    return _PACKAGE.parent
 
 
 def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -34,7 +45,7 @@ def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
 def check_profile(profile: str) -> str:
     """Return ``profile`` if it is one of the four; otherwise an OodlibError that names them."""
     if profile not in PROFILES:
-        raise OodlibError(f"PROFILE must be one of {', '.join(PROFILES)}; got {profile!r}.")
+        raise OodlibError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}.")
     return profile
 
 

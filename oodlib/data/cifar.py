@@ -26,6 +26,7 @@ import csv
 import functools
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -77,10 +78,14 @@ class Protocol:
     missing: dict[str, str]
 
 
-@functools.cache
 def tiny_imagenet_classes() -> tuple[TinyClass, ...]:
     """All 200 classes, in the order of their labels."""
-    with open(root() / "data" / "manifests" / "tiny_imagenet_classes.csv", newline="", encoding="utf-8") as file:
+    return _read_classes(root() / "data" / "manifests" / "tiny_imagenet_classes.csv")
+
+
+@functools.cache
+def _read_classes(path: Path) -> tuple[TinyClass, ...]:
+    with open(path, newline="", encoding="utf-8") as file:
         return tuple(TinyClass(**row) for row in csv.DictReader(file))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
+from oodlib.errors import OodlibError
 from oodlib.workspace import root
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ _REPAIR = "Install the matched pair in one step: pip install -r requirements.loc
 def check_env() -> list[str]:
     """Problems of this installation, one sentence each with the remedy; empty where all is well."""
     problems = _import_problems()
-    for name, (wanted, found) in _against_lock().items():
+    try:
+        locked = _against_lock()
+    except OodlibError as error:
+        return [*problems, str(error)]
+    for name, (wanted, found) in locked.items():
         if found is None:
             problems.append(f"{name} {wanted} is in the lock but not installed. pip install -r requirements.lock")
         elif found.split("+")[0] != wanted:
@@ -77,26 +82,39 @@ def describe() -> tuple[str, list[str]]:
     import psutil
 
     problems = check_env()
-    locked = _against_lock()
-    same = sum(found is not None and found.split("+")[0] == wanted for wanted, found in locked.values())
-    disk = shutil.disk_usage(root()).free / 2**30
     memory = psutil.virtual_memory()
     total, free = memory.total / 2**30, memory.available / 2**30
     rows = [
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("torch", f"{_version('torch')}, torchvision {_version('torchvision')}, timm {_version('timm')}"),
-        ("packages", f"{same} of {len(locked)} as in the lock"),
         ("devices", ", ".join(_devices())),
-        ("machine", f"{os.cpu_count()} cores, {total:.0f} GB memory ({free:.0f} free), {disk:.0f} GB disk free"),
-        ("mirror", os.environ.get("OODLIB_MIRROR") or "none (OODLIB_MIRROR is not set: sets are downloaded)"),
+        ("machine", f"{os.cpu_count()} cores, {total:.0f} GB memory ({free:.0f} free)"),
     ]
-    present, missing = _image_sets()
-    rows.append(("image sets", _list(present) + (f"; missing: {', '.join(missing)}" if missing else "")))
-    rows.append(("weights", _list(_weights())))
-    rows += [(name, text) for name, text in _profiles(missing, total).items()]
+    try:
+        root()
+    except OodlibError:     # the code alone: it is among the problems
+        pass
+    else:
+        rows += _repository_rows(total)
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += ["", *([f"PROBLEM     {text}" for text in problems] or ["No problem found."])]
     return "\n".join(lines), problems
+
+
+def _repository_rows(memory: float) -> list[tuple[str, str]]:
+    """The rows of the screen that read files of the repository."""
+    disk = shutil.disk_usage(root()).free / 2**30
+    locked = _against_lock()
+    same = sum(found is not None and found.split("+")[0] == wanted for wanted, found in locked.values())
+    present, missing = _image_sets()
+    return [
+        ("disk", f"{disk:.0f} GB free"),
+        ("packages", f"{same} of {len(locked)} as in the lock"),
+        ("mirror", os.environ.get("OODLIB_MIRROR") or "none (OODLIB_MIRROR is not set: sets are downloaded)"),
+        ("image sets", _list(present) + (f"; missing: {', '.join(missing)}" if missing else "")),
+        ("weights", _list(_weights())),
+        *_profiles(missing, memory).items(),
+    ]
 
 
 def _list(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -54,7 +55,11 @@ class _Engine(NBClientEngine):
         nb_man.cell_start = start
         client = _Client(nb_man, kernel_name=kernel_name, timeout=None, log_output=False,
                          extra_arguments=["--IPKernelApp.log_level=50"])    # cells tell their own errors
-        client.execute(env=environment)
+        try:
+            client.execute(env=environment)
+        except KeyboardInterrupt:       # nobody waits for the cell any more, and asyncio would print its traceback
+            logging.getLogger("asyncio").disabled = True
+            raise
 
 
 class _Progress:

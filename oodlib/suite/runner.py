@@ -179,7 +179,7 @@ def _environment(folder: Path, options: Options) -> dict[str, str]:
               if os.environ.get(name)}       # the kernel starts in another folder
     # passive: a waiting thread gives its core away; spinning made small networks six times slower on a busy machine
     return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **places,
-            "OODLIB_OUTPUT": str(folder.resolve()), "OODLIB_ROOT": str(root()),
+            "OODLIB_OUTPUT": str(folder.resolve()), "OODLIB_ROOT": str(root().resolve()),
             "OODLIB_DEVICE": options.device or os.environ.get("OODLIB_DEVICE", "auto"),
             "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "315532800"}
 

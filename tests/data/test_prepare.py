@@ -521,3 +521,28 @@ def test_parallel_decoding_keeps_labels_with_their_images(toy, monkeypatch):
     write_parquet(toy, blobs, np.arange(N))
     loaded = load("toy", "test")
     assert (loaded.images[:, 0, 0, 0] == loaded.labels).all()
+
+
+# --- pooled ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("side", [16, 28, 32, 48, 64])
+def test_pooled_pixels_are_means_over_their_area(side):
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, side, side)).astype(np.uint8)
+    fine = 16 * side // np.gcd(16, side)                            # pixels of both sizes are whole numbers of these
+    blocks = images.repeat(fine // side, 2).repeat(fine // side, 3).reshape(3, 3, 16, fine // 16, 16, -1)
+    pooled = ImageSet("x", "", images, np.zeros(3)).pooled(16).images
+    np.testing.assert_array_equal(pooled, np.floor(blocks.mean((3, 5)).round(6) + 0.5))
+    np.testing.assert_array_equal(ImageSet("x", "", images[:, :1], np.zeros(3)).pooled(16).images,
+                                  pooled[:, [0, 0, 0]])
+
+
+def test_pooled_grey_is_pillows():
+    images = np.random.default_rng(0).integers(0, 256, (1, 3, 20, 20)).astype(np.uint8)
+    grey = ImageSet("x", "", images, np.zeros(1)).pooled(20, channels=1).images[0, 0]
+    np.testing.assert_array_equal(grey, np.asarray(Image.fromarray(images[0].transpose(1, 2, 0)).convert("L")))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (20, 24)])
+def test_pooled_needs_square_images_that_are_large_enough(shape):
+    with refuses(f"square images of at least 16 pixels, got {shape[0]} x {shape[1]}", "use resized"):
+        ImageSet("x", "", np.zeros((1, 1, *shape), np.uint8), np.zeros(1)).pooled(16)

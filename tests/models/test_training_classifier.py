@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from oodlib import OodlibError
+from oodlib.models.training import classifier as training
 from oodlib.models.training.augment import augment, hash_seed, normalise
 from oodlib.models.training.classifier import Recipe, _look_ahead, evaluate, train
 
@@ -88,6 +90,29 @@ def test_resumed_run_equals_the_whole_run(bright, tmp_path, lookahead):
     whole, _ = run(bright, **options)
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 11])
+def test_a_run_stopped_within_an_epoch_goes_on_from_its_last_step(bright, tmp_path, monkeypatch, step):
+    options = {"epochs": 11 / 3, "lookahead": True, "flip": "alternating"}                    # three steps an epoch
+    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)                              # a state after every step
+    steps = []
+
+    def stop(*_):
+        steps.append(1)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+    handle = register_optimizer_step_pre_hook(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(bright, checkpoint=tmp_path / "a.pt", **options)
+        resumed, history = run(bright, checkpoint=tmp_path / "a.pt", **options)
+    finally:
+        handle.remove()
+    whole, expected = run(bright, **options)
+    assert len(steps) == 12                                                        # one step was begun twice
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    assert [(row["step"], row["loss"]) for row in history] == [(row["step"], row["loss"]) for row in expected]
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"seed": 1}])

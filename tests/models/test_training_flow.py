@@ -145,6 +145,15 @@ def test_warm_up_goes_step_by_step(tmp_path):
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
+def test_cosine_decay_ends_near_zero_and_a_longer_run_is_another(tmp_path):
+    rates = []
+    with before_each_step(lambda _, optimiser: rates.append(optimiser.param_groups[0]["lr"])):
+        run(tmp_path, snapshots=(0, 4), warmup=2, decay="cosine")
+    assert rates == pytest.approx([0.005, 0.01 * (1 + 0.5**0.5) / 2, 0.005, 0.01 * (1 - 0.5**0.5) / 2])
+    with pytest.raises(OodlibError, match="belongs to another run"):
+        run(tmp_path, snapshots=(0, 4, 8), warmup=2, decay="cosine")
+
+
 def test_gradients_are_clipped(tmp_path):
     norms = {}
 

@@ -90,6 +90,12 @@ def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
     assert list((root / "figures" / "smoke").iterdir()) == []
 
 
+def test_a_relative_root_is_that_of_the_kernel_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("OODLIB_ROOT", ".")
+    assert runner._environment(root / "out", Options())["OODLIB_ROOT"] == str(root.resolve())
+
+
 @pytest.mark.parametrize("change", ["notebook", "parameter", "seed", "device", "published"])
 def test_a_change_makes_a_run_due(root: Path, change: str) -> None:
     before = make_plans(None, Options())[0][0].key

@@ -191,13 +191,13 @@ _ENTRIES = (
         citation="Stallkamp, Schlipsing, Salmen, Igel, Man vs. computer: Benchmarking machine learning algorithms for "
                  "traffic sign recognition, 2012",
         size=(3, 32, 32), crop="whole", folders=("gtsrb",), torchvision="GTSRB",
-        splits={"train": Split(26_640, torchvision=({"split": "train"},)),
+        splits={"train": Split(26_640, torchvision=({"split": "train"},)), "final-train": Split(39_209),
                 "test": Split(12_630, torchvision=({"split": "test"},))},
         raw_md5={"GTSRB-Training_fixed.zip": "513f3c79a4c5141765e10e952eaa2478",
                  "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
                  "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5"},
-        note="the whole picture is resized to 32x32 without a crop, so its aspect ratio changes; torchvision's "
-             "training split, not the one of about 39,000"),
+        note="from a mirror only: final-train, of the final competition; train is torchvision's. Both hold about 30 "
+             "frames of each sign. The whole picture is resized to 32x32 without a crop, so its aspect ratio changes"),
     SetInfo(
         name="celeba", title="CelebA, aligned faces", terms="non-commercial research",
         citation="Liu, Luo, Wang, Tang, Deep Learning Face Attributes in the Wild, ICCV 2015",

@@ -21,6 +21,8 @@ from oodlib.models.training.state import load_state, save_state
 
 __all__ = ["Recipe", "evaluate", "train"]
 
+SAVE_EVERY = 120.0                          # seconds between two states to resume from, within an epoch
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -94,7 +96,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
     images, labels : (n, c, h, w) uint8 and (n,) int64
     seed : of the order of images and of the augmentation; initialise the model yourself under a seed of its own
     mean, std : (c,), in units of pixel / 255
-    checkpoint : written after every epoch; an interrupted run resumes from it with the same result
+    checkpoint : written after every epoch and within long ones; an interrupted run resumes from it with the same result
     on_epoch : called as ``on_epoch(epochs_done, model)``, in evaluation mode, also with 0 before the first step
 
     Raises
@@ -110,7 +112,8 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
     optimiser = _optimiser(model, recipe)
     slow = copy.deepcopy(model.state_dict()) if recipe.lookahead else None
     history: list[dict[str, Any]] = []
-    step, key = 0, {"recipe": asdict(recipe), "seed": seed, "n": n}
+    losses: list[float] = []                # of the epoch that is under way, as are its seconds and its generator
+    seconds, drawn, step, key = 0.0, None, 0, {"recipe": asdict(recipe), "seed": seed, "n": n}
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.exists():
         state = load_state(checkpoint)
@@ -120,20 +123,32 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         slow, history, step = state["slow"], state["history"], state["step"]
+        losses, seconds, drawn = state["losses"], state["seconds"], state["generator"]
         if slow is not None:
             slow = {name: value.to(device) for name, value in slow.items()}
+    saved = time.monotonic()
+
+    def save(seconds: float, drawn: Tensor | None) -> None:
+        nonlocal saved
+        if checkpoint:
+            save_state(checkpoint, {"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                                    "slow": slow, "history": history, "step": step, "losses": losses,
+                                    "seconds": seconds, "generator": drawn})
+        saved = time.monotonic()
 
     if on_epoch and step == 0:
         on_epoch(0, model.eval())
     flip_keys = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed))
     bar = tqdm(total=total, initial=step, desc="training", unit="step", disable=None if progress else True)
     while step < total:
-        epoch = step // steps_per_epoch
+        epoch, first = divmod(step, steps_per_epoch)
         generator = torch.Generator().manual_seed(hash_seed(seed, epoch))
         order = torch.randperm(n, generator=generator)
+        if drawn is not None:
+            generator.set_state(drawn)
         model.train()
-        losses, started = [], time.perf_counter()
-        for i in range(min(steps_per_epoch, total - step)):
+        started, end = time.perf_counter() - seconds, min(steps_per_epoch, total - epoch * steps_per_epoch)
+        for i in range(first, end):
             index = order[i * recipe.batch_size:(i + 1) * recipe.batch_size]
             x = augment(normalise(images[index], mean, std), recipe, epoch, flip_keys[index], generator)
             x = x.to(device, memory_format=torch.channels_last)
@@ -153,15 +168,16 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, s
                 _look_ahead(model, slow, 0.95**5 * (step / total) ** 3)
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            if i + 1 < end and time.monotonic() - saved > SAVE_EVERY:
+                save(time.perf_counter() - started, generator.get_state())
         if not np.isfinite(losses).all():
             raise OodlibError(f"train: the loss became infinite or NaN in epoch {epoch + 1}. Lower the learning rate.")
         if slow is not None and step == total:
             _look_ahead(model, slow, 1.0)
         history.append({"epoch": epoch + 1, "step": step, "loss": float(np.mean(losses)),
                         "seconds": time.perf_counter() - started})
-        if checkpoint:
-            save_state(checkpoint, {"key": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                                    "slow": slow, "history": history, "step": step})
+        losses, seconds, drawn = [], 0.0, None
+        save(seconds, drawn)
         if on_epoch:
             on_epoch(epoch + 1, model.eval())
     bar.close()

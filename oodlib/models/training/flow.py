@@ -38,7 +38,7 @@ class FlowRecipe:
     """Everything that decides a training run, besides the images, the network and the seed.
 
     ``snapshots`` are the steps whose weights are kept, 0 being the state after actnorm's initialisation; the last one
-    ends the run. A longer run with the same first snapshots repeats the shorter one.
+    ends the run. Without decay, a longer run with the same first snapshots repeats the shorter one.
     """
 
     snapshots: tuple[int, ...]
@@ -50,6 +50,15 @@ class FlowRecipe:
     n_initialise: int = 512                 # images that set the actnorms
     flip: Literal["none", "random"] = "none"
     shift: int = 0                          # random translation by up to so many pixels, reflected border
+    decay: Literal["none", "cosine"] = "none"   # of the rate, over the whole run: a longer run is another run
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step that follows ``step`` others: lr min(1, (step + 1) / warmup) (1 + cos pi t) / 2.
+
+        t = step / last step; without decay the last factor is 1.
+        """
+        rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
+        return rate if self.decay == "none" else rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
 
     def __post_init__(self) -> None:
         steps = self.snapshots
@@ -61,6 +70,8 @@ class FlowRecipe:
                               f"weight_decay not negative, all finite, got {self}. A large clip clips nothing.")
         if self.flip not in ("none", "random"):
             raise OodlibError(f'FlowRecipe: flip must be "none" or "random", got {self.flip!r}.')
+        if self.decay not in ("none", "cosine"):
+            raise OodlibError(f'FlowRecipe: decay must be "none" or "cosine", got {self.decay!r}.')
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -89,7 +100,7 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
     images, validation : (n, c, h, w) uint8 on the CPU, disjoint
     seed : of order, augmentation and noise; initialise the weights yourself under a seed of its own
     folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``, with which a finished
-        run can be made longer
+        run without decay can be made longer
 
     Returns
     -------
@@ -167,7 +178,7 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
             start = step % steps_per_epoch * recipe.batch_size
             x = _batch(images[order[start:start + recipe.batch_size]], model, recipe, _generator(seed, _BATCH, step))
             for group in optimiser.param_groups:
-                group["lr"] = recipe.lr * min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else recipe.lr
+                group["lr"] = recipe.rate(step)
             loss = bits_per_dim(model.log_prob(x.to(device)), model.image_shape).mean()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -204,8 +215,8 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
 
 
 def _key(model: Glow, recipe: FlowRecipe, seed: int, images: Tensor) -> dict[str, Any]:
-    """What a saved state belongs to. Snapshots are left out: a finished run may be made longer."""
-    made_of = {**asdict(recipe), "snapshots": None}
+    """What a saved state belongs to. Snapshots are left out: a finished run without decay may be made longer."""
+    made_of = {**asdict(recipe), "snapshots": None if recipe.decay == "none" else recipe.snapshots[-1]}
     shapes = hashlib.sha256(str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode())
     pixels = hashlib.sha256(images.numpy().tobytes())
     return {"recipe": made_of, "seed": seed, "network": shapes.hexdigest()[:16], "images": pixels.hexdigest()[:16]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class FlowSpec:
     n : images of each test set: "fit", "id", and every OOD set
     published_bpd : test bits per dim of the paper's code after 250 epochs, where its network and images are ours
     shipped : steps whose weights are shipped, for seed 0
+    pooled : images are averaged over areas instead of interpolated, and split as `_POOLED` says: the first 2 n of the
+        test split are "fit" and "id", the next ``n_validation`` validate, and what equals one of them is not trained on
     """
 
     name: str
@@ -48,6 +50,7 @@ class FlowSpec:
     n: int = 1000
     published_bpd: float | None = None
     shipped: tuple[int, ...] = ()
+    pooled: bool = False
 
     @property
     def full_size(self) -> bool:
@@ -61,6 +64,12 @@ class FlowSpec:
 
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Training and validation images, (n, c, h, w) uint8 each."""
+        if self.pooled:
+            held = _images(self.id_set, "test", self.image_shape, 2 * self.n + self.n_validation, pooled=True)
+            pool, taken = _images(self.id_set, "train", self.image_shape, None, pooled=True), set(held.image_hashes())
+            fresh = np.array([digest not in taken for digest in pool.image_hashes()])
+            return (torch.from_numpy(pool.images[fresh][:self.n_train]),
+                    torch.from_numpy(held.images[2 * self.n:]))
         images = _images(self.id_set, "train", self.image_shape, self.n_train).images
         return torch.from_numpy(images[:-self.n_validation]), torch.from_numpy(images[-self.n_validation:])
 
@@ -129,6 +138,43 @@ def _paper_flow(id_set: str) -> FlowSpec:
     )
 
 
+_POOLED = {                                    # splits to train on and to test on, training images, flip
+    "cifar10": ("train", "test", 50_000, "random"), "cifar100": ("train", "test", 50_000, "random"),
+    "tiny-imagenet": ("train", "valid", 20_000, "random"), "gtsrb": ("final-train", "test", 39_209, "none"),
+    "mnist": ("train", "test", 60_000, "none"), "fashion-mnist": ("train", "test", 60_000, "none"),
+    "notmnist": ("test", "test", 5_000, "none"), "omniglot": ("background", "evaluation", 19_280, "none")}
+_COLOURED = ("cifar10", "cifar100", "tiny-imagenet", "gtsrb")
+
+
+def _pooled(id_set: str, run: Literal["", "_double", "_epoch"]) -> FlowSpec:
+    """One of eight ID sets at 16 pixels, each tested on the other seven; the rate falls to zero along a cosine.
+
+    "_double" is a run of its own, twice as long; "_epoch" one of a single epoch: both with the same shape of decay.
+    Colour sets are modelled in colour, grey sets in grey, and a set that is tested takes the form of the ID set. Grey
+    copied into three channels would have no density: two of three dimensions were constant, every coloured image were
+    detected by that alone, and half of the pairs of a grey ID set would say nothing.
+    """
+    _, _, n_train, flip = _POOLED[id_set]
+    epoch, last = n_train // 64, 32_000
+    steps = {"": {0, 100, epoch, 3 * epoch, 10 * epoch, last // 2, last}, "_double": {0, epoch, last, 2 * last},
+             "_epoch": {0, epoch}}[run]
+    recipe = FlowRecipe(tuple(sorted(steps)), warmup=50, flip=flip, shift=1, decay="cosine")  # type: ignore[arg-type]
+    return FlowSpec(
+        name=f"{id_set.replace('-', '_')}_glow16{run}",
+        id_set=id_set,
+        image_shape=(3 if id_set in _COLOURED else 1, 16, 16),
+        steps=4,
+        levels=2,
+        hidden=64,
+        recipe=recipe,
+        ood=tuple(s for s in _POOLED if s != id_set),
+        n_train=n_train,
+        n=2000,
+        pooled=True,
+        shipped=() if run else (epoch, last),
+    )
+
+
 FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (
     _embedded("latin"), _embedded("textures"),
     _small("fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 8000, _GREY, shipped=_STEPS[1:]),
@@ -137,6 +183,7 @@ FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (
            shipped=(100, 2000)),
     _small("tiny_imagenet_glow", "tiny-imagenet", (3, 32, 32), 3, 64, 1000, _COLOUR, augmented=True, n=500),
     *map(_paper_flow, _PAPER),
+    *(_pooled(id_set, run) for run in ("", "_double", "_epoch") for id_set in _POOLED),
 )}
 
 
@@ -151,7 +198,10 @@ def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[st
     """"fit" and "id" (disjoint parts of the ID test split) and every OOD set at hand, brought to the flow's shape."""
     from oodlib.data.public.prepare import NotAtHand
 
-    test = _images(spec.id_set, "test", spec.image_shape, n_fit + n_test)
+    if spec.pooled and n_fit + n_test > 2 * spec.n:
+        raise OodlibError(f"flow_sets: {spec.name} validates, and may train, on images behind the first {2 * spec.n} "
+                          f"of {spec.id_set}; n_fit + n_test = {n_fit + n_test} would take them. Ask for fewer.")
+    test = _images(spec.id_set, "test", spec.image_shape, n_fit + n_test, pooled=spec.pooled)
     if len(test) < n_fit + n_test:
         raise OodlibError(f"flow_sets: {spec.id_set} has {len(test)} test images, fewer than n_fit + n_test = "
                           f"{n_fit + n_test}. Ask for fewer.")
@@ -162,23 +212,27 @@ def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[st
             sets[name] = _jpeg(longer.subset(slice(n_fit + n_test, None)))
             continue
         try:
-            found = _images(name, "test", spec.image_shape, n_ood)
+            found = _images(name, "test", spec.image_shape, n_ood, pooled=spec.pooled)
             sets[found.name] = found                                      # a partial copy says so in its name
         except NotAtHand as error:
             print(f"left out: {error}")
     return sets
 
 
-def _images(name: str, split: str, shape: tuple[int, int, int], n: int | None) -> ImageSet:
+def _images(name: str, split: str, shape: tuple[int, int, int], n: int | None, *, pooled: bool = False) -> ImageSet:
     """n images of a set (all for None), in a seeded order, brought to a shape."""
     from oodlib.data import EMBEDDED, embedded, load
 
     if name in EMBEDDED:
         return embedded(name, split, n=n, size=shape[1])
-    if split == "test":
+    if pooled:
+        training, testing, *_ = _POOLED[name]
+        split = testing if split == "test" else training
+    elif split == "test":
         split = _SPLITS.get(name, split)
     images = load(name, split)
-    images = images.sample(n or len(images), seed=0).resized(shape[1], channels=shape[0])
+    images = images.sample(n or len(images), seed=0)
+    images = (images.pooled if pooled else images.resized)(shape[1], channels=shape[0])
     return replace(images, images=255 - images.images) if name in _INVERTED else images
 
 

@@ -132,6 +132,18 @@ def test_omniglot_is_inverted_and_other_sets_are_not(library):
         np.testing.assert_array_equal(sets[name].images, 255 - original if name == "omniglot" else original)
 
 
+def test_a_pooled_flow_trains_on_nothing_that_it_is_validated_or_tested_on(library):
+    spec = replace(FLOWS["notmnist_glow16"], ood=("omniglot", "cifar10"), n=5, n_validation=4, n_train=20)
+    sets = flow_sets(spec, n_fit=5, n_test=5, n_ood=3)
+    training, validation = (ImageSet("x", "", x.numpy(), np.zeros(len(x))) for x in spec.training_images())
+    assert {x.images.shape[1:] for x in (training, validation, *sets.values())} == {(1, 16, 16)}
+    assert [len(x) for x in (training, validation, *sets.values())] == [20, 4, 5, 5, 3, 3]
+    assert {"notmnist/test", "omniglot/evaluation", "cifar10/test"} == set(library)   # one split for all its parts
+    assert_disjoint(training, validation, sets["fit"], sets["id"])
+    with pytest.raises(OodlibError, match=r"behind the first 10 of notmnist; n_fit \+ n_test = 11"):
+        flow_sets(spec, n_fit=6, n_test=5, n_ood=3)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_jpeg_copies_are_those_of_pillow(shape):
     from io import BytesIO
@@ -395,7 +407,7 @@ def shipped_run(folder: Path) -> FlowRun:
 def test_a_shipped_folder_is_complete(folder):
     run = shipped_run(folder)
     recipe, sets = run.spec.recipe, {**run.record["sets"]}
-    assert run.record["recipe"] == json.loads(json.dumps(asdict(recipe)))
+    assert {"decay": "none"} | run.record["recipe"] == json.loads(json.dumps(asdict(recipe)))
     assert run.history.step.tolist() == sorted(run.scores.step.unique()) == list(recipe.snapshots)
     del sets["fit"]
     assert {name.removesuffix("-incomplete") for name in sets} - {"id"} <= set(run.spec.ood)
