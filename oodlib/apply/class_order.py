@@ -45,8 +45,8 @@ class ClassCheck:
                     "model's order, for example 00_cat, 01_dog.")
         if beyond(self.accuracy, self.chance) > 1e-3:
             return (f"accuracy {self.accuracy:.1%} on {self.n} images is near chance ({self.chance:.1%}): wrong "
-                    "weights, transform (size, mean and std, colour order) or class order. Until this is mended no OOD "
-                    "score means anything.")
+                    "weights, transform (size, mean and std, colour order) or class order. OOD scores are meaningless "
+                    "until this is fixed.")
         return ""
 
 

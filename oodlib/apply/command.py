@@ -39,7 +39,7 @@ OF_LOGITS = {"energy", "gen", "kl_matching", "max_logit", "msp", "odin"}
 def _source(path: str, network: tuple[nn.Module, Transform] | None, given: argparse.Namespace) -> Images | FeatureFile:
     if Path(path).suffix.lower() in FEATURE_SUFFIXES:
         if network is not None:
-            raise OodlibError(f"score: {path} holds features and brings its own head. Leave --model away, and give "
+            raise OodlibError(f"score: {path} holds features and brings its own head. Omit --model, and give "
                               "feature files for all sets.")
         return FeatureFile(path)
     if network is None:
@@ -55,7 +55,7 @@ def _fitted(fit: Images | FeatureFile | None, given: argparse.Namespace) -> tupl
     identity = f"{name} {vars(detector)}"                  # with those that its repr leaves out
     if not detector.needs_fit:
         if fit is not None:
-            print(f"{name} learns nothing: --fit-images is not read.")
+            print(f"{name} needs no fitting; --fit-images is ignored.")
         return detector, identity
     if fit is None:
         raise OodlibError(f"score: {name} learns from ID training images. Give them with --fit-images, or a "
@@ -200,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_writable(option: str, path: Path) -> None:
     """Before the work: a file can be made at this place, and what stands there may be replaced."""
     if path.exists() and not path.is_file():
-        raise OodlibError(f"score: {option} {path} is no file that could be replaced. Give the path of a file.")
+        raise OodlibError(f"score: {option} {path} is not a regular file, so it cannot be overwritten. Give "
+                          "the path of a file.")
     place = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=place):

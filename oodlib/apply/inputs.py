@@ -222,7 +222,7 @@ def plain_errors(kind: type[Exception]) -> Iterator[None]:
         found = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)$", text, re.MULTILINE)
         line = found[-1] if found else text.partition("\n")[0]
         if isinstance(error, OSError):
-            line = f"score: {line[:300]}. Check the path, its rights and the room on the disk."
+            line = f"score: {line[:300]}. Check the path, its permissions and the free disk space."
         elif not isinstance(error, OodlibError):
             line = (f"score: an image did not pass through the transform and the model ({type(error).__name__}: "
                     f"{line[:300]}). The transform must give tensors of one shape that the model takes.")

@@ -85,7 +85,8 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
     if own and not variant.isidentifier():
         return paper_model(name, weights, num_classes=num_classes)
     if weights is not None or num_classes is not None:
-        raise OodlibError(f"score: {name} comes with its own weights; --weights and --num-classes are for timm models.")
+        raise OodlibError(f"score: {name} comes with its own weights; weights and num_classes (--weights, "
+                          "--num-classes) are for timm models.")
     if own:
         return _from_function(base, variant)
     if variant and (base in PUBLIC or not variant.isdecimal()):

@@ -83,7 +83,7 @@ def _resume(source: Images | FeatureFile, part: Path, record: Path, made_by: str
             for start in range(0, rows, inputs.SHARD):
                 key.update(_bytes(source.stamp(start, min(start + inputs.SHARD, rows))))
             if key.hexdigest() == expected:
-                print(f"Going on behind {rows} rows that {part} holds.")
+                print(f"Resuming after the {rows} rows already in {part}.")
                 return rows, size, Counter(counts), key
     except (OSError, KeyError, json.JSONDecodeError):
         pass                                               # there is nothing to go on from

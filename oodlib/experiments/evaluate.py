@@ -156,7 +156,7 @@ def judge_each(run: Run, claim: str, found: Sequence[float], each: Mapping[str, 
 
     Returns
     -------
-    one row a network: claim ("C1"), network, measured (value and interval), unit, verdict
+    one row per network: claim ("C1"), network, measured (value and interval), unit, verdict
     """
     def numbers(x: Sequence[float]) -> str:
         return f"{rule.show(x[0])} [{rule.show(x[1])}, {rule.show(x[2])}]"

@@ -195,7 +195,7 @@ class FeatureBank:
                                        labels=arrays.get("labels"), layers=layers, meta=sidecar["meta"])
             return cls(arrays["features"], arrays["logits"], arrays.get("labels"), head, layers, sidecar["meta"])
         except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError) as error:
-            raise OodlibError(f"FeatureBank.load: {path} is no complete bank ({error}). Extract again.") from error
+            raise OodlibError(f"FeatureBank.load: {path} is not a complete bank ({error}). Extract again.") from error
 
 
 def check_head(head: Head, features: NDArray, logits: NDArray, *, rtol: float = 1e-3, rows: int = 1024) -> None:

@@ -293,7 +293,7 @@ def _torchvision_model(name: str, weights_file: str | os.PathLike[str] | None, p
         model = models.get_model(name, weights=weights if pretrained and weights_file is None else None,
                                  **({} if num_classes is None else {"num_classes": num_classes}))
     except Exception as error:                   # urllib and hash errors have no common base
-        raise OodlibError(f"paper_model: torchvision's weights of {name} could not be had "
+        raise OodlibError(f"paper_model: torchvision's weights of {name} could not be loaded "
                           f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
                           "weights_file.") from error
     if weights_file is not None:

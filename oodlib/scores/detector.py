@@ -24,7 +24,7 @@ __all__ = ["Detector", "Info", "create", "list_detectors", "load_detector", "nam
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """Facts about one method; README tables are generated from these.
+    """Facts about one method; docs/methods.md is generated from these.
 
     arxiv : its number there; empty where the paper is not on arXiv, and ``url`` is its address
     needs : what ``fit`` reads: nothing (``score`` works at once), features, or features and labels
@@ -186,7 +186,7 @@ def load_detector(path: str | os.PathLike[str]) -> Detector:
             record = json.loads(file.metadata()["oodlib"])
             return _unpack(record, {key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118 not a dict
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise OodlibError(f"load_detector: {path} is no saved detector ({error}). Fit and save it again.") from error
+        raise OodlibError(f"load_detector: {path} is not a saved detector ({error}). Fit and save it again.") from error
 
 
 def _pack(detector: Detector, arrays: dict[str, NDArray], prefix: str) -> dict[str, Any]:

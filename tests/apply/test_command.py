@@ -196,7 +196,7 @@ def test_an_interrupted_run_goes_on_behind_its_safe_rows(made, score, tmp_path, 
     monkeypatch.setattr(command.Detector, "score", lambda self, bank: (seen.append(len(bank)), original(self, bank))[1])
     seen.clear()
     assert score("--batch-size", 4, **arguments) == whole
-    assert "Going on behind 8 rows" in capsys.readouterr().out and sum(seen) == 18 - 8
+    assert "Resuming after the 8 rows" in capsys.readouterr().out and sum(seen) == 18 - 8
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["scores.csv"]
 
 
@@ -217,7 +217,7 @@ def test_a_run_with_another_detector_or_image_starts_again(made, score, tmp_path
     (["--detector-file", "x", "--detector", "knn"], "one or the other"),
     (["--id-images", "nowhere"], "nowhere is neither a folder nor a file"),
     (["--detector-file", "nowhere"], "there is no file"),
-    (["--output", "id"], "id is no file that could be replaced"),
+    (["--output", "id"], "id is not a regular file"),
     (["--output", "net.safetensors/scores.csv"], "--output .* cannot be written"),
     (["--save-detector", "net.safetensors/detector"], "--save-detector .* cannot be written"),
     (["--output", "id" * 200], "File name too long.* Check the path"),
@@ -276,7 +276,7 @@ def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_pat
     assert not (tmp_path / "a.csv").exists()
     for name in ("a.csv", "b.csv"):
         command.main([*asked, str(tmp_path / name)])
-    assert capsys.readouterr().out.count("Going on behind 512 rows") == 1
+    assert capsys.readouterr().out.count("Resuming after the 512 rows") == 1
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_error_that_says_so(score, monkeypatch):
     def full(_descriptor):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(score_csv.os, "fsync", full)
-    with pytest.raises(OodlibError, match=r"No space left on device.* the room on the disk"):
+    with pytest.raises(OodlibError, match=r"No space left on device.* the free disk space"):
         score()
 
 
@@ -322,7 +322,7 @@ def test_images_that_cannot_be_decoded_are_counted_over_an_interruption(made, sc
     interrupted(run)
     assert [row["decision"] for row in run()] == ["", "unreadable", "", "", "unreadable"]
     shown = capsys.readouterr()
-    assert "Going on behind 4 rows" in shown.out and "2 of 5 images cannot be decoded" in shown.err
+    assert "Resuming after the 4 rows" in shown.out and "2 of 5 images cannot be decoded" in shown.err
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -236,7 +236,7 @@ def test_damaged_bank_is_refused(tmp_path, images):
 
 def test_half_a_bank_is_refused(tmp_path):
     (tmp_path / "bank.json").write_text(json.dumps({"meta": {}, "sha256": {"features.npy": "0"}}))
-    with pytest.raises(OodlibError, match="no complete bank"):
+    with pytest.raises(OodlibError, match="not a complete bank"):
         FeatureBank.load(tmp_path)
 
 

@@ -300,5 +300,5 @@ def test_a_bank_without_images_is_refused(blobs, name):
 
 def test_load_refuses_another_file(tmp_path):
     (tmp_path / "x").write_text("no detector")
-    with pytest.raises(OodlibError, match="is no saved detector"):
+    with pytest.raises(OodlibError, match="is not a saved detector"):
         oodlib.load_detector(tmp_path / "x")

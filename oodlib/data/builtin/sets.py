@@ -41,7 +41,7 @@ DIGITS_SOURCE = ("Alpaydin, Kaynak, Optical Recognition of Handwritten Digits, U
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedInfo:
-    """Facts about one embedded set; README tables are made from these.
+    """Facts about one embedded set; a table of docs/data.md is made from these.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """Readers of raw image sets: Parquet shards, IDX files, zips of class folders, torchvision's classes, Tiny-ImageNet.
 
-Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and a word on the origin.
+Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and where they came from.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
             missing = {"image", "label"} - set(opened[-1].schema_arrow.names)
             if missing:
                 raise OodlibError(f"{shard}: the columns image and label are needed, {', '.join(sorted(missing))} is "
-                                  "missing. Write the file in the layout that the README's data section shows.")
+                                  "missing. Write the file in the layout that docs/data.md shows.")
         total = sum(file.metadata.num_rows for file in opened)
         images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
         done = 0

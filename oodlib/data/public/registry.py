@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
-    """Facts about one set; README tables and ``oodlib doctor`` are made from these.
+    """Facts about one set; the tables of docs/data.md and ``oodlib doctor`` are made from these.
 
     Attributes
     ----------

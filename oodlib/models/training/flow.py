@@ -128,7 +128,7 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
         history, step, seconds, losses = state["history"], state["step"], state["seconds"], state["losses"]
         kept = [row["step"] for row in history][:len(recipe.snapshots)]
         if kept != [wanted for wanted in recipe.snapshots if wanted <= step]:
-            raise OodlibError(f"train_flow: {resume} has gone {step} steps and kept {kept}, but the snapshots asked "
+            raise OodlibError(f"train_flow: {resume} has run {step} steps and saved {kept}, but the snapshots asked "
                               f"for are {recipe.snapshots}. Ask for those kept and later ones, or use another folder.")
         if step > last:                                                       # a longer run lies here
             _load(model, snapshot_path(folder, last))
@@ -139,9 +139,9 @@ def train_flow(model: Glow, images: Tensor, validation: Tensor, recipe: FlowReci
     started, saved = time.monotonic() - seconds, time.monotonic()
 
     def overflow(what: str) -> OodlibError:
-        good = snapshot_path(folder, history[-1]["step"]) if history else "not kept, there were none"
-        return OodlibError(f"train_flow: {what} overflowed. Lower lr or lengthen warmup; the last good weights are "
-                           f"{good}.")
+        good = (f"the last good weights are {snapshot_path(folder, history[-1]['step'])}" if history
+                else "no usable weights were saved")
+        return OodlibError(f"train_flow: {what} overflowed. Lower lr or lengthen warmup; {good}.")
 
     def save() -> None:
         nonlocal saved

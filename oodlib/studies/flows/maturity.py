@@ -86,7 +86,7 @@ def auroc_along(scores: pd.DataFrame, names: Sequence[str], *, group_size: int =
     sets = [name for name in rows["set"].unique() if name not in ("id", *leave_out)]
     if not sets:
         raise OodlibError(f"auroc_along: no OOD set is left of {', '.join(rows['set'].unique())} without "
-                          f"{', '.join(leave_out) or 'any'}. Bring one to hand, and score the flow again.")
+                          f"{', '.join(leave_out) or 'any'}. Provide one and score the flow again.")
     pairs, infinite = {}, {}
     for (step,), part in rows.groupby(["step"]):
         by_set = {name: part[part["set"] == name].sort_values("index") for name in ["id", *sets]}

@@ -43,7 +43,7 @@ class FlowRun:
     Attributes
     ----------
     name, spec, seed : as asked for, "fashion_glow:0"; what it is
-    record : ``run.json``: history (one row a kept step: step, epoch, train_bpd, validation_bpd, seconds), sets with
+    record : ``run.json``: history (one row per kept step: step, epoch, train_bpd, validation_bpd, seconds), sets with
         sizes and fingerprints, versions
     scores : the table of `score_flow` with a column ``step``
     folder : of the weights
@@ -58,7 +58,7 @@ class FlowRun:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row a kept step, rising."""
+        """One row per kept step, rising."""
         import pandas as pd
 
         return pd.DataFrame(self.record["history"])

@@ -95,7 +95,7 @@ def paired_effects(cells: DataFrame, factor: str, low: Any, high: Any, value: st
 
     Parameters
     ----------
-    cells : one row a model, with ``checkpoint`` (see `pool_frame`), the factors and ``value``
+    cells : one row per model, with ``checkpoint`` (see `pool_frame`), the factors and ``value``
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """The image sets of the small pools: what models are pretrained on, the ID task, near-OOD classes, the unit tests.
 
-``cifar``: near-OOD are the test classes of CIFAR-100 that CIFAR-10 has not got (``OVERLAPS`` are left out), 98 classes,
+``cifar``: near-OOD are the test classes of CIFAR-100 that are absent from CIFAR-10 (without ``OVERLAPS``), 98 classes,
 in two sets: those that Tiny-ImageNet, the pretraining set, shows too (column ``cifar100_class`` of
 ``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind, a part or next of kin of it), and the others.
 """
@@ -64,7 +64,7 @@ TASKS = {
 def training_images(pool: str, name: str) -> ImageSet:
     """All images to train on, 32 x 32 RGB: the ID set or the pretraining set of a pool.
 
-    OodlibError: neither of them, or not at hand.
+    OodlibError: neither of them, or not available.
     """
     task = _task(pool)
     if name not in (task.id_set, task.pretraining):

@@ -1,4 +1,4 @@
-"""A pool of models as a table: one row a model, with its network, its pretraining and its finetuning."""
+"""A pool of models as a table: one row per model, with its network, its pretraining and its finetuning."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_pool(name: str | Path) -> tuple[PoolRow, ...]:
     Raises
     ------
     OodlibError : no such file, a column is missing or unknown, a cell that is no number, no name or network, a name
-        that stands twice
+        that occurs twice
     """
     path = find_pool(name)
     try:
@@ -100,7 +100,7 @@ def read_pool(name: str | Path) -> tuple[PoolRow, ...]:
     names = [row.name for row in rows]
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
     if twice or not rows:
-        raise OodlibError(f"{path}: {f'the name {twice} stands twice' if twice else 'the pool has no row'}.")
+        raise OodlibError(f"{path}: {f'duplicate name {twice}' if twice else 'the pool has no row'}.")
     return rows
 
 

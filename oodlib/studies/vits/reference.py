@@ -102,7 +102,7 @@ class Reference:
             head = Head(arrays["weight"], arrays["bias"])
             return cls(moments, unit_moments, head, arrays["features"], arrays["labels"])
         except (SafetensorError, KeyError) as error:
-            raise OodlibError(f"Reference.load: {path} is no saved reference ({error}). Delete it and run the pass "
+            raise OodlibError(f"Reference.load: {path} is not a saved reference ({error}). Delete it and run the pass "
                               "again.") from error
 
 

@@ -67,7 +67,7 @@ def soup_against_members(soup: Sequence[float], members: ArrayLike, *, larger_is
 
     Parameters
     ----------
-    soup : (k,); members : (m, k), one row a finetune
+    soup : (k,); members : (m, k), one row per finetune
 
     Returns
     -------

@@ -61,7 +61,7 @@ def test_only_sets_that_all_seeds_have_are_averaged() -> None:
 
 
 def test_seeds_without_a_common_set_are_refused() -> None:
-    with pytest.raises(OodlibError, match=r"no OOD set is left of id, a without .*a.*Bring one to hand"):
+    with pytest.raises(OodlibError, match=r"no OOD set is left of id, a without .*a.*Provide one"):
         Study([made_run("latin_glow", 0, ("a",)), made_run("latin_glow", 1, ("b",))], ["density"], n_boot=5)
 
 

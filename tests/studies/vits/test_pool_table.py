@@ -61,7 +61,7 @@ def test_order_of_columns_does_not_matter(tmp_path):
     ((HEADER, ROW.replace("224", "22.4")), ("line 2: resolution must be a number or empty, got '22.4'",)),
     ((HEADER, ROW, ROW[1:]), ("line 3: a model needs a name and a network",)),
     ((HEADER, ROW.replace("net", "")), ("line 2: a model needs a name and a network",)),
-    ((HEADER, ROW, ROW), ("the name a stands twice",)),
+    ((HEADER, ROW, ROW), ("duplicate name a",)),
     ((HEADER,), ("the pool has no row",)),
     ((), ("the column name is missing",)),
     ((HEADER, "a,net"), ("line 2: 15 cells are needed",)),

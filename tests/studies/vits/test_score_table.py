@@ -186,5 +186,5 @@ def test_bad_input_is_named(train: FeatureBank, whole: Reference, tmp_path) -> N
     with pytest.raises(OodlibError, match="there is no file"):
         Reference.load(tmp_path / "none")
     (tmp_path / "broken").write_bytes(b"not it")
-    with pytest.raises(OodlibError, match="no saved reference"):
+    with pytest.raises(OodlibError, match="not a saved reference"):
         Reference.load(tmp_path / "broken")

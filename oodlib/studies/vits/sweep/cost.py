@@ -74,8 +74,9 @@ def network_cost(network: str, resolution: int | None, head: str) -> Cost:
         else:
             try:
                 model = timm.create_model(network)
-            except Exception as error:                                       # RuntimeError, ValueError: by timm's mood
-                raise OodlibError(f"sweep: timm has no network {network!r} ({error}). Mend the pool.") from error
+            except Exception as error:                                       # timm raises several types
+                raise OodlibError(f"sweep: timm has no network {network!r} ({error}). Correct the pool's "
+                                  "table.") from error
             side, classes = model.pretrained_cfg["input_size"][-1], 1000
         model.eval().requires_grad_(False)
         outputs: list[int] = []

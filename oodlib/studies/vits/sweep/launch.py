@@ -59,10 +59,10 @@ def run_sweep(jobs: Sequence[Job], output: Path, where: str, resources: Resource
     """
     ready, absent = prepare(jobs)
     for split, reason in absent.items():
-        print(f"{split} is left out: {reason}", flush=True)
+        print(f"{split} is skipped: {reason}", flush=True)
     mine = ready[shard[0] - 1::shard[1]]
     todo = [job for job in mine if state(job)[0] in ("failed", "missing")]
-    print(f"{len(mine):,} jobs, of which {len(todo):,} are to be done.", flush=True)
+    print(f"{len(mine):,} jobs, {len(todo):,} to run.", flush=True)
     ended = 0
 
     def report(job: Job) -> None:
@@ -212,7 +212,7 @@ def _array_limit() -> int:
 
 
 class _SlurmQueue:
-    """Who is still in the queue, by squeue: it needs no accounting, which many small clusters have not got."""
+    """Who is still in the queue, by squeue: it needs no accounting, which many small clusters lack."""
 
     def __init__(self) -> None:
         self.silences = 0
@@ -221,8 +221,8 @@ class _SlurmQueue:
         text = _ask(["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"])
         self.silences = 0 if text is not None else self.silences + 1
         if self.silences > _SILENCES:
-            raise OodlibError("sweep: SLURM has not answered for long (squeue). The jobs go on; the same command takes "
-                              "up where they are.")
+            raise OodlibError(f"sweep: squeue has not responded {_SILENCES} times. The jobs keep running; run the same "
+                              "command again to wait for them.")
         queued = set((text or "").split())
         return {job for job, handle in handles.items() if text is None or handle.job_id in queued}
 

@@ -121,7 +121,7 @@ def check_scenario(output: Path, where: str, resources: Resources, capsys: Any, 
 
     (output / "traps" / "error").unlink()
     assert run_sweep(jobs, output, where, resources, poll=poll) == 0
-    assert "6 jobs, of which 2 are to be done." in capsys.readouterr().out
+    assert "6 jobs, 2 to run." in capsys.readouterr().out
     assert {path: path.read_bytes() for path in done} == done
     assert not list(output.rglob("*.part"))
     summary = pd.read_csv(output / "summary.csv")
