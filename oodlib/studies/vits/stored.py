@@ -2,7 +2,7 @@
 
 Shipped, in ``data/checkpoints/vits_<pool>``, are scores (``scores.parquet``) and records (``runs.json``) of the models;
 of some of the ``embedded`` pool (`is_live`) the pretrained checkpoints instead, with hashes of the images that they
-were pretrained on (``<set>-<fingerprint>.npy``): they are finetuned on the spot.
+were pretrained on (``seen_<set>-<fingerprint>``): they are finetuned on the spot.
 
 Scores are shipped as dense ranks among the images of their model (ties stay ties): AUROC, FPR and averages on the scale
 of ranks see the order only, and two bytes a score compress better than four. Models that were trained here are ranked
@@ -130,7 +130,7 @@ def ship(pool: str) -> Path:
             shutil.copy(path, temporary)
             shutil.copy(path.with_suffix(".json"), temporary)
         for folder in {path.parent for path in checkpoints}:
-            for hashes in folder.glob("*.npy"):                                  # of the pretraining images
+            for hashes in folder.glob("seen_*"):                                  # of the pretraining images
                 shutil.copy(hashes, temporary)
     return target
 

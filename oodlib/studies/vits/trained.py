@@ -138,10 +138,7 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
     pixels, labels = torch.from_numpy(np.array(images.images)), torch.from_numpy(np.array(images.labels))
     fingerprint = images.fingerprint
     if row.pretraining == TASKS[pool].pretraining:
-        hashes = np.array([int(digest, 16) for digest in _digests(images)], dtype="<u8")
-        with (atomic_path(path.with_name(f"{row.pretraining}-{fingerprint[:16]}.npy")) as temporary,
-              open(temporary, "wb") as file):
-            np.save(file, np.sort(hashes))
+        _write_seen(path.parent / f"seen_{row.pretraining}-{fingerprint[:16]}.safetensors", images, fingerprint)
     _sets(pool)                                                    # a leak shows before the hours of training
     resume = path.with_suffix(".resume")
     history = fit_vit(model, pixels, labels, recipe, seed=row.seed, checkpoint=resume, device=pick_device(device),
@@ -286,14 +283,26 @@ def check_test_images(pool: str, sets: Mapping[str, ImageSet]) -> None:
     task = TASKS[pool]
     places = (_shipped_folder(pool), _trained_folder(pool) / "pretrained")
     known: set[str] = set()
-    for path in (path for place in places for path in place.glob(f"{task.pretraining}-*.npy")):
-        try:
-            known |= {f"{value:016x}" for value in np.load(path)}
-        except (OSError, ValueError, EOFError) as error:
-            raise OodlibError(f"{path} is damaged ({error}). Restore it from git, or delete it.") from error
+    for path in (path for place in places for path in place.glob(f"seen_{task.pretraining}-*.safetensors")):
+        record = path.with_suffix(".json")
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["sha256"] != sha256(path):
+            raise OodlibError(f"{path} is not the file its {record.name} describes. Restore both from git, or delete "
+                              "both.")
+        known |= {f"{value:016x}" for value in load_file(path)["hashes"].numpy().view(np.uint64)}
     assert_never_trained_on(pool, sets, training={
         task.id_set: _digests(training_images(pool, task.id_set)),
         task.pretraining: known or _digests(training_images(pool, task.pretraining))})
+
+
+def _write_seen(path: Path, images: ImageSet, fingerprint: str) -> None:
+    """The hashes of the images that a checkpoint is pretrained on, with a record of what they are."""
+    hashes = np.sort(np.array([int(digest, 16) for digest in _digests(images)], dtype=np.uint64))
+    with atomic_path(path) as temporary:
+        save_file({"hashes": torch.from_numpy(hashes.view(np.int64))}, temporary)
+    write_json(path.with_suffix(".json"), {
+        "set": f"{images.name}/{images.split}", "images": len(images), "fingerprint": fingerprint,
+        "hashes": "first 64 bits of the SHA-256 of each image's pixels, sorted as unsigned integers",
+        "sha256": sha256(path)})
 
 
 def _digests(images: ImageSet) -> list[str]:

@@ -133,23 +133,25 @@ def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, m
     row = replace(CELL, pretraining="tiny-imagenet")
     training = leaky(monkeypatch, "cifar10")
     monkeypatch.setattr(trained, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)})
-    path, = trained.pretrain(row).parent.glob("*.npy")
-    assert path.name == f"tiny-imagenet-{training['tiny-imagenet'].fingerprint[:16]}.npy" and len(np.load(path)) == 182
+    path, = trained.pretrain(row).parent.glob("seen_*.safetensors")
+    assert path.stem == f"seen_tiny-imagenet-{training['tiny-imagenet'].fingerprint[:16]}"
+    assert len(load_file(path)["hashes"]) == 182
     sets = {"near": training["tiny-imagenet"].subset([5])}
     training["tiny-imagenet"] = pictures("tiny-imagenet", 10, 10, seed=7)
     with pytest.raises(OodlibError, match=r"1 images of tiny-imagenet/test are also in tiny-imagenet"):
         trained.check_test_images("cifar", sets)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.npy is damaged"):
+    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.safetensors is not the file"):
         trained.check_test_images("cifar", sets)
 
 
 @pytest.mark.slow
 def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
-    path, = trained._shipped_folder("embedded").glob("unicode-*.npy")
+    path, = trained._shipped_folder("embedded").glob("seen_unicode-*.safetensors")
     images = training_images("embedded", "unicode")
-    assert path.name == f"unicode-{images.fingerprint[:16]}.npy"
-    assert np.load(path).tolist() == sorted(int(digest[:16], 16) for digest in images.image_hashes())
+    assert path.stem == f"seen_unicode-{images.fingerprint[:16]}"
+    assert load_file(path)["hashes"].numpy().view(np.uint64).tolist() == sorted(
+        int(digest[:16], 16) for digest in images.image_hashes())
     for record in path.parent.glob("*-unicode-*.json"):
         assert json.loads(record.read_text())["fingerprint"] == images.fingerprint
 
