@@ -313,7 +313,7 @@ def test_the_api_reference_has_a_page_for_every_module(tmp_path: Path) -> None:
     assert index.is_file()
     missing = [name for name in module_names() if not (tmp_path / f"{name.replace('.', '/')}.html").is_file()]
     assert not missing
-    assert "from_arrays" in (tmp_path / "oodlib" / "bank.html").read_text(encoding="utf-8")
+    assert "from_arrays" in (tmp_path / "oodlib" / "features" / "feature_bank.html").read_text(encoding="utf-8")
 
 
 def test_every_detector_has_a_complete_record_a_reference_and_a_test() -> None:
