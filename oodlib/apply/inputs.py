@@ -7,7 +7,7 @@ import contextlib
 import functools
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from oodlib.data.folders import SUFFIXES, ImageList, image_loader
+from oodlib.data.folders import SUFFIXES, ImageList, Transform, image_loader
 from oodlib.errors import OodlibError
 from oodlib.features.extract import extract, stream
 from oodlib.features.feature_bank import FeatureBank
@@ -27,7 +27,6 @@ __all__ = ["FEATURE_SUFFIXES", "SHARD", "UNREADABLE", "EveryImage", "FeatureFile
 SHARD = 500                # on a CPU, 500 large images are minutes of work that an interruption may cost
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)                   # label of an image that does not decode
-Transform = Callable[[Any], Any]
 
 
 def open_images(path: str | Path, transform: Transform) -> ImageList:

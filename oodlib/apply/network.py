@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from torch import nn
 
-from oodlib.data.imagenet import Transform
+from oodlib.data.folders import Transform
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
 

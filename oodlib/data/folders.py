@@ -17,8 +17,9 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageList", "image_loader", "read_list"]
+__all__ = ["ImageList", "Transform", "image_loader", "read_list"]
 
+Transform = Callable[[Any], Any]            # of a PIL image into what the network takes
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -78,7 +79,7 @@ class ImageList(Dataset[tuple[Any, int]]):
 
     def __init__(self, root: str | os.PathLike[str],
                  rows: str | os.PathLike[str] | Sequence[tuple[str, int]] | None = None, *,
-                 transform: Callable[[Any], Any] | None = None, name: str = ""):
+                 transform: Transform | None = None, name: str = ""):
         self.root, self.transform = Path(root), transform
         self.name = name or self.root.name
         origin = f"{self.root} (list)"

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, draw
-from oodlib.data.folders import ImageList, image_loader, read_list
+from oodlib.data.folders import ImageList, Transform, image_loader, read_list
 from oodlib.errors import OodlibError
 
-__all__ = ["NATIVE", "PAPER_SETS", "SPLITS", "PaperSet", "Transform", "UnitTests", "class_remap",
+__all__ = ["NATIVE", "PAPER_SETS", "SPLITS", "PaperSet", "UnitTests", "class_remap",
            "describe_paper_sets", "imagenet_loaders", "imagenet_split", "ood_classes", "open_paper_set",
            "paper_set_status", "unit_test_loader"]
 
 
-Transform = Callable[[Any], Any]
 # split -> name of the set in `oodlib.data.imagenet.PAPER_SETS`
 _SETS = {"fit": "imagenet-1k-train", "id": "imagenet-1k", "ninco": "ninco", "ssb-hard": "ssb-hard",
          "inaturalist": "inaturalist", "textures": "textures", "openimage-o": "openimage-o"}

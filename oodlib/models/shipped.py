@@ -222,7 +222,7 @@ def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     One trained by another recipe, on other images or by other code is not used again.
     """
     spec = _spec(name)
-    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, torch.__version__, "1 thread",
+    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, "1 thread",
                code_hash(__name__)]
     output = made_once(made_of, f"{name}_s{seed}.json",
                        lambda output: train_and_save(name, seed=seed, device=device, output=output))

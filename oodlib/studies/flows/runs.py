@@ -227,7 +227,6 @@ def _scored(path: Path, sets: dict[str, ImageSet], *, variants: bool) -> bool:
 
 def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> Path:
     """Folder of a flow trained and scored now, or earlier by the same code, recipe and counts."""
-    made_of = [repr(spec), n_fit, n_test, n_ood, spec.training_images()[0].sum().item(), torch.__version__,
-               code_hash(__name__)]
+    made_of = [repr(spec), n_fit, n_test, n_ood, spec.training_images()[0].sum().item(), code_hash(__name__)]
     return made_once(made_of, "run.json", lambda folder: run_flow(
         spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device))
