@@ -1,9 +1,12 @@
-"""GROOD: closed-form gradients against per-sample autograd; search in a bank of 50,000 x 512 gradients.
+"""GROOD: closed-form gradients against per-sample autograd; search in a bank of 50,000 x 512
+gradients.
 
-Side by side in one run, on Gaussian clusters of 10 classes. Search: one query at a time against batches, exact against
-approximate with its recall (share of queries whose nearest gradient was found).
+Side by side in one run, on Gaussian clusters of 10 classes. Search: one query at a time against
+batches, exact against approximate with its recall (share of queries whose nearest gradient was
+found).
 
-    OMP_NUM_THREADS=1 python benchmarks/grood_search.py [--bank 50000] [--queries 2000] [--single 50]
+    OMP_NUM_THREADS=1 python benchmarks/grood_search.py [--bank 50000] [--queries 2000] [--single
+    50]
 """
 
 from __future__ import annotations
@@ -23,9 +26,14 @@ from oodlib.scores.neighbours import PolarSearch
 
 SIZE, CLASSES = 512, 10
 INDEXES: dict[str, dict[str, Any]] = {
-    "flat": {}, "ivf, 1 probe": {"index": "ivf", "nprobe": 1}, "ivf, 4 probes": {"index": "ivf", "nprobe": 4},
-    "ivf, 16 probes": {"index": "ivf", "nprobe": 16}, "ivf, 4 of 56 lists": {"index": "ivf", "nlist": 56},
-    "hnsw": {"index": "hnsw"}, "ivfpq, 4 probes": {"index": "ivfpq", "nprobe": 4}}
+    "flat": {},
+    "ivf, 1 probe": {"index": "ivf", "nprobe": 1},
+    "ivf, 4 probes": {"index": "ivf", "nprobe": 4},
+    "ivf, 16 probes": {"index": "ivf", "nprobe": 16},
+    "ivf, 4 of 56 lists": {"index": "ivf", "nlist": 56},
+    "hnsw": {"index": "hnsw"},
+    "ivfpq, 4 probes": {"index": "ivfpq", "nprobe": 4},
+}
 
 
 def per_sample(features: Tensor, prototypes: Tensor, ood: Tensor, labels: Tensor) -> Tensor:
@@ -49,10 +57,14 @@ def timed(function: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bank", type=int, default=50_000, help="gradients in the bank")
     parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--single", type=int, default=50, help="queries that are searched one at a time")
+    parser.add_argument(
+        "--single", type=int, default=50, help="queries that are searched one at a time"
+    )
     parser.add_argument("--autograd", type=int, default=2000, help="samples of the per-sample loop")
     options = parser.parse_args()
 
@@ -69,25 +81,58 @@ def main() -> None:
     loop, loop_s = timed(lambda: per_sample(*single, torch.from_numpy(y)), 2)
     closed, closed_s = timed(lambda: grood_gradient(x, prototypes, ood))
     difference = float(np.abs(closed - loop.numpy()).max() / np.abs(closed).max())
-    print(f"gradients of {options.autograd} samples, {SIZE} features, {CLASSES} classes: autograd {loop_s:.3f} s, "
-          f"closed form {closed_s:.3f} s, {loop_s / closed_s:.0f}x; largest relative difference {difference:.1e}\n")
+    print(
+        f"gradients of {options.autograd} samples, {SIZE} features, {CLASSES} classes: autograd "
+        f"{loop_s:.3f} s, closed form {closed_s:.3f} s, {loop_s / closed_s:.0f}x; largest relative "
+        f"difference {difference:.1e}\n"
+    )
 
-    bank, queries = (grood_polar(features(n)[0], prototypes, ood) for n in (options.bank, options.queries))
-    print("| index | build s | ms per query, batched | one at a time | recall@1 |\n|---|---|---|---|---|")
+    bank, queries = (
+        grood_polar(features(n)[0], prototypes, ood) for n in (options.bank, options.queries)
+    )
+    print(
+        "| index | build s | ms per query, batched | one at a time | recall@1 "
+        "|\n|---|---|---|---|---|"
+    )
     rows, exact = {}, np.empty(0)
     for name, how in INDEXES.items():
-        search, build_s = timed(lambda how=how: PolarSearch(bank[0], lambda rows: bank[1][rows], **how), 1)
+        search, build_s = timed(
+            lambda how=how: PolarSearch(bank[0], lambda rows: bank[1][rows], **how), 1
+        )
         found, batched_s = timed(lambda search=search: search(*queries), 2)
-        _, single_s = timed(lambda search=search: [search(queries[0][i:i + 1], queries[1][i:i + 1])
-                                                   for i in range(options.single)], 2)
+        _, single_s = timed(
+            lambda search=search: [
+                search(queries[0][i : i + 1], queries[1][i : i + 1]) for i in range(options.single)
+            ],
+            2,
+        )
         exact = found if name == "flat" else exact
-        rows[name] = {"build_s": build_s, "batched_ms": 1e3 * batched_s / options.queries,
-                      "single_ms": 1e3 * single_s / options.single, "recall": float(np.mean(found <= exact + 1e-9))}
-        print(f"| {name} | {build_s:.1f} | {rows[name]['batched_ms']:.3f} | {rows[name]['single_ms']:.2f} | "
-              f"{rows[name]['recall']:.3f} |")
-    print("\n" + json.dumps({"bank": options.bank, "queries": options.queries, "autograd_s": loop_s,
-                             "closed_s": closed_s, "ratio": loop_s / closed_s, "difference": difference,
-                             "samples": options.autograd, "index": rows}, indent=1))
+        rows[name] = {
+            "build_s": build_s,
+            "batched_ms": 1e3 * batched_s / options.queries,
+            "single_ms": 1e3 * single_s / options.single,
+            "recall": float(np.mean(found <= exact + 1e-9)),
+        }
+        print(
+            f"| {name} | {build_s:.1f} | {rows[name]['batched_ms']:.3f} | "
+            f"{rows[name]['single_ms']:.2f} | {rows[name]['recall']:.3f} |"
+        )
+    print(
+        "\n"
+        + json.dumps(
+            {
+                "bank": options.bank,
+                "queries": options.queries,
+                "autograd_s": loop_s,
+                "closed_s": closed_s,
+                "ratio": loop_s / closed_s,
+                "difference": difference,
+                "samples": options.autograd,
+                "index": rows,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""OPNP's ratios on 10,000 x 2048 features and 1000 classes: a 10 x 10 grid in one pass, against pair by pair.
+"""OPNP's ratios on 10,000 x 2048 features and 1000 classes: a 10 x 10 grid in one pass, against
+pair by pair.
 
-Energy and ID accuracy of every pair. Pair by pair is timed on two pairs and scaled: each prunes the head again and
-computes all logits in float64, as the detector does; the sensitivities are given to both.
+Energy and ID accuracy of every pair. Pair by pair is timed on two pairs and scaled: each prunes the
+head again and computes all logits in float64, as the detector does; the sensitivities are given to
+both.
 
     OMP_NUM_THREADS=1 python benchmarks/opnp_sweep.py [--n 10000]
 """
@@ -24,7 +26,9 @@ HIGH = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=10_000, help="rows of the bank")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -41,18 +45,35 @@ def main() -> None:
 
     pairs, worst, start = [(3, 4), (8, 9)], 0.0, time.perf_counter()
     for i, j in pairs:
-        head = bank.head.masked(opnp(bank.head.weight, m, weight_low=LOW[i], weight_high=HIGH[j]) != 0)
+        head = bank.head.masked(
+            opnp(bank.head.weight, m, weight_low=LOW[i], weight_high=HIGH[j]) != 0
+        )
         alone = energy(head(bank.features))
         worst = max(worst, float(np.abs(found.scores["id"][i, j] / alone - 1).max()))
     each_s = (time.perf_counter() - start) / len(pairs)
 
     points = len(LOW) * len(HIGH)
-    print(f"OPNP sweep, {options.n} x 2048 features, 1000 classes, {points} pairs, {torch.get_num_threads()} thread(s)")
-    print("\n" + json.dumps({
-        "n": options.n, "points": points, "seconds": seconds, "seconds_sensitivity": sensitivity_s,
-        "seconds_pair_by_pair": each_s * points, "ratio": each_s * points / seconds,
-        "largest_relative_difference": worst, "threads": torch.get_num_threads(), "torch": torch.__version__},
-        indent=1))
+    print(
+        f"OPNP sweep, {options.n} x 2048 features, 1000 classes, {points} pairs, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+    print(
+        "\n"
+        + json.dumps(
+            {
+                "n": options.n,
+                "points": points,
+                "seconds": seconds,
+                "seconds_sensitivity": sensitivity_s,
+                "seconds_pair_by_pair": each_s * points,
+                "ratio": each_s * points / seconds,
+                "largest_relative_difference": worst,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,25 @@ if TYPE_CHECKING:
     from oodlib.scores import Detector, create, list_detectors, load_detector, names
 
 __version__ = "0.1.0"
-__all__ = ["Detector", "FeatureBank", "OodlibError", "create", "extract", "list_detectors", "load_detector", "names"]
+__all__ = [
+    "Detector",
+    "FeatureBank",
+    "OodlibError",
+    "create",
+    "extract",
+    "list_detectors",
+    "load_detector",
+    "names",
+]
 
 # loaded on first use, so that `import oodlib` and the command line start without torch
-_HOME = {"FeatureBank": "oodlib.features", "extract": "oodlib.features",
-         **dict.fromkeys(("Detector", "create", "list_detectors", "load_detector", "names"), "oodlib.scores")}
+_HOME = {
+    "FeatureBank": "oodlib.features",
+    "extract": "oodlib.features",
+    **dict.fromkeys(
+        ("Detector", "create", "list_detectors", "load_detector", "names"), "oodlib.scores"
+    ),
+}
 _MODULES = {"claims", "data", "features", "gradients", "metrics", "models", "scores"}
 
 

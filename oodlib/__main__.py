@@ -1,7 +1,8 @@
-"""The command line: ``python -m oodlib <command>``. Every make target is one call of it; ``--help`` lists them.
+"""The command line: ``python -m oodlib <command>``. Every make target is one call of it; ``--help``
+lists them.
 
-The command's body lives in the package that it is about. Nothing heavy is imported before a command is known, so that
-nothing-to-do costs no time.
+The command's body lives in the package that it is about. Nothing heavy is imported before a command
+is known, so that nothing-to-do costs no time.
 """
 
 from __future__ import annotations
@@ -14,13 +15,25 @@ from typing import Any
 
 from oodlib.errors import OodlibError
 from oodlib.studies.vits.sweep.command import sweep, sweep_options, train_options, train_vit
-from oodlib.suite.commands import clean, docs, doctor, lab, lint, notebook, report, reproduce, student, test, verify
+from oodlib.suite.commands import (
+    clean,
+    docs,
+    doctor,
+    lab,
+    lint,
+    notebook,
+    report,
+    reproduce,
+    student,
+    test,
+    verify,
+)
 
 __all__ = ["main"]
 
 
 def data(given: argparse.Namespace) -> int:
-    from oodlib.data.public.prepare import NotAtHand, load
+    from oodlib.data.public.prepare import DatasetNotFound, load
     from oodlib.data.public.registry import SETS
     from oodlib.workspace import data_root
 
@@ -33,7 +46,7 @@ def data(given: argparse.Namespace) -> int:
             for split in info.splits:
                 try:
                     print(load(name, split), flush=True)
-                except NotAtHand as error:
+                except DatasetNotFound as error:
                     print(f"{name}/{split}: not available. {error}", flush=True)
     else:
         print(f"The {given.profile} profile needs no download: its images are drawn on the spot.")
@@ -47,7 +60,10 @@ def train(given: argparse.Namespace) -> int:
 
     unknown = [name for name in given.names if name not in {**SPECS, **FLOWS}]
     if unknown:
-        raise OodlibError(f"There is no training recipe {unknown[0]!r}. Known ones: {', '.join({**SPECS, **FLOWS})}.")
+        raise OodlibError(
+            f"There is no training recipe {unknown[0]!r}. Known ones: "
+            f"{', '.join({**SPECS, **FLOWS})}."
+        )
     for name in given.names:
         make = train_and_ship if name in FLOWS else train_and_save
         print(make(name, seed=given.seed or 0, device=given.device or "auto"))
@@ -55,20 +71,38 @@ def train(given: argparse.Namespace) -> int:
 
 
 _HELP = {
-    "reproduce": (reproduce, "run every notebook of the profile, build the report, print the verdicts"),
+    "reproduce": (
+        reproduce,
+        "run every notebook of the profile, build the report, print the verdicts",
+    ),
     "notebook": (notebook, "run the named notebooks only"),
     "test": (test, "run the tests (further arguments go to pytest)"),
     "lab": (lab, "open JupyterLab"),
-    "data": (data, "fetch and prepare the image sets of the profile; for paper: list what is needed and where"),
+    "data": (
+        data,
+        "fetch and prepare the image sets of the profile; for paper: list what is needed and where",
+    ),
     "report": (report, "build REPORT.md and report.html from finished runs"),
     "verify": (verify, "run afresh and compare with the committed reference results"),
     "student": (student, "write the student, solution and code-only copies into build/course/"),
-    "docs": (docs, "write the API reference into build/docs/ and the generated text of README.md and docs/"),
+    "docs": (
+        docs,
+        "write the API reference into build/docs/ and the generated text of README.md and docs/",
+    ),
     "lint": (lint, "check the code with ruff"),
     "train": (train, "train the named checkpoints"),
-    "train-vit": (train_vit, "train and score a pool of small ViTs (laptop: embedded, benchmark: cifar); resumable"),
-    "sweep": (sweep, "score every model of a pool, on this machine or a SLURM cluster; what is done is not done again"),
-    "doctor": (doctor, "say what is installed, mismatched or missing, and what each profile could run"),
+    "train-vit": (
+        train_vit,
+        "train and score a pool of small ViTs (laptop: embedded, benchmark: cifar); resumable",
+    ),
+    "sweep": (
+        sweep,
+        "score every model of a pool, on this machine or a SLURM cluster; what is done is not done again",
+    ),
+    "doctor": (
+        doctor,
+        "say what is installed, mismatched or missing, and what each profile could run",
+    ),
     "score": (None, "score your own images: see `score --help`"),
     "clean": (clean, "remove what runs have made (not data, not checkpoints)"),
 }
@@ -76,35 +110,56 @@ _HELP = {
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--profile", default="laptop", metavar="NAME",
-                        help="smoke, laptop (default), benchmark or paper")
+    common.add_argument(
+        "--profile",
+        default="laptop",
+        metavar="NAME",
+        help="smoke, laptop (default), benchmark or paper",
+    )
     common.add_argument("--device", help="auto, cpu, cuda or mps")
     common.add_argument("--seed", type=int)
-    parser = argparse.ArgumentParser(prog="python -m oodlib", description="Papers on out-of-distribution detection, "
-                                     "reproduced. Every make target is one of these commands.")
+    parser = argparse.ArgumentParser(
+        prog="python -m oodlib",
+        description="Papers on out-of-distribution detection, "
+        "reproduced. Every make target is one of these commands.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, text) in _HELP.items():
-        command = commands.add_parser(name, parents=[common], allow_abbrev=False, help=text, description=text)
+        command = commands.add_parser(
+            name, parents=[common], allow_abbrev=False, help=text, description=text
+        )
         if name in ("reproduce", "notebook", "verify"):
-            command.add_argument("-p", dest="parameter", nargs=2, action="append", metavar=("NAME", "VALUE"),
-                                 help="set a notebook's parameter")
+            command.add_argument(
+                "-p",
+                dest="parameter",
+                nargs=2,
+                action="append",
+                metavar=("NAME", "VALUE"),
+                help="set a notebook's parameter",
+            )
             command.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
             command.add_argument("--force", action="store_true", help="run even what is up to date")
         if name in ("notebook", "train"):
-            command.add_argument("names", nargs="+", help="for example gradnorm" if name == "notebook" else None)
+            command.add_argument(
+                "names", nargs="+", help="for example gradnorm" if name == "notebook" else None
+            )
         if name == "train-vit":
             train_options(command)
         if name == "notebook":
             command.add_argument("--output", type=Path, help="folder instead of figures/")
         if name == "verify":
-            command.add_argument("--update", action="store_true", help="make the finished run the reference")
+            command.add_argument(
+                "--update", action="store_true", help="make the finished run the reference"
+            )
         if name == "sweep":
             sweep_options(command)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 fine, 1 something failed, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 fine, 1 something failed, 2 bad input, 130
+    interrupted.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["score"]:
         return _guarded(_score, given[1:])
@@ -132,7 +187,10 @@ def _score(arguments: list[str]) -> int:
 
 
 def _guarded(function: Any, argument: Any) -> int:
-    """Call ``function``; bad input is one line on stderr, a termination meanwhile cleans up as an interrupt does."""
+    """Call ``function``; bad input is one line on stderr, a termination meanwhile cleans up as an
+    interrupt does.
+    """
+
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -146,7 +204,9 @@ def _guarded(function: Any, argument: Any) -> int:
         print("Interrupted. Nothing half-done was kept; the same command resumes.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)     # None: a handler that Python did not install
+        signal.signal(
+            signal.SIGTERM, before or signal.SIG_DFL
+        )  # None: a handler that Python did not install
 
 
 if __name__ == "__main__":

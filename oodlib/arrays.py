@@ -1,4 +1,6 @@
-"""The door of every score function: NumPy or torch in, float64 of the same kind out, a block of rows at a time."""
+"""The door of every score function: NumPy or torch in, float64 of the same kind out, a block of
+rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from oodlib.errors import OodlibError
 
 __all__ = ["to_numpy"]
 
-BLOCK = 2**21                                              # numbers of one array in one block: 16 MiB in float64
+BLOCK = 2**21  # numbers of one array in one block: 16 MiB in float64
 
 
 def tensor64(value: Any) -> Tensor:
@@ -23,7 +25,9 @@ def tensor64(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         value = value.detach()
         return (value.cpu() if value.device.type == "mps" else value).double()
-    return torch.from_numpy(np.array(value, dtype=np.float64))   # a copy: memory-mapped banks are read-only
+    return torch.from_numpy(
+        np.array(value, dtype=np.float64)
+    )  # a copy: memory-mapped banks are read-only
 
 
 def check_temperature(name: str, temperature: float) -> None:
@@ -35,15 +39,19 @@ def check_rows(name: str, *arrays: Any) -> None:
     """Raise OodlibError unless the arrays are (N, .) with the same N > 0."""
     shapes = [tuple(np.shape(a)) for a in arrays]
     if any(len(s) != 2 or 0 in s for s in shapes) or len({s[0] for s in shapes}) != 1:
-        raise OodlibError(f"{name}: needs non-empty arrays (N, .) of equal row count, got "
-                          f"{' and '.join(map(str, shapes))}. Features are pooled to (N, D), and all arrays come from "
-                          "one pass over one loader.")
+        raise OodlibError(
+            f"{name}: needs non-empty arrays (N, .) of equal row count, got "
+            f"{' and '.join(map(str, shapes))}. Features are pooled to (N, D), and all arrays come "
+            "from one pass over one loader."
+        )
 
 
 def check_k(name: str, k: Any, size: int) -> None:
     if not isinstance(k, int | np.integer) or not 1 <= k <= size:
-        raise OodlibError(f"{name}: k must lie in 1 .. {size} (the size of the bank), got {k!r}. Give a smaller whole "
-                          "number or a larger bank.")
+        raise OodlibError(
+            f"{name}: k must lie in 1 .. {size} (the size of the bank), got {k!r}. Give a smaller "
+            "whole number or a larger bank."
+        )
 
 
 def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
@@ -66,13 +74,20 @@ def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
     """
     check_rows(name, *arrays)
     rows = max(1, BLOCK // max(np.shape(a)[1] for a in arrays))
-    parts = [function(*(tensor64(a[i:i + rows]) for a in arrays)) for i in range(0, len(arrays[0]), rows)]
+    parts = [
+        function(*(tensor64(a[i : i + rows]) for a in arrays))
+        for i in range(0, len(arrays[0]), rows)
+    ]
     result = torch.cat(parts)
     if result.ndim == 1:
         bad = ~torch.isfinite(result)
         if bad.any():
-            warnings.warn(f"{name}: {int(bad.sum())} of {len(result)} scores overflowed or were NaN; they are +inf now "
-                          "(most OOD).", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"{name}: {int(bad.sum())} of {len(result)} scores overflowed or were NaN; they "
+                "are +inf now (most OOD).",
+                RuntimeWarning,
+                stacklevel=3,
+            )
             result = torch.where(bad, torch.inf, result)
     return result if isinstance(arrays[0], Tensor) else result.cpu().numpy()
 

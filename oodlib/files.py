@@ -18,7 +18,9 @@ __all__ = ["atomic_folder", "atomic_path", "remove_parts", "sha256", "write_json
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is removed."""
+    """Yield a temporary path beside ``path``; on success it replaces ``path``, on any error it is
+    removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -36,9 +38,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success it replaces ``path``.
 
-    On any error the temporary folder is removed and ``path`` is as it was. A folder cannot be replaced in one step:
-    a process that is killed between the two renames leaves the former content as ``.<name>.old.part``, which the next
-    call, or `remove_parts`, puts back.
+    On any error the temporary folder is removed and ``path`` is as it was. A folder cannot be
+    replaced in one step: a process that is killed between the two renames leaves the former content
+    as ``.<name>.old.part``, which the next call, or `remove_parts`, puts back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +56,16 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         if old.is_dir():
             with contextlib.suppress(OSError):
-                os.replace(old, temporary)      # a half-deleted folder must not pass for the former one
+                os.replace(old, temporary)  # a half-deleted folder must not pass for the former one
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _put_back(path)
 
 
 def remove_parts(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left beside ``path``; a former content that is the only copy is put back."""
+    """Remove what killed processes left beside ``path``; a former content that is the only copy is
+    put back.
+    """
     path = Path(path)
     _put_back(path)
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
@@ -89,7 +93,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write JSON (sorted keys, indented, no NaN), whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(
+        path,
+        json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n",
+    )
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

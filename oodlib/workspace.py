@@ -1,4 +1,6 @@
-"""Where the project and its data lie, the four profiles, and what code a cached result rests on. No heavy import."""
+"""Where the project and its data lie, the four profiles, and what code a cached result rests on. No
+heavy import.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,19 @@ from pathlib import Path
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
 
-__all__ = ["PROFILES", "STAMP", "check_profile", "code_closure", "code_hash", "data_root", "imported_modules",
-           "root"]
+__all__ = [
+    "PROFILES",
+    "STAMP",
+    "check_profile",
+    "code_closure",
+    "code_hash",
+    "data_root",
+    "imported_modules",
+    "root",
+]
 
 PROFILES = ("smoke", "laptop", "benchmark", "paper")
-STAMP = ".key"      # the runner's mark in the folder of a finished headless run
+STAMP = ".key"  # the runner's mark in the folder of a finished headless run
 _PACKAGE = Path(__file__).resolve().parent
 _LIBRARIES = ("torch", "torchvision", "timm")
 
@@ -32,13 +42,17 @@ def root() -> Path:
     if named:
         return Path(named)
     if not (_PACKAGE.parent / "data" / "claims").is_dir():
-        raise OodlibError("This installation of oodlib holds the code alone: clone the repository and set OODLIB_ROOT "
-                          "to its folder, which holds the data, weights, claims and notebooks.")
+        raise OodlibError(
+            "This installation of oodlib holds the code alone: clone the repository and set "
+            "OODLIB_ROOT to its folder, which holds the data, weights, claims and notebooks."
+        )
     return _PACKAGE.parent
 
 
 def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where downloads and prepared sets live: ``data_dir``, else ``OODLIB_DATA``, else ``data/`` of the project."""
+    """Where downloads and prepared sets live: ``data_dir``, else ``OODLIB_DATA``, else ``data/`` of
+    the project.
+    """
     return Path(data_dir or os.environ.get("OODLIB_DATA") or root() / "data")
 
 
@@ -52,18 +66,25 @@ def check_profile(profile: str) -> str:
 def _file_of(module: str) -> Path | None:
     """The file of one of our modules; None where there is no such module."""
     path = _PACKAGE.parent.joinpath(*module.split("."))
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    return next(
+        (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None
+    )
 
 
 def imported_modules(source: str) -> set[str]:
-    """Our modules that a Python text imports anywhere in it, or reaches as ``oodlib.x.y`` after ``import oodlib``."""
+    """Our modules that a Python text imports anywhere in it, or reaches as ``oodlib.x.y`` after
+    ``import oodlib``.
+    """
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [item.name for item in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise OodlibError(f"imported_modules: line {node.lineno} holds a relative import. Write the full name.")
+                raise OodlibError(
+                    f"imported_modules: line {node.lineno} holds a relative import. Write the full "
+                    "name."
+                )
             names += [f"{node.module}.{item.name}" for item in node.names]
         elif isinstance(node, ast.Attribute):
             names.append(ast.unparse(node))
@@ -97,11 +118,13 @@ def code_closure(*modules: str) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-@cache                                          # of the code as it was when this process first asked
+@cache  # of the code as it was when this process first asked
 def code_hash(*modules: str) -> str:
-    """SHA-256 (hexadecimal) of the code behind a cached result: its closure, and versions of torch, torchvision, timm.
+    """SHA-256 (hexadecimal) of the code behind a cached result: its closure, and versions of torch,
+    torchvision, timm.
 
-    One function for banks, networks trained live and sweeps, so that no list of files has to be kept by hand.
+    One function for banks, networks trained live and sweeps, so that no list of files has to be
+    kept by hand.
     """
     digest = hashlib.sha256()
     for module, path in code_closure(*modules).items():

@@ -24,18 +24,28 @@ def batch():
 
 @pytest.fixture
 def killed_process(request: pytest.FixtureRequest):
-    """Runs ``module.call``, of a module beside the test, in a process of its own, which must end by SIGKILL."""
+    """Runs ``module.call``, of a module beside the test, in a process of its own, which must end by
+    SIGKILL.
+    """
+
     def run(module: str, call: str) -> None:
         code = f"import sys; sys.path.insert(0, {str(request.path.parent)!r}); import {module}; {module}.{call}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
         assert done.returncode == -signal.SIGKILL, done.stderr
+
     return run
 
 
 @pytest.fixture(scope="session")
 def blobs():
-    """Banks (train, ID test, OOD test): 4 Gaussian classes in 16 non-negative dimensions, OOD weak and in between."""
+    """Banks (train, ID test, OOD test): 4 Gaussian classes in 16 non-negative dimensions, OOD weak
+    and in between.
+    """
     rng = np.random.default_rng(0)
     centres = np.kron(np.eye(4), np.ones(4)) * 6
     noise = 0.5
@@ -45,8 +55,9 @@ def blobs():
 
     def bank(n):
         labels = np.arange(n) % 4
-        return FeatureBank.from_arrays(features(n, centres[labels]), weight=centres / 8, bias=np.full(4, -2.0),
-                                       labels=labels)
+        return FeatureBank.from_arrays(
+            features(n, centres[labels]), weight=centres / 8, bias=np.full(4, -2.0), labels=labels
+        )
 
     train, test = bank(800), bank(400)
     weak = rng.uniform(0, 3, size=(400, 16)) * (rng.random((400, 16)) < 0.5)
@@ -55,9 +66,17 @@ def blobs():
 
 
 # folder of each set, images in each of its two classes
-TREE = {"images_largescale/imagenet_1k/val": 12, "images_largescale/inaturalist": 3, "images_largescale/sun": 2,
-        "images_largescale/places": 2, "images_classic/texture": 2, "images_largescale/imagenet_1k/train": 8,
-        "images_largescale/ninco": 2, "images_largescale/ssb_hard": 2, "images_largescale/openimage_o": 4}
+TREE = {
+    "images_largescale/imagenet_1k/val": 12,
+    "images_largescale/inaturalist": 3,
+    "images_largescale/sun": 2,
+    "images_largescale/places": 2,
+    "images_classic/texture": 2,
+    "images_largescale/imagenet_1k/train": 8,
+    "images_largescale/ninco": 2,
+    "images_largescale/ssb_hard": 2,
+    "images_largescale/openimage_o": 4,
+}
 # OpenImage-O holds its validation images in the same folder: lists tell them apart
 LISTS = {"test_openimage_o.txt": (2, 3), "val_openimage_o.txt": (0, 1)}
 
@@ -77,6 +96,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lists = root / "benchmark_imglist" / "imagenet"
     lists.mkdir(parents=True)
     for name, numbers in LISTS.items():
-        rows = [f"openimage_o/n0{label}/{label}_{i}.jpg -1\n" for label in range(2) for i in numbers]
+        rows = [
+            f"openimage_o/n0{label}/{label}_{i}.jpg -1\n" for label in range(2) for i in numbers
+        ]
         (lists / name).write_text("".join(rows))
     return root

@@ -1,4 +1,6 @@
-"""What is committed stays within its budget: megabytes of binary artefacts and of reference results."""
+"""What is committed stays within its budget: megabytes of binary artefacts and of reference
+results.
+"""
 
 import subprocess
 from pathlib import Path
@@ -8,12 +10,14 @@ import pytest
 from oodlib.suite.verify import LIMIT_MB
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = {"data/checkpoints": 40.0, "figures/reference": LIMIT_MB}          # of the 80 megabytes in all
+BUDGET = {"data/checkpoints": 40.0, "figures/reference": LIMIT_MB}  # of the 80 megabytes in all
 BINARY = {".safetensors", ".npz", ".npy", ".parquet", ".jpg", ".jpeg", ".png", ".pt", ".bin"}
 
 
 def committed(*folders: str) -> list[Path]:
-    done = subprocess.run(["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "-z", *folders], cwd=ROOT, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     return [path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file()]
@@ -33,6 +37,11 @@ def test_binary_artefacts_take_80_megabytes_at_most() -> None:
 
 
 def test_weights_lie_beside_their_provenance() -> None:
-    alone = [path.name for path in committed("data") if path.suffix == ".safetensors"
-             and not path.with_suffix(".json").exists() and not (path.parent / "run.json").exists()]
+    alone = [
+        path.name
+        for path in committed("data")
+        if path.suffix == ".safetensors"
+        and not path.with_suffix(".json").exists()
+        and not (path.parent / "run.json").exists()
+    ]
     assert not alone

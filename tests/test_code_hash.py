@@ -30,20 +30,26 @@ def package(tmp_path, monkeypatch):
     code_hash.cache_clear()
 
 
-@pytest.mark.parametrize(("source", "modules"), [
-    ("import numpy, torch.nn", set()),
-    ("import oodlib.images", {"oodlib.images"}),
-    ("from oodlib.images import load, save", {"oodlib.images"}),
-    ("from oodlib import images", {"oodlib.images"}),
-    ("from oodlib import images as x, Wrong", {"oodlib.images", "oodlib"}),
-    ("from oodlib.nets import large", {"oodlib.nets.large"}),
-    ("from oodlib.nets import Small", {"oodlib.nets"}),
-    ("import oodlib\nx = oodlib.nets.large.f(1)", {"oodlib", "oodlib.nets", "oodlib.nets.large"}),
-    ("import oodlib\nx = oodlib.nets.Small", {"oodlib", "oodlib.nets"}),
-    ("def f():\n    if True:\n        from oodlib.images import load", {"oodlib.images"}),
-    ("import oodlibrary\nother.oodlib.images.x", set()),
-    ("import oodlib.nowhere.deeper", {"oodlib"}),
-])
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        ("import numpy, torch.nn", set()),
+        ("import oodlib.images", {"oodlib.images"}),
+        ("from oodlib.images import load, save", {"oodlib.images"}),
+        ("from oodlib import images", {"oodlib.images"}),
+        ("from oodlib import images as x, Wrong", {"oodlib.images", "oodlib"}),
+        ("from oodlib.nets import large", {"oodlib.nets.large"}),
+        ("from oodlib.nets import Small", {"oodlib.nets"}),
+        (
+            "import oodlib\nx = oodlib.nets.large.f(1)",
+            {"oodlib", "oodlib.nets", "oodlib.nets.large"},
+        ),
+        ("import oodlib\nx = oodlib.nets.Small", {"oodlib", "oodlib.nets"}),
+        ("def f():\n    if True:\n        from oodlib.images import load", {"oodlib.images"}),
+        ("import oodlibrary\nother.oodlib.images.x", set()),
+        ("import oodlib.nowhere.deeper", {"oodlib"}),
+    ],
+)
 def test_modules_are_found_in_every_form_of_import(package, source, modules):
     assert imported_modules(source) == modules
 
@@ -53,10 +59,15 @@ def test_a_relative_import_is_refused(package):
         imported_modules("import numpy\nfrom . import images")
 
 
-@pytest.mark.parametrize(("module", "reached"), [
-    ("apart", {"apart"}), ("nets", {"nets", "nets.small"}), ("nets.large", {"nets.large", "images", "errors"}),
-    ("whole", {"", "errors", "whole", "nets", "nets.small", "nets.large", "images"}),
-])
+@pytest.mark.parametrize(
+    ("module", "reached"),
+    [
+        ("apart", {"apart"}),
+        ("nets", {"nets", "nets.small"}),
+        ("nets.large", {"nets.large", "images", "errors"}),
+        ("whole", {"", "errors", "whole", "nets", "nets.small", "nets.large", "images"}),
+    ],
+)
 def test_the_closure_is_all_that_is_reached(package, module, reached):
     found = code_closure(f"oodlib.{module}")
     assert set(found) == {f"oodlib.{name}".rstrip(".") for name in reached}
@@ -64,7 +75,11 @@ def test_the_closure_is_all_that_is_reached(package, module, reached):
 
 
 def test_the_closure_of_several_modules_is_theirs_together(package):
-    assert set(code_closure("oodlib.apart", "oodlib.nets")) == {"oodlib.apart", "oodlib.nets", "oodlib.nets.small"}
+    assert set(code_closure("oodlib.apart", "oodlib.nets")) == {
+        "oodlib.apart",
+        "oodlib.nets",
+        "oodlib.nets.small",
+    }
     with pytest.raises(OodlibError, match=r"no module 'oodlib\.nowhere'"):
         code_closure("oodlib.apart", "oodlib.nowhere")
 
@@ -74,10 +89,16 @@ def hashes(*modules):
     return [code_hash(f"oodlib.{module}") for module in modules]
 
 
-@pytest.mark.parametrize(("file", "changed"), [
-    ("errors.py", {"images", "nets.large", "whole"}), ("nets/small.py", {"nets", "whole"}), ("apart.py", {"apart"}),
-    ("nets/large.py", {"nets.large", "whole"}), ("nets/__init__.py", {"nets", "whole"}),
-])
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("errors.py", {"images", "nets.large", "whole"}),
+        ("nets/small.py", {"nets", "whole"}),
+        ("apart.py", {"apart"}),
+        ("nets/large.py", {"nets.large", "whole"}),
+        ("nets/__init__.py", {"nets", "whole"}),
+    ],
+)
 def test_the_hash_changes_with_the_files_that_are_reached(package, file, changed):
     modules = ("apart", "images", "nets", "nets.large", "whole")
     before = hashes(*modules)
@@ -89,7 +110,7 @@ def test_the_hash_changes_with_the_files_that_are_reached(package, file, changed
 
 
 def test_an_import_that_is_added_is_followed(package):
-    before, = hashes("apart")
+    (before,) = hashes("apart")
     (package / "apart.py").write_text("y = 1\nfrom oodlib.nets import Small")
     assert set(code_closure("oodlib.apart")) == {"oodlib.apart", "oodlib.nets", "oodlib.nets.small"}
     assert hashes("apart") != [before]
@@ -98,7 +119,9 @@ def test_an_import_that_is_added_is_followed(package):
 @pytest.mark.parametrize("library", ["torch", "torchvision", "timm"])
 def test_the_hash_changes_with_the_version_of_a_library(package, monkeypatch, library):
     whole, before = workspace.version, hashes("apart")
-    monkeypatch.setattr(workspace, "version", lambda name: "0.0" if name == library else whole(name))
+    monkeypatch.setattr(
+        workspace, "version", lambda name: "0.0" if name == library else whole(name)
+    )
     assert hashes("apart") != before
 
     def absent(name):
@@ -109,12 +132,31 @@ def test_the_hash_changes_with_the_version_of_a_library(package, monkeypatch, li
     assert hashes("apart") not in (before, other)
 
 
-@pytest.mark.parametrize(("module", "reached", "apart"), [
-    ("features.extract", {"models.hooks", "models.training.augment", "data.images", "files"}, {"scores.knn", "claims"}),
-    ("studies.vits.trained", {"scores.moments", "data.builtin.render", "models.training.vit"}, {"studies.flows.runs"}),
-    ("studies.flows.runs", {"scores.complexity", "studies.flows.specs", "data.images"}, {"studies.vits.trained"}),
-    ("models.shipped", {"models.fast_convnet", "data.builtin.sets", "data.public.prepare"}, {"scores.knn"}),
-])
+@pytest.mark.parametrize(
+    ("module", "reached", "apart"),
+    [
+        (
+            "features.extract",
+            {"models.hooks", "models.training.augment", "data.images", "files"},
+            {"scores.knn", "claims"},
+        ),
+        (
+            "studies.vits.trained",
+            {"scores.moments", "data.builtin.render", "models.training.vit"},
+            {"studies.flows.runs"},
+        ),
+        (
+            "studies.flows.runs",
+            {"scores.complexity", "studies.flows.specs", "data.images"},
+            {"studies.vits.trained"},
+        ),
+        (
+            "models.shipped",
+            {"models.fast_convnet", "data.builtin.sets", "data.public.prepare"},
+            {"scores.knn"},
+        ),
+    ],
+)
 def test_what_is_cached_rests_on_what_it_reaches(module, reached, apart):
     found = {name.removeprefix("oodlib.") for name in code_closure(f"oodlib.{module}")}
     assert reached <= found and not apart & found

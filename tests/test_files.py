@@ -30,13 +30,15 @@ def state(folder: Path) -> tuple[list[str], str]:
 
 
 def kill_between_the_renames(folder: Path) -> None:
-    code = ("import os, signal, sys\nfrom oodlib.files import atomic_folder\nreal = os.replace\n"
-            "def replace(source, target):\n"
-            "    real(source, target)\n"
-            "    os.kill(os.getpid(), signal.SIGKILL)\n"
-            "with atomic_folder(sys.argv[1]) as temporary:\n"
-            "    (temporary / 'text').write_text('after')\n"
-            "    os.replace = replace\n")
+    code = (
+        "import os, signal, sys\nfrom oodlib.files import atomic_folder\nreal = os.replace\n"
+        "def replace(source, target):\n"
+        "    real(source, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with atomic_folder(sys.argv[1]) as temporary:\n"
+        "    (temporary / 'text').write_text('after')\n"
+        "    os.replace = replace\n"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not folder.exists()
@@ -50,7 +52,8 @@ def test_a_folder_is_replaced_whole(folder: Path) -> None:
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_rename_leaves_the_folder_as_it_was(
-        folder: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = os.replace, []
 
     def replace(source: Path, target: Path) -> None:

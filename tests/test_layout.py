@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Top to bottom, the way the data goes read upwards. A room is a file or a folder of oodlib; rooms of one floor do not
-# import each other. `oodlib/__init__.py` hands on names from below and is imported by nobody inside.
+# Top to bottom, the way the data goes read upwards. A room is a file or a folder of oodlib; rooms
+# of one floor do not import each other. `oodlib/__init__.py` hands on names from below and is
+# imported by nobody inside.
 FLOORS = [
     {"__main__"},
     {"apply", "experiments", "studies", "suite"},
@@ -35,7 +36,9 @@ def modules() -> dict[str, Path]:
 
 def imports(source: str, module: str, known: dict[str, Path]) -> set[str]:
     """Our modules that a text imports: by name, from a package, or relative to ``module``."""
-    package = module if known.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    package = (
+        module if known.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    )
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -43,9 +46,9 @@ def imports(source: str, module: str, known: dict[str, Path]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                above = package.split(".")[:len(package.split(".")) - node.level + 1]
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
-            for item in node.names:             # a submodule, or a name that the module itself holds
+            for item in node.names:  # a submodule, or a name that the module itself holds
                 longer = f"{base}.{item.name}"
                 found.add(longer if longer in known else base)
     return {name for name in found if name in known}
@@ -59,8 +62,12 @@ def floor(module: str) -> int:
 
 def arrows() -> list[tuple[str, str]]:
     known = modules()
-    return [(module, other) for module, path in sorted(known.items())
-            for other in sorted(imports(path.read_text(encoding="utf-8"), module, known)) if module != "oodlib"]
+    return [
+        (module, other)
+        for module, path in sorted(known.items())
+        for other in sorted(imports(path.read_text(encoding="utf-8"), module, known))
+        if module != "oodlib"
+    ]
 
 
 def test_every_room_stands_on_a_floor() -> None:
@@ -69,8 +76,12 @@ def test_every_room_stands_on_a_floor() -> None:
 
 
 def test_imports_run_down_only() -> None:
-    wrong = [f"{module} imports {other}" for module, other in arrows()
-             if other == "oodlib" or (module.split(".")[1] != other.split(".")[1] and floor(module) <= floor(other))]
+    wrong = [
+        f"{module} imports {other}"
+        for module, other in arrows()
+        if other == "oodlib"
+        or (module.split(".")[1] != other.split(".")[1] and floor(module) <= floor(other))
+    ]
     assert not wrong
 
 
@@ -81,7 +92,7 @@ def test_no_module_imports_itself_through_others() -> None:
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path[path.index(module):], module])
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
         if module not in done:
             for other in below.get(module, ()):
                 visit(other, (*path, module))
@@ -91,7 +102,9 @@ def test_no_module_imports_itself_through_others() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_notebooks_import_from_packages(path: Path) -> None:
     from oodlib.suite.notebooks import Notebook
 
@@ -99,17 +112,34 @@ def test_notebooks_import_from_packages(path: Path) -> None:
     for source in Notebook.read(path).code():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("oodlib"):
-                assert node.module.count(".") < 2 or node.module.startswith(DEEP), f"from {node.module} import ..."
+                assert node.module.count(".") < 2 or node.module.startswith(DEEP), (
+                    f"from {node.module} import ..."
+                )
                 assert node.module in known
 
 
-@pytest.mark.parametrize(("module", "source", "expected"), [
-    ("oodlib.scores.ash", "from oodlib import metrics", {"oodlib.metrics"}),
-    ("oodlib.scores.ash", "import oodlib.files", {"oodlib.files"}),
-    ("oodlib.scores.ash", "from . import energy", {"oodlib.scores.energy"}),
-    ("oodlib.scores.ash", "from ..experiments.testbed import Testbed", {"oodlib.experiments.testbed"}),
-    ("oodlib.scores.ash", "def f():\n    from oodlib.suite import runner", {"oodlib.suite.runner"}),
-    ("oodlib.scores.ash", "from oodlib.scores import msp, Detector", {"oodlib.scores.msp", "oodlib.scores"}),
-])
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("oodlib.scores.ash", "from oodlib import metrics", {"oodlib.metrics"}),
+        ("oodlib.scores.ash", "import oodlib.files", {"oodlib.files"}),
+        ("oodlib.scores.ash", "from . import energy", {"oodlib.scores.energy"}),
+        (
+            "oodlib.scores.ash",
+            "from ..experiments.testbed import Testbed",
+            {"oodlib.experiments.testbed"},
+        ),
+        (
+            "oodlib.scores.ash",
+            "def f():\n    from oodlib.suite import runner",
+            {"oodlib.suite.runner"},
+        ),
+        (
+            "oodlib.scores.ash",
+            "from oodlib.scores import msp, Detector",
+            {"oodlib.scores.msp", "oodlib.scores"},
+        ),
+    ],
+)
 def test_every_form_of_import_is_resolved(module: str, source: str, expected: set[str]) -> None:
     assert imports(source, module, modules()) == expected

@@ -37,21 +37,31 @@ class ClassCheck:
 
         def beyond(share: float, expected: float) -> float:
             return float(binom.sf(round(share * self.n) - 1, self.n, expected))
-        if (self.n >= 10 * len(self.order) and self.best >= max(0.5, self.accuracy + 0.1)
-                and beyond(self.best, max(self.accuracy, self.chance)) < 1e-6):
+
+        if (
+            self.n >= 10 * len(self.order)
+            and self.best >= max(0.5, self.accuracy + 0.1)
+            and beyond(self.best, max(self.accuracy, self.chance)) < 1e-6
+        ):
             wrong = int(np.flatnonzero(self.order != np.arange(len(self.order)))[0])
-            return (f"accuracy is {self.accuracy:.1%}, but {self.best:.1%} with the labels in another order: images of "
-                    f"label {wrong} are called class {self.order[wrong]}. Name the folders so that they sort in the "
-                    "model's order, for example 00_cat, 01_dog.")
+            return (
+                f"accuracy is {self.accuracy:.1%}, but {self.best:.1%} with the labels in another "
+                f"order: images of label {wrong} are called class {self.order[wrong]}. Name the "
+                "folders so that they sort in the model's order, for example 00_cat, 01_dog."
+            )
         if beyond(self.accuracy, self.chance) > 1e-3:
-            return (f"accuracy {self.accuracy:.1%} on {self.n} images is near chance ({self.chance:.1%}): wrong "
-                    "weights, transform (size, mean and std, colour order) or class order. OOD scores are meaningless "
-                    "until this is fixed.")
+            return (
+                f"accuracy {self.accuracy:.1%} on {self.n} images is near chance "
+                f"({self.chance:.1%}): wrong weights, transform (size, mean and std, colour order) "
+                "or class order. OOD scores are meaningless until this is fixed."
+            )
         return ""
 
 
 def check_classes(bank: FeatureBank) -> ClassCheck | None:
-    """Compare labels and answers; None where the known labels (not -1) are not 0 .. C-1, all of them present."""
+    """Compare labels and answers; None where the known labels (not -1) are not 0 .. C-1, all of
+    them present.
+    """
     from scipy.optimize import linear_sum_assignment
 
     classes = bank.head.num_classes
@@ -61,9 +71,15 @@ def check_classes(bank: FeatureBank) -> ClassCheck | None:
     labels = bank.labels[known]
     if not np.array_equal(np.unique(labels), np.arange(classes)):
         return None
-    counts = np.zeros((classes, classes), dtype=np.int64)                 # label by answer
+    counts = np.zeros((classes, classes), dtype=np.int64)  # label by answer
     np.add.at(counts, (labels, bank.logits[known].argmax(1)), 1)
     rows, order = linear_sum_assignment(-counts)
     n = len(labels)
-    return ClassCheck(n, float(np.trace(counts) / n), float(counts.sum(1).max() / n),
-                      float(counts[rows, order].sum() / n), order, bank.unknown)
+    return ClassCheck(
+        n,
+        float(np.trace(counts) / n),
+        float(counts.sum(1).max() / n),
+        float(counts[rows, order].sum() / n),
+        order,
+        bank.unknown,
+    )

@@ -21,45 +21,68 @@ from oodlib.features.extract import extract, stream
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.workspace import root
 
-__all__ = ["FEATURE_SUFFIXES", "SHARD", "UNREADABLE", "EveryImage", "FeatureFile", "Images", "Transform",
-           "open_images"]
+__all__ = [
+    "FEATURE_SUFFIXES",
+    "SHARD",
+    "UNREADABLE",
+    "EveryImage",
+    "FeatureFile",
+    "Images",
+    "Transform",
+    "open_images",
+]
 
-SHARD = 500                # on a CPU, 500 large images are minutes of work that an interruption may cost
+SHARD = 500  # on a CPU, 500 large images are minutes of work that an interruption may cost
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
-UNREADABLE = int(np.iinfo(np.int64).min)                   # label of an image that does not decode
+UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not decode
 
 
 def open_images(path: str | Path, transform: Transform) -> ImageList:
-    """The images of a folder (all below it; label = rank of the first-level folder), of a list file, or one image.
+    """The images of a folder (all below it; label = rank of the first-level folder), of a list
+    file, or one image.
 
-    A list holds one path per line, relative to the list's own folder, alone or followed by a space and a label.
+    A list holds one path per line, relative to the list's own folder, alone or followed by a space
+    and a label.
 
     Raises
     ------
     OodlibError : nothing there, no image in it, or a listed file is missing
     """
-    if not str(path):                                      # Path("") would be the current folder
+    if not str(path):  # Path("") would be the current folder
         raise OodlibError("score: no folder was named. Give a folder of images.")
     path = Path(path)
     if path.is_dir():
         return ImageList(path, transform=transform)
     if not path.is_file():
-        raise OodlibError(f"score: {path} is neither a folder nor a file. Give a folder of images, or a text file with "
-                          "one path per line.")
+        raise OodlibError(
+            f"score: {path} is neither a folder nor a file. Give a folder of images, or a text "
+            "file with one path per line."
+        )
     if path.suffix.lower() in SUFFIXES:
         return ImageList(path.parent, [(path.name, -1)], transform=transform)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except UnicodeDecodeError as error:
-        raise OodlibError(f"score: {path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with "
-                          "one path per line.") from error
-    return ImageList(path.parent, [_list_row(path.parent, line) for line in lines], transform=transform, name=path.stem)
+        raise OodlibError(
+            f"score: {path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file "
+            "with one path per line."
+        ) from error
+    return ImageList(
+        path.parent,
+        [_list_row(path.parent, line) for line in lines],
+        transform=transform,
+        name=path.stem,
+    )
 
 
 class EveryImage(ImageList):
-    """The same images, for a pass that must not stop at a damaged file: another image of the list stands in for it.
+    """The same images, for a pass that must not stop at a damaged file: another image of the list
+    stands in for it.
 
-    Its label is `UNREADABLE`, so that nothing made of the stand-in is used. OodlibError: no image decodes.
+    Its label is `UNREADABLE`, so that nothing made of the stand-in is used. OodlibError: no image
+    decodes.
     """
 
     def __init__(self, images: ImageList):
@@ -78,8 +101,10 @@ class EveryImage(ImageList):
         for index in range(len(self)):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
-        raise OodlibError(f"score: none of the {len(self)} images of {self.name} can be decoded. Check the folder, or "
-                          "copy the images again.")
+        raise OodlibError(
+            f"score: none of the {len(self)} images of {self.name} can be decoded. Check the "
+            "folder, or copy the images again."
+        )
 
 
 def _list_row(folder: Path, line: str) -> tuple[str, int]:
@@ -90,10 +115,11 @@ def _list_row(folder: Path, line: str) -> tuple[str, int]:
 
 
 class FeatureFile:
-    """What some network computed, without the network: ``.safetensors`` (read in pieces) or ``.npz`` (read whole).
+    """What some network computed, without the network: ``.safetensors`` (read in pieces) or
+    ``.npz`` (read whole).
 
-    It holds ``features`` (N, D) with the ``weight`` (C, D) and ``bias`` (C,) of the head, or only ``logits`` (N, C);
-    besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,).
+    It holds ``features`` (N, D) with the ``weight`` (C, D) and ``bias`` (C,) of the head, or only
+    ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,).
 
     Attributes
     ----------
@@ -115,19 +141,22 @@ class FeatureFile:
             else:
                 self._map()
         except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            raise OodlibError(f"score: {path} cannot be read as {self.path.suffix} ({error}). Write it "
-                              "again.") from error
+            raise OodlibError(
+                f"score: {path} cannot be read as {self.path.suffix} ({error}). Write it again."
+            ) from error
         self.only_logits = "weight" not in self._arrays
         self._main = "logits" if self.only_logits else "features"
         if self._main not in self._arrays:
-            raise OodlibError(f"score: {path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs features "
-                              "and the head's weight (and bias), or logits.")
+            raise OodlibError(
+                f"score: {path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs "
+                "features and the head's weight (and bias), or logits."
+            )
         self.bank(0, 1)
 
     def _map(self) -> None:
         """Map the file anew: what was read of it before no longer counts as this process's memory."""
         file = safe_open(self.path, framework="numpy")
-        self._arrays = {key: file.get_slice(key) for key in file.keys()}               # noqa: SIM118 no dict
+        self._arrays = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 no dict
 
     def __len__(self) -> int:
         return self._shape(self._main)[0]
@@ -137,19 +166,30 @@ class FeatureFile:
         return tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
 
     def bank(self, start: int = 0, stop: int | None = None) -> FeatureBank:
-        """Rows ``start`` to ``stop`` as a bank; of logits alone, they are the features under an identity head."""
+        """Rows ``start`` to ``stop`` as a bank; of logits alone, they are the features under an
+        identity head.
+        """
         for key in {"labels", "paths", "logits"} & self._arrays.keys():
             if self._shape(key)[:1] != self._shape(self._main)[:1]:
-                raise OodlibError(f"score: {self.path}: {self._main} {self._shape(self._main)} and {key} "
-                                  f"{self._shape(key)} need equal row counts.")
+                raise OodlibError(
+                    f"score: {self.path}: {self._main} {self._shape(self._main)} and {key} "
+                    f"{self._shape(key)} need equal row counts."
+                )
         stop = len(self) if stop is None else min(stop, len(self))
-        rows: dict[str, Any] = {key: np.asarray(self._arrays[key][start:stop]) for key in
-                                ("features", "logits", "labels") if key in self._arrays}
+        rows: dict[str, Any] = {
+            key: np.asarray(self._arrays[key][start:stop])
+            for key in ("features", "logits", "labels")
+            if key in self._arrays
+        }
         if self.only_logits:
             rows["features"] = rows.pop("logits")
             rows["weight"] = np.eye(rows["features"].shape[-1], dtype=np.float32)
         else:
-            rows |= {key: np.asarray(self._arrays[key][:]) for key in ("weight", "bias") if key in self._arrays}
+            rows |= {
+                key: np.asarray(self._arrays[key][:])
+                for key in ("weight", "bias")
+                if key in self._arrays
+            }
         return FeatureBank.from_arrays(**rows)
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -158,12 +198,12 @@ class FeatureFile:
         return [f"{self.path}:{i}" for i in range(start, stop)]
 
     @property
-    def made_by(self) -> str:
+    def identity(self) -> str:
         stat = self.path.stat()
         return f"{self.path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
     def stamp(self, start: int, stop: int) -> str:
-        return ""                                          # one changed row changes the file, see made_by
+        return ""  # one changed row changes the file, see identity
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
         for i in range(start, len(self), rows):
@@ -175,7 +215,9 @@ class FeatureFile:
 class Images:
     """Images on disk behind a network: the counterpart of `FeatureFile`."""
 
-    def __init__(self, path: str, model: nn.Module, transform: Transform, given: argparse.Namespace):
+    def __init__(
+        self, path: str, model: nn.Module, transform: Transform, given: argparse.Namespace
+    ):
         self.list, self.model, self.given = open_images(path, transform), model, given
 
     def __len__(self) -> int:
@@ -185,35 +227,53 @@ class Images:
         return image_loader(images, batch_size=self.given.batch_size, workers=self.given.workers)
 
     def bank(self) -> FeatureBank:
-        """All of it from one pass; a finished one is read from the cache, an interrupted one goes on."""
+        """All of it from one pass; a finished one is read from the cache, an interrupted one goes
+        on.
+        """
         with plain_errors(Exception):
-            return extract(self.model, self._loader(self.list), shard_rows=SHARD, device=self.given.device,
-                           cache=self.given.cache or root() / "data" / "cache" / "banks",
-                           model_name="".join(c if c.isalnum() or c in "._-" else "-" for c in self.given.model))
+            return extract(
+                self.model,
+                self._loader(self.list),
+                shard_rows=SHARD,
+                device=self.given.device,
+                cache=self.given.cache or root() / "data" / "cache" / "banks",
+                model_name="".join(
+                    c if c.isalnum() or c in "._-" else "-" for c in self.given.model
+                ),
+            )
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
         """Image by image; the label of one that does not decode is `UNREADABLE`."""
         with plain_errors(Exception):
-            yield from stream(self.model, self._loader(EveryImage(self.list)), start=start, shard_rows=rows,
-                              device=self.given.device)
+            yield from stream(
+                self.model,
+                self._loader(EveryImage(self.list)),
+                start=start,
+                shard_rows=rows,
+                device=self.given.device,
+            )
 
     def names(self, start: int, stop: int) -> list[str]:
         return [str(self.list.root / path) for path in self.list.paths[start:stop]]
 
     @property
-    def made_by(self) -> str:
+    def identity(self) -> str:
         return repr(self.list.transform)
 
     def stamp(self, start: int, stop: int) -> str:
         """What tells these rows from changed ones."""
         stats = [(self.list.root / path).stat() for path in self.list.paths[start:stop]]
-        return "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
-                       for name, stat in zip(self.names(start, stop), stats, strict=True))
+        return "".join(
+            f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
+            for name, stat in zip(self.names(start, stop), stats, strict=True)
+        )
 
 
 @contextlib.contextmanager
 def plain_errors(kind: type[Exception]) -> Iterator[None]:
-    """One line: a worker process wraps its error in a traceback, a user's transform and model may raise anything."""
+    """One line: a worker process wraps its error in a traceback, a user's transform and model may
+    raise anything.
+    """
     try:
         yield
     except kind as error:
@@ -223,6 +283,9 @@ def plain_errors(kind: type[Exception]) -> Iterator[None]:
         if isinstance(error, OSError):
             line = f"score: {line[:300]}. Check the path, its permissions and the free disk space."
         elif not isinstance(error, OodlibError):
-            line = (f"score: an image did not pass through the transform and the model ({type(error).__name__}: "
-                    f"{line[:300]}). The transform must give tensors of one shape that the model takes.")
+            line = (
+                "score: an image did not pass through the transform and the model "
+                f"({type(error).__name__}: {line[:300]}). The transform must give tensors of one "
+                "shape that the model takes."
+            )
         raise OodlibError(line) from error

@@ -29,9 +29,11 @@ _BESIDE: dict[str, dict[str, ModuleType]] = {}
 
 @dataclass(frozen=True)
 class OwnTransform:
-    """A user's transform under a name that stays the same between runs, for caches: no memory addresses.
+    """A user's transform under a name that stays the same between runs, for caches: no memory
+    addresses.
 
-    A worker process that is handed a transform from a file runs that file again, under the same private name.
+    A worker process that is handed a transform from a file runs that file again, under the same
+    private name.
     """
 
     function: Transform
@@ -44,7 +46,9 @@ class OwnTransform:
 
     def __repr__(self) -> str:
         name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.function))
-        return (name.replace(self.module, Path(self.file).stem) if self.file else name) + self.source
+        return (
+            name.replace(self.module, Path(self.file).stem) if self.file else name
+        ) + self.source
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.file:
@@ -60,17 +64,20 @@ def _reopened(function: bytes, source: str, module: str, file: str) -> OwnTransf
         return OwnTransform(pickle.loads(function), source, module, file)
 
 
-def load_network(name: str, *, weights: str | None = None, num_classes: int | None = None,
-                 ) -> tuple[nn.Module, Transform]:
+def load_network(
+    name: str, *, weights: str | None = None, num_classes: int | None = None
+) -> tuple[nn.Module, Transform]:
     """A classifier in evaluation mode and the transform of PIL images that goes with it.
 
     Parameters
     ----------
     name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1, ``latin_fast``), a
-        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of yours that
-        returns ``(model, transform)``: ``package.module:function`` or ``path/to/file.py:function``. The file may import
-        what lies beside it while it is loaded and its function runs, not later
-    weights, num_classes : for timm only: a file to use instead of timm's download, and its number of classes where
+        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of
+        yours that returns ``(model, transform)``: ``package.module:function`` or
+        ``path/to/file.py:function``. The file may import what lies beside it while it is loaded and
+        its function runs, not later
+    weights, num_classes : for timm only: a file to use instead of timm's download, and its number
+        of classes where
         that is not the model's own
 
     Raises
@@ -85,13 +92,17 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
     if own and not variant.isidentifier():
         return paper_model(name, weights, num_classes=num_classes)
     if weights is not None or num_classes is not None:
-        raise OodlibError(f"score: {name} comes with its own weights; weights and num_classes (--weights, "
-                          "--num-classes) are for timm models.")
+        raise OodlibError(
+            f"score: {name} comes with its own weights; weights and num_classes (--weights, "
+            "--num-classes) are for timm models."
+        )
     if own:
         return _from_function(base, variant)
     if variant and (base in PUBLIC or not variant.isdecimal()):
-        raise OodlibError(f"score: there is no network {name!r}. The suite's own take a training seed, as in "
-                          "cifar10_fast:1; public ones take none.")
+        raise OodlibError(
+            f"score: there is no network {name!r}. The suite's own take a training seed, as in "
+            "cifar10_fast:1; public ones take none."
+        )
     if base in SPECS:
         trained = load_trained(base, seed=int(variant or 0))
         model, mean, std = trained.model, trained.mean, trained.std
@@ -100,8 +111,14 @@ def load_network(name: str, *, weights: str | None = None, num_classes: int | No
         mean, std = info.mean, info.std
     from torchvision import transforms
 
-    return model, transforms.Compose([transforms.Resize(32), transforms.CenterCrop(32), transforms.ToTensor(),
-                                      transforms.Normalize(mean, std)])
+    return model, transforms.Compose(
+        [
+            transforms.Resize(32),
+            transforms.CenterCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
 
 
 def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
@@ -116,16 +133,27 @@ def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
             module = _run_file(file, f"_own_{uuid4().hex}")
             with _importable(module.__name__, file):
                 result = getattr(module, function)()
-    except Exception as error:                             # a user's code may raise anything
-        raise OodlibError(f"score: {place}:{function} failed ({type(error).__name__}: "
-                          f"{(str(error).splitlines() or [''])[0][:200]}). It must be a "
-                          "function without arguments that returns (model, transform).") from error
-    if (not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module)
-            or not callable(result[1])):
-        raise OodlibError(f"score: {place}:{function} must return (model, transform), an nn.Module and a "
-                          f"function of PIL images, got {type(result).__name__}.")
-    files = [Path(found.__file__ or "") for found in (module, *_BESIDE.get(module.__name__, {}).values())
-             if getattr(found, "__file__", None)]
+    except Exception as error:  # a user's code may raise anything
+        raise OodlibError(
+            f"score: {place}:{function} failed ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:200]}). It must be a "
+            "function without arguments that returns (model, transform)."
+        ) from error
+    if (
+        not isinstance(result, tuple)
+        or len(result) != 2
+        or not isinstance(result[0], nn.Module)
+        or not callable(result[1])
+    ):
+        raise OodlibError(
+            f"score: {place}:{function} must return (model, transform), an nn.Module and a "
+            f"function of PIL images, got {type(result).__name__}."
+        )
+    files = [
+        Path(found.__file__ or "")
+        for found in (module, *_BESIDE.get(module.__name__, {}).values())
+        if getattr(found, "__file__", None)
+    ]
     source = "".join(f" {sha256(path)}" for path in files if path.is_file())
     if file is None:
         return result[0].eval(), OwnTransform(result[1], source)
@@ -137,7 +165,7 @@ def _run_file(file: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module                             # as the import statement does, before it runs
+    sys.modules[name] = module  # as the import statement does, before it runs
     try:
         with _importable(name, file):
             spec.loader.exec_module(module)
@@ -149,27 +177,38 @@ def _run_file(file: Path, name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(name: str, file: Path) -> Iterator[None]:
-    """What lies beside a user's file can be imported for a while; then Python knows neither the folder nor its modules.
+    """What lies beside a user's file can be imported for a while; then Python knows neither the
+    folder nor its modules.
 
     name : of the file's own module, which keeps what it imports from there
     """
     if str(file.parent) in (str(Path(entry).resolve()) for entry in sys.path):
-        yield                                              # the folder can be imported from anyway
+        yield  # the folder can be imported from anyway
         return
     kept = _BESIDE.setdefault(name, {})
-    before, hidden = set(sys.modules), {other: sys.modules[other] for other in kept if other in sys.modules}
+    before, hidden = (
+        set(sys.modules),
+        {other: sys.modules[other] for other in kept if other in sys.modules},
+    )
     sys.modules.update(kept)
     sys.path.insert(0, str(file.parent))
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):              # taken out by the user's file
+        with contextlib.suppress(ValueError):  # taken out by the user's file
             sys.path.remove(str(file.parent))
         new = kept.keys() | (sys.modules.keys() - before)
-        tops = {other for other in new if "." not in other and _lies_in(sys.modules.get(other), file.parent)}
-        kept |= {other: sys.modules.pop(other) for other in new
-                 if other.partition(".")[0] in tops and other in sys.modules}
+        tops = {
+            other
+            for other in new
+            if "." not in other and _lies_in(sys.modules.get(other), file.parent)
+        }
+        kept |= {
+            other: sys.modules.pop(other)
+            for other in new
+            if other.partition(".")[0] in tops and other in sys.modules
+        }
         sys.modules.update(hidden)
 
 

@@ -1,4 +1,6 @@
-"""Claims of the papers, fixed in data/claims/ before any run, and the rule that turns a measurement into a verdict."""
+"""Claims of the papers, fixed in data/claims/ before any run, and the rule that turns a measurement
+into a verdict.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,27 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.workspace import PROFILES, root
 
-__all__ = ["VERDICTS", "Claim", "Verdict", "cite", "condition", "judge", "load_claims", "read_claims", "show"]
+__all__ = [
+    "VERDICTS",
+    "Claim",
+    "Verdict",
+    "cite",
+    "condition",
+    "judge",
+    "load_claims",
+    "read_claims",
+    "show",
+]
 
-VERDICTS = ("reproduced", "not reproduced", "trend holds", "trend absent", "inconclusive", "not testable here")
-PER_CENT = ("percent", "points")          # printed times 100; points are differences of percentages
+VERDICTS = (
+    "reproduced",
+    "not reproduced",
+    "trend holds",
+    "trend absent",
+    "inconclusive",
+    "not testable here",
+)
+PER_CENT = ("percent", "points")  # printed times 100; points are differences of percentages
 
 
 def show(value: float | None, unit: str) -> str:
@@ -53,8 +72,8 @@ class Claim:
     direction : on which side of ``margin`` the claim puts the statistic; "exact" has none
     margin : boundary of a trend or identity; largest distance from the published value of an "exact" claim
     unit : "percent" or, of differences, "points" (a fraction, printed times 100), or any other word (printed as it is)
-    replicate, smallest_n : what n counts, and below which n nothing is concluded
-    judged_at, own_setting : profiles that can judge the claim; those that are the paper's own data, network, protocol
+    counted, smallest_n : what n counts, and below which n nothing is concluded
+    profiles, paper_setting : profiles that can judge the claim; those that are the paper's own data, network, protocol
     published : {value, source, table, cell} or None where no published number could be read
     notebook : the notebook that judges it
     """
@@ -66,25 +85,34 @@ class Claim:
     kind: str
     margin: float
     unit: str
-    replicate: str
+    counted: str
     smallest_n: int
-    judged_at: tuple[str, ...]
-    own_setting: tuple[str, ...]
+    profiles: tuple[str, ...]
+    paper_setting: tuple[str, ...]
     published: dict[str, Any] | None
     notebook: str
     direction: str | None = None
 
     def __post_init__(self) -> None:
-        wrong = sorted({*self.judged_at, *self.own_setting} - set(PROFILES))
+        wrong = sorted({*self.profiles, *self.paper_setting} - set(PROFILES))
         if wrong:
-            raise OodlibError(f"claim {self.id}: unknown profile {', '.join(wrong)}; known: {', '.join(PROFILES)}.")
+            raise OodlibError(
+                f"claim {self.id}: unknown profile {', '.join(wrong)}; known: "
+                f"{', '.join(PROFILES)}."
+            )
         if self.kind not in ("trend", "identity", "exact"):
-            raise OodlibError(f"claim {self.id}: kind must be trend, identity or exact, got {self.kind!r}.")
+            raise OodlibError(
+                f"claim {self.id}: kind must be trend, identity or exact, got {self.kind!r}."
+            )
         if self.kind == "exact":
             if self.published is None or self.published.get("value") is None:
-                raise OodlibError(f"claim {self.id}: kind exact needs a published value with its source.")
+                raise OodlibError(
+                    f"claim {self.id}: kind exact needs a published value with its source."
+                )
         elif self.direction not in ("above", "below"):
-            raise OodlibError(f"claim {self.id}: direction must be above or below, got {self.direction!r}.")
+            raise OodlibError(
+                f"claim {self.id}: direction must be above or below, got {self.direction!r}."
+            )
 
     def show(self, value: float | None) -> str:
         """``value`` as tables print it."""
@@ -93,7 +121,9 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one run says about one claim; ``measured``, ``low`` and ``high`` are None where nothing was measured."""
+    """What one run says about one claim; ``measured``, ``low`` and ``high`` are None where nothing
+    was measured.
+    """
 
     claim: Claim
     profile: str
@@ -110,13 +140,19 @@ class Verdict:
         """The verdict as claims.json holds it."""
         content = asdict(self)
         claim = content.pop("claim")
-        for key in ("replicate", "smallest_n", "judged_at", "own_setting"):
+        for key in ("counted", "smallest_n", "profiles", "paper_setting"):
             del claim[key]
         return {**claim, **content}
 
     def __str__(self) -> str:
-        number = "" if self.measured is None else (
-            f": {self.claim.show(self.measured)} [{self.claim.show(self.low)}, {self.claim.show(self.high)}]")
+        number = (
+            ""
+            if self.measured is None
+            else (
+                f": {self.claim.show(self.measured)} [{self.claim.show(self.low)}, "
+                f"{self.claim.show(self.high)}]"
+            )
+        )
         return f"{self.claim.id} {self.verdict}{number} ({self.reason})"
 
 
@@ -128,12 +164,17 @@ def read_claims(path: Path) -> dict[str, Claim]:
         for entry in content["claims"]:
             values = {"notebook": content["notebook"], "published": None, **entry}
             values["id"] = f"{content['paper']}/{entry['id']}"
-            values["judged_at"], values["own_setting"] = tuple(values["judged_at"]), tuple(values["own_setting"])
+            values["profiles"], values["paper_setting"] = (
+                tuple(values["profiles"]),
+                tuple(values["paper_setting"]),
+            )
             if values["id"] in claims:
                 raise OodlibError(f"{path.name}: two claims called {values['id']}.")
             claims[values["id"]] = Claim(**values)
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise OodlibError(f"{path.name}: not a claims file ({error}). See help(oodlib.claims.Claim).") from error
+        raise OodlibError(
+            f"{path.name}: not a claims file ({error}). See help(oodlib.claims.Claim)."
+        ) from error
     return claims
 
 
@@ -142,19 +183,32 @@ def load_claims(notebook: str | None = None) -> dict[str, Claim]:
     every: dict[str, Claim] = {}
     for path in sorted((root() / "data" / "claims").glob("*.yaml")):
         every.update(read_claims(path))
-    return {key: claim for key, claim in every.items() if notebook is None or claim.notebook == notebook}
+    return {
+        key: claim for key, claim in every.items() if notebook is None or claim.notebook == notebook
+    }
 
 
-def judge(claim: Claim, profile: str, value: float, low: float | None = None, high: float | None = None,
-          n: int | None = None, *, detail: str = "", network: str = "", own: bool = True,
-          doubt: str = "") -> Verdict:
+def judge(
+    claim: Claim,
+    profile: str,
+    value: float,
+    low: float | None = None,
+    high: float | None = None,
+    n: int | None = None,
+    *,
+    detail: str = "",
+    network: str = "",
+    own: bool = True,
+    doubt: str = "",
+) -> Verdict:
     """Verdict of one measurement, by the rule fixed in the claim.
 
-    ``value``, ``low`` and ``high`` are in the units that the metrics return (fractions, not per cent). The whole
-    interval must lie on one side of the margin, otherwise "inconclusive". An identity is judged by its value.
-    "reproduced" and "not reproduced" are kept for identities and the paper's own setting; ``own=False`` says that this
-    run of such a profile used another network, other weights or fewer images. ``doubt``, where not empty, is a reason
-    found in the run why nothing can be concluded: what would be a verdict is then "inconclusive".
+    ``value``, ``low`` and ``high`` are in the units that the metrics return (fractions, not per
+    cent). The whole interval must lie on one side of the margin, otherwise "inconclusive". An
+    identity is judged by its value. "reproduced" and "not reproduced" are kept for identities and
+    the paper's own setting; ``own=False`` says that this run of such a profile used another
+    network, other weights or fewer images. ``doubt``, where not empty, is a reason found in the run
+    why nothing can be concluded: what would be a verdict is then "inconclusive".
 
     Raises
     ------
@@ -163,14 +217,20 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     given = [value] if low is None and high is None else [value, low, high]
     numbers = [number for number in given if number is not None and math.isfinite(number)]
     if len(numbers) < len(given):
-        raise OodlibError(f"claim {claim.id}: value, low and high must be finite, got {value}, {low}, {high}.")
+        raise OodlibError(
+            f"claim {claim.id}: value, low and high must be finite, got {value}, {low}, {high}."
+        )
     if claim.unit in PER_CENT and max(abs(number) for number in numbers) > 2:
         raise OodlibError(f"claim {claim.id}: give fractions, not per cent; got {value}.")
     if claim.kind != "identity" and len(numbers) == 1:
-        raise OodlibError(f"claim {claim.id}: low and high are needed; see oodlib.metrics.bootstrap.")
+        raise OodlibError(
+            f"claim {claim.id}: low and high are needed; see oodlib.metrics.bootstrap."
+        )
     if claim.smallest_n and n is None:
-        raise OodlibError(f"claim {claim.id}: n (number of {claim.replicate}) is needed.")
-    low, high = (float(value), float(value)) if low is None or high is None else (float(low), float(high))
+        raise OodlibError(f"claim {claim.id}: n (number of {claim.counted}) is needed.")
+    low, high = (
+        (float(value), float(value)) if low is None or high is None else (float(low), float(high))
+    )
     if low > high:
         raise OodlibError(f"claim {claim.id}: the interval [{low}, {high}] is reversed.")
 
@@ -191,15 +251,20 @@ def judge(claim: Claim, profile: str, value: float, low: float | None = None, hi
     )
 
 
-def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n: int | None,
-            own: bool) -> tuple[str, str]:
-    if profile not in claim.judged_at:
-        return "not testable here", f"judged at {', '.join(claim.judged_at) or 'no profile yet'}"
+def _decide(
+    claim: Claim, profile: str, value: float, low: float, high: float, n: int | None, own: bool
+) -> tuple[str, str]:
+    if profile not in claim.profiles:
+        return "not testable here", f"judged at {', '.join(claim.profiles) or 'no profile yet'}"
     if n is not None and n < claim.smallest_n:
-        return "inconclusive", f"n = {n} {claim.replicate}, at least {claim.smallest_n} are needed"
+        return "inconclusive", f"n = {n} {claim.counted}, at least {claim.smallest_n} are needed"
     if claim.kind == "identity":
         low = high = value
-    where = f"the interval [{claim.show(low)}, {claim.show(high)}]" if low != high else f"the value {claim.show(value)}"
+    where = (
+        f"the interval [{claim.show(low)}, {claim.show(high)}]"
+        if low != high
+        else f"the value {claim.show(value)}"
+    )
     if claim.kind == "exact":
         assert claim.published is not None
         target = float(claim.published["value"])
@@ -214,6 +279,6 @@ def _decide(claim: Claim, profile: str, value: float, low: float, high: float, n
         reason = f"{where} lies {side} {claim.show(claim.margin)}"
     if not inside and not outside:
         return "inconclusive", reason
-    if claim.kind == "identity" or (own and profile in claim.own_setting):
+    if claim.kind == "identity" or (own and profile in claim.paper_setting):
         return ("reproduced" if inside else "not reproduced"), reason
     return ("trend holds" if inside else "trend absent"), reason

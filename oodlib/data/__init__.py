@@ -6,12 +6,33 @@ from oodlib.data.cifar import Protocol, cifar_protocol, tiny_imagenet_ood
 from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.imagenet import PAPER_SETS, class_remap, describe_paper_sets, open_paper_set
 from oodlib.data.images import ImageSet, assert_disjoint, patch_shuffled
-from oodlib.data.public.prepare import NotAtHand, load
+from oodlib.data.public.prepare import DatasetNotFound, load
 from oodlib.data.public.registry import SETS, SetInfo
 from oodlib.data.published import published
 from oodlib.workspace import data_root
 
-__all__ = ["EMBEDDED", "PAPER_SETS", "SETS", "UNIT_TESTS", "ImageList", "ImageSet", "NotAtHand", "Protocol",
-           "SetInfo", "assert_disjoint", "cifar_protocol", "class_remap", "data_root", "describe_paper_sets",
-           "embedded", "image_loader", "load", "open_paper_set", "patch_shuffled", "published", "same_fonts",
-           "tiny_imagenet_ood", "unit_test"]
+__all__ = [
+    "EMBEDDED",
+    "PAPER_SETS",
+    "SETS",
+    "UNIT_TESTS",
+    "DatasetNotFound",
+    "ImageList",
+    "ImageSet",
+    "Protocol",
+    "SetInfo",
+    "assert_disjoint",
+    "cifar_protocol",
+    "class_remap",
+    "data_root",
+    "describe_paper_sets",
+    "embedded",
+    "image_loader",
+    "load",
+    "open_paper_set",
+    "patch_shuffled",
+    "published",
+    "same_fonts",
+    "tiny_imagenet_ood",
+    "unit_test",
+]

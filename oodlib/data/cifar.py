@@ -1,7 +1,8 @@
-"""Who plays which part in the CIFAR benchmarks: fit, validation and test images, near and far OOD sets.
+"""Who plays which part in the CIFAR benchmarks: fit, validation and test images, near and far OOD
+sets.
 
-It follows OpenOOD v1.5 (Zhang et al., arXiv 2306.09301) in shape, but not image by image: OpenOOD's lists are not
-available here. Ours differs in these points, which a table must state:
+It follows OpenOOD v1.5 (Zhang et al., arXiv 2306.09301) in shape, but not image by image: OpenOOD's
+lists are not available here. Ours differs in these points, which a table must state:
 
 - ID validation (1,000) and ID test (9,000) are another class-balanced split of the 10,000 test images.
 - Of Tiny-ImageNet we leave out other classes (rule below), so near-OOD and OOD validation hold other images.
@@ -11,13 +12,14 @@ available here. Ours differs in these points, which a table must state:
 - The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000); Fashion-MNIST is tested too. Places365, where it can
   be had, is all 36,500 validation images (OpenOOD: 35,195 and 33,773).
 
-**Tiny-ImageNet classes left out** (column ``cifar10_class`` of ``data/manifests/tiny_imagenet_classes.csv``), 26 of
-200: a class whose WordNet words contain one of the search terms under which CIFAR-10 was collected (the terms are
-its original file names: "bullfrog", "tabby", "station wagon", ...), or which is by its WordNet definition a kind of
-airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer, dog, frog, horse,
-ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle, go-kart. For CIFAR-100 (column
-``cifar100_class``), 48: a class whose words name a CIFAR-100 class or a kind, part or next of kin of one (lampshade,
-seashore, freight car, bison).
+**Tiny-ImageNet classes left out** (column ``cifar10_class`` of
+``data/manifests/tiny_imagenet_classes.csv``), 26 of 200: a class whose WordNet words contain one of
+the search terms under which CIFAR-10 was collected (the terms are its original file names:
+"bullfrog", "tabby", "station wagon", ...), or which is by its WordNet definition a kind of
+airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer,
+dog, frog, horse, ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle,
+go-kart. For CIFAR-100 (column ``cifar100_class``), 48: a class whose words name a CIFAR-100 class
+or a kind, part or next of kin of one (lampshade, seashore, freight car, bison).
 """
 
 from __future__ import annotations
@@ -31,17 +33,25 @@ from pathlib import Path
 import numpy as np
 
 from oodlib.data.images import ImageSet
-from oodlib.data.public.prepare import NotAtHand, load
+from oodlib.data.public.prepare import DatasetNotFound, load
 from oodlib.data.public.registry import set_info
 from oodlib.errors import OodlibError
 from oodlib.workspace import root
 
-__all__ = ["Protocol", "TinyClass", "cifar_protocol", "split_test", "tiny_imagenet_classes", "tiny_imagenet_ood"]
+__all__ = [
+    "Protocol",
+    "TinyClass",
+    "cifar_protocol",
+    "split_test",
+    "tiny_imagenet_classes",
+    "tiny_imagenet_ood",
+]
 
 
 @dataclass(frozen=True)
 class TinyClass:
-    """One Tiny-ImageNet class: WordNet id and words, and the CIFAR classes it overlaps with ("" if none).
+    """One Tiny-ImageNet class: WordNet id and words, and the CIFAR classes it overlaps with ("" if
+    none).
 
     reason : for the CIFAR-10 class
     """
@@ -89,18 +99,24 @@ def _read_classes(path: Path) -> tuple[TinyClass, ...]:
         return tuple(TinyClass(**row) for row in csv.DictReader(file))
 
 
-def tiny_imagenet_ood(tiny: ImageSet, *, id_name: str = "cifar10",
-                      n_val_classes: int = 20) -> tuple[ImageSet, ImageSet]:
-    """Split Tiny-ImageNet into (near-OOD test, OOD validation) for a CIFAR set; they share no class.
+def tiny_imagenet_ood(
+    tiny: ImageSet, *, id_name: str = "cifar10", n_val_classes: int = 20
+) -> tuple[ImageSet, ImageSet]:
+    """Split Tiny-ImageNet into (near-OOD test, OOD validation) for a CIFAR set; they share no
+    class.
 
-    The classes that overlap with the ID set are left out. Every so many-th of the remaining ones, in the order of
-    WordNet ids (which puts relatives side by side), goes to validation, so that it spans animals, things and food.
+    The classes that overlap with the ID set are left out. Every so many-th of the remaining ones,
+    in the order of WordNet ids (which puts relatives side by side), goes to validation, so that it
+    spans animals, things and food.
     """
     kept = [c.wnid for c in tiny_imagenet_classes() if not getattr(c, f"{id_name}_class")]
     unknown = set(tiny.class_names) - {c.wnid for c in tiny_imagenet_classes()}
     if unknown or not tiny.class_names:
-        raise OodlibError(f"tiny_imagenet_ood: class names must be Tiny-ImageNet's WordNet ids, got "
-                          f"{sorted(unknown)[:3] or 'none'}. Pass the set that load('tiny-imagenet', ...) returns.")
+        raise OodlibError(
+            "tiny_imagenet_ood: class names must be Tiny-ImageNet's WordNet ids, got "
+            f"{sorted(unknown)[:3] or 'none'}. Pass the set that load('tiny-imagenet', ...) "
+            "returns."
+        )
     position = np.linspace(0, len(kept) - 1, n_val_classes).round().astype(int)
     held_out = {kept[i] for i in position}
     names = np.array(tiny.class_names)[tiny.labels]
@@ -110,20 +126,33 @@ def tiny_imagenet_ood(tiny: ImageSet, *, id_name: str = "cifar10",
 
 
 def split_test(test: ImageSet, *, n_val: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Split a test set into (validation, test): disjoint and class balanced; needs ``n_val`` divisible by C."""
+    """Split a test set into (validation, test): disjoint and class balanced; needs ``n_val``
+    divisible by C.
+    """
     counts = np.bincount(test.labels)
     if n_val % len(counts) or counts.min() <= n_val // len(counts):
-        raise OodlibError(f"split_test: {n_val} validation images cannot be drawn evenly from classes of "
-                          f"{counts.min()} to {counts.max()} images. Choose a smaller multiple of {len(counts)}.")
+        raise OodlibError(
+            f"split_test: {n_val} validation images cannot be drawn evenly from classes of "
+            f"{counts.min()} to {counts.max()} images. Choose a smaller multiple of {len(counts)}."
+        )
     order = np.random.default_rng(seed).permutation(len(test))
-    val = np.concatenate([order[test.labels[order] == c][:n_val // len(counts)] for c in range(len(counts))])
+    val = np.concatenate(
+        [order[test.labels[order] == c][: n_val // len(counts)] for c in range(len(counts))]
+    )
     rest = np.setdiff1d(np.arange(len(test)), val)
     return test.subset(np.sort(val), split="val"), test.subset(rest)
 
 
-def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int = 1_000, seed: int = 0,
-                   mirror: str | os.PathLike[str] | None = None, download: bool = True,
-                   data_dir: str | os.PathLike[str] | None = None) -> Protocol:
+def cifar_protocol(
+    id_name: str = "cifar10",
+    *,
+    n_fit: int = 10_000,
+    n_val: int = 1_000,
+    seed: int = 0,
+    mirror: str | os.PathLike[str] | None = None,
+    download: bool = True,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Protocol:
     """The sets of a CIFAR benchmark (see the module's text for where it departs from OpenOOD's).
 
     Parameters
@@ -132,26 +161,32 @@ def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int 
     n_fit : training images, stratified, for methods that are fitted
     n_val : images of the ID validation set, and of each OOD validation set at most
     seed : of the draw of ``id_fit`` and of the validation / test split
-    mirror, download, data_dir : as for ``load``; an OOD set that is not at hand goes to ``missing``, as do the training
+    mirror, download, data_dir : as for ``load``; an OOD set that is not available goes to ``missing``, as do the training
         images; the ID test images must be there
     """
     if id_name not in ("cifar10", "cifar100"):
-        raise OodlibError(f'cifar_protocol: id_name must be "cifar10" or "cifar100", got {id_name!r}.')
+        raise OodlibError(
+            f'cifar_protocol: id_name must be "cifar10" or "cifar100", got {id_name!r}.'
+        )
     notes: dict[str, str] = {}
     missing: dict[str, str] = {}
     known: set[str] = set()
 
     def attempt(name: str, split: str) -> ImageSet | None:
-        """The set without images that the ID set holds too; None, with the reason in ``missing``, if not at hand."""
+        """The set without images that the ID set holds too; None, with the reason in ``missing``,
+        if not available.
+        """
         try:
             found = load(name, split, mirror=mirror, download=download, data_dir=data_dir)
-        except NotAtHand as error:
+        except DatasetNotFound as error:
             missing[name] = str(error)
             return None
         remarks = []
         if found.name != name:
-            remarks.append(f"incomplete: {len(found):,} of {set_info(name).split(split).count:,} images, "
-                           f"{len(np.unique(found.labels))} classes. {set_info(name).note}")
+            remarks.append(
+                f"incomplete: {len(found):,} of {set_info(name).split(split).count:,} images, "
+                f"{len(np.unique(found.labels))} classes. {set_info(name).note}"
+            )
         shared = np.array([h in known for h in found.image_hashes()])
         if shared.any():
             found = found.subset(~shared)
@@ -172,13 +207,21 @@ def cifar_protocol(id_name: str = "cifar10", *, n_fit: int = 10_000, n_val: int 
         if found := attempt(name, "test"):
             ood_val[name] = found.sample(n_val, seed=seed)
     if tiny := attempt("tiny-imagenet", "valid"):
-        tiny_near, tiny_val = (part.resized(32) for part in tiny_imagenet_ood(tiny, id_name=id_name))
+        tiny_near, tiny_val = (
+            part.resized(32) for part in tiny_imagenet_ood(tiny, id_name=id_name)
+        )
         near[tiny_near.name] = tiny_near
         ood_val[f"{tiny_val.name}-val"] = tiny_val.sample(n_val, seed=seed)
         leaks[f"{tiny_val.name}-val"] = tiny_near.name
     other = "cifar100" if id_name == "cifar10" else "cifar10"
-    for group, name, split in ((near, other, "test"), (far, "mnist", "test"), (far, "fashion-mnist", "test"),
-                               (far, "dtd", "all"), (far, "svhn", "test"), (far, "places365", "val")):
+    for group, name, split in (
+        (near, other, "test"),
+        (far, "mnist", "test"),
+        (far, "fashion-mnist", "test"),
+        (far, "dtd", "all"),
+        (far, "svhn", "test"),
+        (far, "places365", "val"),
+    ):
         if found := attempt(name, split):
             group[found.name] = found
     id_fit = train.sample(n_fit, seed=seed, stratified=True) if train else None

@@ -1,4 +1,6 @@
-"""ImageNet-scale sets: image lists in OpenOOD's format or plain folders, decoded by worker processes."""
+"""ImageNet-scale sets: image lists in OpenOOD's format or plain folders, decoded by worker
+processes.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,22 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageList", "Transform", "image_loader", "read_list"]
 
-Transform = Callable[[Any], Any]            # of a PIL image into what the network takes
+Transform = Callable[[Any], Any]  # of a PIL image into what the network takes
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """Rows ``path label`` of an image list in OpenOOD's format, split at the first space only.
 
-    A label that is not an integer (OpenOOD's ``_mos`` lists hold a mapping there) raises OodlibError, as do a missing
-    and an empty list.
+    A label that is not an integer (OpenOOD's ``_mos`` lists hold a mapping there) raises
+    OodlibError, as do a missing and an empty list.
     """
     try:
         text = Path(list_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OodlibError(f"{list_file}: the image list cannot be read ({error}). Check its path.") from error
+        raise OodlibError(
+            f"{list_file}: the image list cannot be read ({error}). Check its path."
+        ) from error
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -40,18 +44,24 @@ def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
             try:
                 rows.append((path, int(label)))
             except ValueError as error:
-                raise OodlibError(f"{list_file}, line {number}: expected 'path label' with an integer label, got "
-                                  f"{line.strip()[:80]!r}. Use a list in OpenOOD's format.") from error
+                raise OodlibError(
+                    f"{list_file}, line {number}: expected 'path label' with an integer label, got "
+                    f"{line.strip()[:80]!r}. Use a list in OpenOOD's format."
+                ) from error
     if not rows:
         raise OodlibError(f"{list_file}: the image list is empty. Check the file.")
     return rows
 
 
 def _folder_rows(root: Path) -> list[tuple[str, int]]:
-    """All images below a folder, sorted; the label is the rank of the first-level folder, -1 without such folders."""
+    """All images below a folder, sorted; the label is the rank of the first-level folder, -1
+    without such folders.
+    """
     paths = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        raise OodlibError(f"{root}: no image was found in this folder. Check the path, and that it was unpacked.")
+        raise OodlibError(
+            f"{root}: no image was found in this folder. Check the path, and that it was unpacked."
+        )
     classes = sorted({p.parts[0] for p in paths if len(p.parts) > 1})
     rank = {name: i for i, name in enumerate(classes)}
     return [(p.as_posix(), rank[p.parts[0]] if len(p.parts) > 1 else -1) for p in paths]
@@ -77,9 +87,14 @@ class ImageList(Dataset[tuple[Any, int]]):
     OodlibError : empty list, a listed file is missing, or (on access) an image does not decode
     """
 
-    def __init__(self, root: str | os.PathLike[str],
-                 rows: str | os.PathLike[str] | Sequence[tuple[str, int]] | None = None, *,
-                 transform: Transform | None = None, name: str = ""):
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        rows: str | os.PathLike[str] | Sequence[tuple[str, int]] | None = None,
+        *,
+        transform: Transform | None = None,
+        name: str = "",
+    ):
         self.root, self.transform = Path(root), transform
         self.name = name or self.root.name
         origin = f"{self.root} (list)"
@@ -88,20 +103,27 @@ class ImageList(Dataset[tuple[Any, int]]):
         elif isinstance(rows, str | os.PathLike):
             origin, rows = str(rows), read_list(rows)
         if not rows:
-            raise OodlibError(f"ImageList {self.name}: no rows were given. Check the list or the filter.")
+            raise OodlibError(
+                f"ImageList {self.name}: no rows were given. Check the list or the filter."
+            )
         self.paths = [path for path, _ in rows]
         self.labels = np.array([label for _, label in rows], dtype=np.int64)
         missing = [path for path in self.paths if not (self.root / path).is_file()]
         if missing:
-            raise OodlibError(f"{origin}: {len(missing)} of {len(self.paths)} listed files are missing, the first is "
-                              f"{self.root / missing[0]}. Check the image root, or unpack the archive again.")
+            raise OodlibError(
+                f"{origin}: {len(missing)} of {len(self.paths)} listed files are missing, the "
+                f"first is {self.root / missing[0]}. Check the image root, or unpack the archive "
+                "again."
+            )
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over the rows, the sizes and times of the files, and what the transform does."""
+        """SHA-256 (hexadecimal) over the rows, the sizes and times of the files, and what the
+        transform does.
+        """
         digest = hashlib.sha256(repr(self.transform).encode())
         for path, label in zip(self.paths, self.labels, strict=True):
             stat = (self.root / path).stat()
@@ -116,21 +138,34 @@ class ImageList(Dataset[tuple[Any, int]]):
         try:
             with Image.open(path) as picture:
                 return picture.convert("RGB")
-        except Exception as error:                # Pillow raises many types for broken data
-            raise OodlibError(f"{path}: the image cannot be decoded ({type(error).__name__}). Copy or download it "
-                              "again.") from error
+        except Exception as error:  # Pillow raises many types for broken data
+            raise OodlibError(
+                f"{path}: the image cannot be decoded ({type(error).__name__}). Copy or download "
+                "it again."
+            ) from error
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.picture(index)
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
 
-def image_loader(images: ImageList, *, batch_size: int = 64, workers: int | None = None) -> DataLoader:
-    """Batches in the order of the list, decoded by worker processes (default: one per core, at most 16)."""
+def image_loader(
+    images: ImageList, *, batch_size: int = 64, workers: int | None = None
+) -> DataLoader:
+    """Batches in the order of the list, decoded by worker processes (default: one per core, at most
+    16).
+    """
     if images.transform is None:
-        raise OodlibError(f"image_loader: {images.name} has no transform, so its images cannot be stacked. "
-                          "Give ImageList the model's transform.")
+        raise OodlibError(
+            f"image_loader: {images.name} has no transform, so its images cannot be stacked. "
+            "Give ImageList the model's transform."
+        )
     workers = min(16, os.cpu_count() or 1) if workers is None else workers
-    return DataLoader(images, batch_size=batch_size, num_workers=workers, shuffle=False,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
-
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=workers,
+        shuffle=False,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )

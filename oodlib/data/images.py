@@ -36,14 +36,25 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[1] not in (1, 3):
-            raise OodlibError(f"ImageSet {self.name}/{self.split}: images must be uint8 of shape (n, 1 or 3, h, w), "
-                              f"got {self.images.dtype} {self.images.shape}.")
+        if (
+            self.images.ndim != 4
+            or self.images.dtype != np.uint8
+            or self.images.shape[1] not in (1, 3)
+        ):
+            raise OodlibError(
+                f"ImageSet {self.name}/{self.split}: images must be uint8 of shape (n, 1 or 3, h, "
+                f"w), got {self.images.dtype} {self.images.shape}."
+            )
         if n == 0:
-            raise OodlibError(f"ImageSet {self.name}/{self.split}: the set is empty. Check the split or the filter.")
+            raise OodlibError(
+                f"ImageSet {self.name}/{self.split}: the set is empty. Check the split or the "
+                "filter."
+            )
         for key, value in {"labels": self.labels, **self.meta}.items():
             if len(value) != n:
-                raise OodlibError(f"ImageSet {self.name}/{self.split}: {n} images but {len(value)} {key}.")
+                raise OodlibError(
+                    f"ImageSet {self.name}/{self.split}: {n} images but {len(value)} {key}."
+                )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,13 +63,22 @@ class ImageSet:
         shape = "x".join(map(str, self.images.shape[1:]))
         return f"ImageSet({self.name}/{self.split}: {len(self)} images {shape}, {len(self.class_names)} classes)"
 
-    def subset(self, index: NDArray | slice, *, name: str | None = None, split: str | None = None) -> ImageSet:
+    def subset(
+        self, index: NDArray | slice, *, name: str | None = None, split: str | None = None
+    ) -> ImageSet:
         """The chosen images (integer or boolean index, or a slice), in that order."""
-        return replace(self, name=name or self.name, split=split or self.split, images=self.images[index],
-                       labels=self.labels[index], meta={k: v[index] for k, v in self.meta.items()})
+        return replace(
+            self,
+            name=name or self.name,
+            split=split or self.split,
+            images=self.images[index],
+            labels=self.labels[index],
+            meta={k: v[index] for k, v in self.meta.items()},
+        )
 
     def sample(self, n: int, *, seed: int, stratified: bool = False) -> ImageSet:
-        """``n`` images without replacement (all of them where the set is smaller), in a seeded order.
+        """``n`` images without replacement (all of them where the set is smaller), in a seeded
+        order.
 
         ``stratified`` takes as equal a number per label as possible.
         """
@@ -66,7 +86,7 @@ class ImageSet:
         order = rng.permutation(len(self))
         if stratified:
             labels = self.labels[order]
-            rank = np.empty(len(order), dtype=np.int64)     # how many of the same label came before
+            rank = np.empty(len(order), dtype=np.int64)  # how many of the same label came before
             for label in np.unique(labels):
                 where = np.flatnonzero(labels == label)
                 rank[where] = np.arange(len(where))
@@ -75,20 +95,25 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over shape, pixels and labels: the identity of the data in caches and provenance."""
+        """SHA-256 (hexadecimal) over shape, pixels and labels: the identity of the data in caches
+        and provenance.
+        """
         digest = hashlib.sha256(str(self.images.shape).encode())
         for start in range(0, len(self), 4096):
-            digest.update(np.ascontiguousarray(self.images[start:start + 4096]).tobytes())
+            digest.update(np.ascontiguousarray(self.images[start : start + 4096]).tobytes())
         digest.update(np.asarray(self.labels, dtype="<i8").tobytes())
         return digest.hexdigest()
 
     def image_hashes(self) -> list[str]:
         """One hash per image, of its pixels alone."""
-        return [hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
-                for image in self.images]
+        return [
+            hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
+            for image in self.images
+        ]
 
     def resized(self, size: int, *, channels: int = 3) -> ImageSet:
-        """The ID set's transform for another set: RGB (or grey), shorter side to ``size`` bilinearly, centre crop.
+        """The ID set's transform for another set: RGB (or grey), shorter side to ``size``
+        bilinearly, centre crop.
 
         Pillow's antialiased bilinear filter, as torchvision's ``Resize`` uses on PIL images.
         """
@@ -103,49 +128,67 @@ class ImageSet:
         new_h, new_w = max(size, int(h * scale)), max(size, int(w * scale))
         top, left = round((new_h - size) / 2), round((new_w - size) / 2)
         for i, image in enumerate(self.images):
-            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).convert(mode)
+            picture = Image.fromarray(
+                image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            ).convert(mode)
             picture = picture.resize((new_w, new_h), Image.Resampling.BILINEAR)
             picture = picture.crop((left, top, left + size, top + size))
             out[i] = np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
         return replace(self, images=out)
 
     def pooled(self, size: int, *, channels: int = 3) -> ImageSet:
-        """Square images averaged over the area of each new pixel: RGB, or grey (Pillow's weights .299, .587, .114).
+        """Square images averaged over the area of each new pixel: RGB, or grey (Pillow's weights
+        .299, .587, .114).
 
-        A new pixel is the mean of what it covers, parts of pixels counted by their area, rounded half up; in integers,
-        so the same on every machine. 32 to 16 pixels: means of 2 x 2; 28 to 16: of 1.75 x 1.75. Grey before averaging.
+        A new pixel is the mean of what it covers, parts of pixels counted by their area, rounded
+        half up; in integers, so the same on every machine. 32 to 16 pixels: means of 2 x 2; 28 to
+        16: of 1.75 x 1.75. Grey before averaging.
         """
         n, c, h, w = self.images.shape
         if h != w or not 1 <= size <= h:
-            raise OodlibError(f"ImageSet.pooled: needs square images of at least {size} pixels, got {h} x {w} of "
-                              f"{self.name}/{self.split}. Crop them first, or use resized.")
+            raise OodlibError(
+                f"ImageSet.pooled: needs square images of at least {size} pixels, got {h} x {w} of "
+                f"{self.name}/{self.split}. Crop them first, or use resized."
+            )
         edges = np.minimum(np.arange(1, size + 1)[:, None] * h, np.arange(1, h + 1) * size)
-        share = np.maximum(edges - np.maximum(np.arange(size)[:, None] * h, np.arange(h) * size), 0)    # (size, h)
+        share = np.maximum(
+            edges - np.maximum(np.arange(size)[:, None] * h, np.arange(h) * size), 0
+        )  # (size, h)
         out = np.empty((n, channels, size, size), np.uint8)
         for start in range(0, n, 4096):
-            part = self.images[start:start + 4096].astype(np.int64)
+            part = self.images[start : start + 4096].astype(np.int64)
             if c == 3 and channels == 1:
-                part = (19595 * part[:, :1] + 38470 * part[:, 1:2] + 7471 * part[:, 2:] + 2**15) >> 16
+                part = (
+                    19595 * part[:, :1] + 38470 * part[:, 1:2] + 7471 * part[:, 2:] + 2**15
+                ) >> 16
             total = np.einsum("ih,nchw,jw->ncij", share, part, share, optimize=True)
-            out[start:start + 4096] = (2 * total + h * h) // (2 * h * h)        # one channel fills three
+            out[start : start + 4096] = (2 * total + h * h) // (
+                2 * h * h
+            )  # one channel fills three
         return replace(self, images=out)
 
 
 def assert_disjoint(*sets: ImageSet) -> None:
-    """Raise OodlibError if two sets share an image (identical pixels); fitting and test data must not."""
+    """Raise OodlibError if two sets share an image (identical pixels); fitting and test data must
+    not.
+    """
     owner: dict[str, int] = {}
     for i, image_set in enumerate(sets):
         hashes = set(image_set.image_hashes())
         shared = sorted(hashes & owner.keys())
         if shared:
             other = sets[owner[shared[0]]]
-            raise OodlibError(f"assert_disjoint: {len(shared)} images of {image_set.name}/{image_set.split} are also "
-                              f"in {other.name}/{other.split}. Remove them from one side before fitting or testing.")
+            raise OodlibError(
+                f"assert_disjoint: {len(shared)} images of {image_set.name}/{image_set.split} are "
+                f"also in {other.name}/{other.split}. Remove them from one side before fitting or "
+                "testing."
+            )
         owner.update(dict.fromkeys(hashes, i))
 
 
 def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> ImageSet:
-    """Cut each image into ``patches`` x ``patches`` squares and put them together in a random order.
+    """Cut each image into ``patches`` x ``patches`` squares and put them together in a random
+    order.
 
     Colours and local texture stay, the object goes.
 
@@ -155,12 +198,18 @@ def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> I
     """
     n, c, h, w = image_set.images.shape
     if h % patches or w % patches:
-        raise OodlibError(f"patch_shuffled: {h} x {w} pixels cannot be cut into {patches} x {patches} equal patches. "
-                          "Choose a divisor of the side.")
+        raise OodlibError(
+            f"patch_shuffled: {h} x {w} pixels cannot be cut into {patches} x {patches} equal "
+            "patches. Choose a divisor of the side."
+        )
     side = (h // patches, w // patches)
-    tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1]).transpose(0, 2, 4, 1, 3, 5)
+    tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1]).transpose(
+        0, 2, 4, 1, 3, 5
+    )
     tiles = tiles.reshape(n, patches**2, c, *side)
     order = np.random.default_rng(seed).permuted(np.tile(np.arange(patches**2), (n, 1)), axis=1)
-    mixed = np.take_along_axis(tiles, order[:, :, None, None, None], 1).reshape(n, patches, patches, c, *side)
+    mixed = np.take_along_axis(tiles, order[:, :, None, None, None], 1).reshape(
+        n, patches, patches, c, *side
+    )
     mixed = np.ascontiguousarray(mixed.transpose(0, 3, 1, 4, 2, 5).reshape(n, c, h, w))
     return replace(image_set, name=f"{image_set.name}-shuffled", images=mixed)

@@ -1,4 +1,6 @@
-"""One forward pass over a data set: features, logits and, on request, earlier layers, into a FeatureBank."""
+"""One forward pass over a data set: features, logits and, on request, earlier layers, into a
+FeatureBank.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,18 @@ class _Taps:
         modules = dict(model.named_modules())
         unknown = [name for name in layers if name not in modules]
         if unknown:
-            raise OodlibError(f"extract: the model has no layer {unknown[0]!r}. Its top-level layers are "
-                              f"{', '.join(n for n, _ in model.named_children())}.")
+            raise OodlibError(
+                f"extract: the model has no layer {unknown[0]!r}. Its top-level layers are "
+                f"{', '.join(n for n, _ in model.named_children())}."
+            )
         self.features = torch.empty(0)
         self.layers: dict[str, Tensor] = {}
         self._aspect = 0.0
         self._handles = [model.register_forward_pre_hook(self._keep_aspect)]
         self._handles += [modules[head].register_forward_pre_hook(self._keep_features)]
-        self._handles += [modules[name].register_forward_hook(self._keep_layer(name)) for name in layers]
+        self._handles += [
+            modules[name].register_forward_hook(self._keep_layer(name)) for name in layers
+        ]
 
     def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.features = inputs[0].flatten(1)
@@ -56,17 +62,20 @@ class _Taps:
 
     def _keep_layer(self, name: str):
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            if output.ndim == 4:                    # (n, channels, h, w), or Swin's (n, h, w, channels)
+            if output.ndim == 4:  # (n, channels, h, w), or Swin's (n, h, w, channels)
                 output = output.mean((1, 2) if self._channels_last(output) else (2, 3))
-            elif output.ndim == 3:                  # (n, tokens, width): mean over tokens
+            elif output.ndim == 3:  # (n, tokens, width): mean over tokens
                 output = output.mean(1)
             self.layers[name] = output
+
         return hook
 
     def _channels_last(self, output: Tensor) -> bool:
         """Whether the first two of its dimensions fit the picture's shape better than the last two."""
+
         def misfit(height: int, width: int) -> float:
             return abs(math.log(height / width) - self._aspect)
+
         _, a, b, c = output.shape
         return misfit(a, b) < misfit(b, c)
 
@@ -79,26 +88,43 @@ class _Taps:
 
 
 def _read_head(module: nn.Module) -> Head:
-    weight = to_numpy(module.weight).reshape(len(module.weight), -1).copy()    # type: ignore[arg-type]
-    bias = np.zeros(len(weight), weight.dtype) if module.bias is None else to_numpy(module.bias).copy()
+    weight = to_numpy(module.weight).reshape(len(module.weight), -1).copy()  # type: ignore[arg-type]
+    bias = (
+        np.zeros(len(weight), weight.dtype) if module.bias is None else to_numpy(module.bias).copy()
+    )
     return Head(weight, bias)
 
 
-def batches(data: ImageSet | Iterable[Batch], *, batch_size: int = 250, mean: Stats | None = None,
-            std: Stats | None = None, start: int = 0) -> Iterator[Batch]:
+def batches(
+    data: ImageSet | Iterable[Batch],
+    *,
+    batch_size: int = 250,
+    mean: Stats | None = None,
+    std: Stats | None = None,
+    start: int = 0,
+) -> Iterator[Batch]:
     """Batches of network input and labels, from row ``start`` on; arguments as in `extract`."""
     if isinstance(data, ImageSet):
         if mean is None or std is None:
-            raise OodlibError("extract: an ImageSet holds raw pixels, so mean= and std= of the network are needed "
-                              "(one number per channel, in units of pixel / 255).")
+            raise OodlibError(
+                "extract: an ImageSet holds raw pixels, so mean= and std= of the network are "
+                "needed (one number per channel, in units of pixel / 255)."
+            )
         statistics = torch.tensor(mean), torch.tensor(std)
         for i in range(start, len(data), batch_size):
-            pixels = torch.from_numpy(np.array(data.images[i:i + batch_size]))
-            yield normalise(pixels, *statistics), torch.from_numpy(np.array(data.labels[i:i + batch_size]))
+            pixels = torch.from_numpy(np.array(data.images[i : i + batch_size]))
+            yield (
+                normalise(pixels, *statistics),
+                torch.from_numpy(np.array(data.labels[i : i + batch_size])),
+            )
         return
     if isinstance(data, DataLoader) and start:
-        data = DataLoader(Subset(data.dataset, range(start, len(data.dataset))),     # type: ignore[arg-type]
-                          batch_size=data.batch_size, num_workers=data.num_workers, collate_fn=data.collate_fn)
+        data = DataLoader(
+            Subset(data.dataset, range(start, len(data.dataset))),  # type: ignore[arg-type]
+            batch_size=data.batch_size,
+            num_workers=data.num_workers,
+            collate_fn=data.collate_fn,
+        )
         start = 0
     for x, y in data:
         if start >= len(x):
@@ -113,22 +139,39 @@ def _count(data: ImageSet | Iterable[Batch]) -> int:
         return len(data)
     if isinstance(data, DataLoader):
         if not isinstance(data.sampler, SequentialSampler):
-            raise OodlibError("extract: the DataLoader shuffles or samples, so rows would have no fixed order. "
-                              "Build it with shuffle=False.")
-        return len(data.dataset)                                                     # type: ignore[arg-type]
+            raise OodlibError(
+                "extract: the DataLoader shuffles or samples, so rows would have no fixed order. "
+                "Build it with shuffle=False."
+            )
+        return len(data.dataset)  # type: ignore[arg-type]
     if isinstance(data, Sequence):
         return sum(len(x) for x, _ in data)
-    raise OodlibError(f"extract: expected an ImageSet, a DataLoader or a list of (x, y) batches, got "
-                      f"{type(data).__name__}.")
+    raise OodlibError(
+        f"extract: expected an ImageSet, a DataLoader or a list of (x, y) batches, got "
+        f"{type(data).__name__}."
+    )
 
 
-def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | None = None, std: Stats | None = None,
-            layers: Sequence[str] = (), cache: str | Path | None = None, model_name: str | None = None,
-            fingerprint: str | None = None, batch_size: int = 250, shard_rows: int = 10_000,
-            device: str | torch.device = "auto", progress: bool = True) -> FeatureBank:
-    """Run ``model`` once over ``data`` and keep the input of its linear head, its logits and the named layers.
+def extract(
+    model: nn.Module,
+    data: ImageSet | Iterable[Batch],
+    *,
+    mean: Stats | None = None,
+    std: Stats | None = None,
+    layers: Sequence[str] = (),
+    cache: str | Path | None = None,
+    model_name: str | None = None,
+    fingerprint: str | None = None,
+    batch_size: int = 250,
+    shard_rows: int = 10_000,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> FeatureBank:
+    """Run ``model`` once over ``data`` and keep the input of its linear head, its logits and the
+    named layers.
 
-    Works for any classifier whose output is that of one linear layer (timm, torchvision, your own); see `find_head`.
+    Works for any classifier whose output is that of one linear layer (timm, torchvision, your own);
+    see `find_head`.
 
     Parameters
     ----------
@@ -137,9 +180,11 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
     mean, std : per channel, in units of pixel / 255; for an ImageSet only, other data come transformed
     layers : names as in ``model.named_modules()``; each is averaged over positions or tokens to (N, d)
     cache : folder for banks. A finished bank with the same model, weights, transform and data is opened instead of
-        computed again, and an interrupted one goes on at the last finished shard. ``None`` keeps all in memory.
+        computed again, and an interrupted one goes on at the last finished shard. ``None`` keeps
+        all in memory.
     model_name : for the file name and the key; the class name where not given
-    fingerprint : identity of the data behind a loader, needed with ``cache`` (an ImageSet knows its own)
+    fingerprint : identity of the data behind a loader, needed with ``cache`` (an ImageSet knows its
+        own)
     shard_rows : rows between two savings of the progress; also what the memory is bounded by
 
     Returns
@@ -157,26 +202,45 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
     if cache is not None:
         fingerprint = fingerprint or getattr(getattr(data, "dataset", data), "fingerprint", None)
         if fingerprint is None:
-            raise OodlibError("extract: a cache needs fingerprint=, a string that names the data behind the loader "
-                              "(for example the checksum of its image list).")
-        meta |= {"weights": weights_hash(model), "fingerprint": fingerprint, "transform": repr((mean, std)),
-                 "code": f"{code_hash(__name__)} {model_code_hash(model)}"}
+            raise OodlibError(
+                "extract: a cache needs fingerprint=, a string that names the data behind the "
+                "loader (for example the checksum of its image list)."
+            )
+        meta |= {
+            "weights": weights_hash(model),
+            "fingerprint": fingerprint,
+            "transform": repr((mean, std)),
+            "code": f"{code_hash(__name__)} {model_code_hash(model)}",
+        }
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
 
-    options: Any = {"mean": mean, "std": std, "layers": layers, "batch_size": batch_size, "shard_rows": shard_rows,
-                    "device": device, "progress": progress}
+    options: Any = {
+        "mean": mean,
+        "std": std,
+        "layers": layers,
+        "batch_size": batch_size,
+        "shard_rows": shard_rows,
+        "device": device,
+        "progress": progress,
+    }
     if cache is None:
         store = MemoryStore(n)
         for shard in stream(model, data, **options):
             store.write(shard)
         arrays = store.arrays
-        return FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], store.head,
-                           {layer: arrays[f"layer.{layer}"] for layer in layers}, meta)
+        return FeatureBank(
+            arrays["features"],
+            arrays["logits"],
+            arrays["labels"],
+            store.head,
+            {layer: arrays[f"layer.{layer}"] for layer in layers},
+            meta,
+        )
     from filelock import FileLock
 
     path = Path(cache) / f"{name}-{data_name}-{key}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):                   # two notebooks may want the same bank
+    with FileLock(path.with_name(path.name + ".lock")):  # two notebooks may want the same bank
         if not (path / "bank.json").exists():
             disk = DiskStore(path.with_name(path.name + ".part"), n)
             for shard in stream(model, data, start=disk.done, **options):
@@ -185,12 +249,24 @@ def extract(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats |
     return FeatureBank.load(path)
 
 
-def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | None = None, std: Stats | None = None,
-           layers: Sequence[str] = (), batch_size: int = 250, shard_rows: int = 10_000,
-           device: str | torch.device = "auto", progress: bool = True, start: int = 0) -> Iterator[FeatureBank]:
-    """The same pass, bank by bank in the order of the data, from row ``start`` on: memory for one bank is all it takes.
+def stream(
+    model: nn.Module,
+    data: ImageSet | Iterable[Batch],
+    *,
+    mean: Stats | None = None,
+    std: Stats | None = None,
+    layers: Sequence[str] = (),
+    batch_size: int = 250,
+    shard_rows: int = 10_000,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+    start: int = 0,
+) -> Iterator[FeatureBank]:
+    """The same pass, bank by bank in the order of the data, from row ``start`` on: memory for one
+    bank is all it takes.
 
-    Parameters as in `extract`; ``shard_rows`` is the size of a bank, rounded up to whole batches (the last is smaller).
+    Parameters as in `extract`; ``shard_rows`` is the size of a bank, rounded up to whole batches
+    (the last is smaller).
 
     Raises
     ------
@@ -205,19 +281,32 @@ def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | 
 
     def bank() -> FeatureBank:
         arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        return FeatureBank(arrays["features"], arrays["logits"], arrays["labels"], head,
-                           {layer: arrays[f"layer.{layer}"] for layer in layers})
+        return FeatureBank(
+            arrays["features"],
+            arrays["logits"],
+            arrays["labels"],
+            head,
+            {layer: arrays[f"layer.{layer}"] for layer in layers},
+        )
 
-    with eval_mode(model), tqdm(total=rows, initial=start, desc=title, unit="img",
-                                disable=None if progress else True) as bar:
+    with (
+        eval_mode(model),
+        tqdm(
+            total=rows, initial=start, desc=title, unit="img", disable=None if progress else True
+        ) as bar,
+    ):
         for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
             x = x.to(where, memory_format=torch.channels_last) if x.ndim == 4 else x.to(where)
             if head_name is None:
                 head_name = find_head(model, x[:2])
                 head = _read_head(model.get_submodule(head_name))
             with _Taps(model, head_name, layers) as taps, torch.inference_mode():
-                values = {"logits": model(x), "features": taps.features, "labels": y,
-                          **{f"layer.{k}": v for k, v in taps.layers.items()}}
+                values = {
+                    "logits": model(x),
+                    "features": taps.features,
+                    "labels": y,
+                    **{f"layer.{k}": v for k, v in taps.layers.items()},
+                }
             arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in values.items()}
             check_head(head, arrays["features"], arrays["logits"], rows=16)
             parts.append(arrays)
@@ -229,5 +318,7 @@ def stream(model: nn.Module, data: ImageSet | Iterable[Batch], *, mean: Stats | 
         if parts:
             yield bank()
         if done + waiting != rows:
-            raise OodlibError(f"extract: {title} announced {rows} rows but gave {done + waiting}. "
-                              "Check the loader's length and drop_last.")
+            raise OodlibError(
+                f"extract: {title} announced {rows} rows but gave {done + waiting}. "
+                "Check the loader's length and drop_last."
+            )

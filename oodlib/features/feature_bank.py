@@ -49,7 +49,9 @@ class Head:
         return digest.hexdigest()
 
     def masked(self, mask: NDArray[np.bool_]) -> Head:
-        """The head without the weights where ``mask`` (C, D) is False, beside those removed before; a copy."""
+        """The head without the weights where ``mask`` (C, D) is False, beside those removed before;
+        a copy.
+        """
         mask = np.asarray(mask, dtype=bool) if self.mask is None else mask & self.mask
         return Head(self.weight * mask, self.bias, mask)
 
@@ -76,8 +78,17 @@ class FeatureBank:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_arrays(cls, features: Any, *, weight: Any, bias: Any = None, labels: Any = None, logits: Any = None,
-                    layers: Mapping[str, Any] | None = None, meta: Mapping[str, Any] | None = None) -> FeatureBank:
+    def from_arrays(
+        cls,
+        features: Any,
+        *,
+        weight: Any,
+        bias: Any = None,
+        labels: Any = None,
+        logits: Any = None,
+        layers: Mapping[str, Any] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> FeatureBank:
         """Make a bank from arrays or tensors of any network.
 
         Parameters
@@ -93,14 +104,18 @@ class FeatureBank:
         """
         features, weight = to_numpy(features), to_numpy(weight)
         if features.ndim != 2 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
-            raise OodlibError(f"FeatureBank: features (N, D) and weight (C, D) need the same D, got {features.shape} "
-                              f"and {weight.shape}. Is the weight transposed?")
+            raise OodlibError(
+                "FeatureBank: features (N, D) and weight (C, D) need the same D, got "
+                f"{features.shape} and {weight.shape}. Is the weight transposed?"
+            )
         n, classes = len(features), len(weight)
         bias = np.zeros(classes) if bias is None else to_numpy(bias)
         if bias.shape != (classes,):
             raise OodlibError(f"FeatureBank: bias must be (C,) = ({classes},), got {bias.shape}.")
         if n == 0:
-            raise OodlibError("FeatureBank: features hold no row. Check the loader or the filter before it.")
+            raise OodlibError(
+                "FeatureBank: features hold no row. Check the loader or the filter before it."
+            )
         head = Head(weight, bias)
         if labels is not None:
             labels = to_numpy(labels).astype(np.int64)
@@ -109,28 +124,47 @@ class FeatureBank:
         if not np.issubdtype(features.dtype, np.floating):
             features = features.astype(np.float32)
         for start in range(0, n, 65536):
-            if not np.isfinite(features[start:start + 65536]).all():
-                raise OodlibError("FeatureBank: features hold NaN or infinity. Check the transform and the weights.")
+            if not np.isfinite(features[start : start + 65536]).all():
+                raise OodlibError(
+                    "FeatureBank: features hold NaN or infinity. Check the transform and the "
+                    "weights."
+                )
         if logits is None:
-            logits = np.concatenate([head(features[i:i + 65536]) for i in range(0, n, 65536)])
+            logits = np.concatenate([head(features[i : i + 65536]) for i in range(0, n, 65536)])
         else:
             logits = to_numpy(logits)
             check_head(head, features, logits)
-        return cls(features, logits, labels, head, {k: to_numpy(v) for k, v in (layers or {}).items()}, meta or {})
+        return cls(
+            features,
+            logits,
+            labels,
+            head,
+            {k: to_numpy(v) for k, v in (layers or {}).items()},
+            meta or {},
+        )
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __repr__(self) -> str:
-        unknown = f", {self.unknown} labels unknown" if self.labels is not None and self.unknown else ""
-        return (f"FeatureBank({len(self)} x {self.features.shape[1]} features, {self.head.num_classes} classes{unknown}"
-                f"{', ' + self.meta['data'] if 'data' in self.meta else ''})")
+        unknown = (
+            f", {self.unknown} labels unknown" if self.labels is not None and self.unknown else ""
+        )
+        return (
+            f"FeatureBank({len(self)} x {self.features.shape[1]} features, {self.head.num_classes} "
+            f"classes{unknown}{', ' + self.meta['data'] if 'data' in self.meta else ''})"
+        )
 
     def subset(self, index: NDArray | slice) -> FeatureBank:
         """The chosen rows (integer or boolean index, or a slice), in that order."""
-        return FeatureBank(self.features[index], self.logits[index],
-                           None if self.labels is None else self.labels[index], self.head,
-                           {k: v[index] for k, v in self.layers.items()}, self.meta)
+        return FeatureBank(
+            self.features[index],
+            self.logits[index],
+            None if self.labels is None else self.labels[index],
+            self.head,
+            {k: v[index] for k, v in self.layers.items()},
+            self.meta,
+        )
 
     @property
     def unknown(self) -> int:
@@ -139,13 +173,16 @@ class FeatureBank:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows of known label whose arg-max logit is the label, in [0, 1]; `unknown` counts the others.
+        """Share of rows of known label whose arg-max logit is the label, in [0, 1]; `unknown`
+        counts the others.
 
         OodlibError : no label is known
         """
         if self.labels is None or self.unknown == len(self):
-            raise OodlibError("FeatureBank.accuracy: this bank has no labels."
-                              + ("" if self.labels is None else " All are -1, which stands for unknown."))
+            raise OodlibError(
+                "FeatureBank.accuracy: this bank has no labels."
+                + ("" if self.labels is None else " All are -1, which stands for unknown.")
+            )
         known = self.labels >= 0
         return float((self.logits.argmax(1) == self.labels)[known].mean())
 
@@ -153,22 +190,30 @@ class FeatureBank:
         """The accuracy, or OodlibError if it is lower: no OOD score means anything without it."""
         if self.accuracy < at_least:
             left_out = f" ({self.unknown} of unknown label left out)" if self.unknown else ""
-            raise OodlibError(f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID images"
-                              f"{left_out}, expected at least {at_least:.1%}. Check the weights, the label order and "
-                              "the transform.")
+            raise OodlibError(
+                f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID "
+                f"images{left_out}, expected at least {at_least:.1%}. Check the weights, the label "
+                "order and the transform."
+            )
         return self.accuracy
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder of ``.npy`` files and ``bank.json`` with their checksums; whole or not at all."""
+        """Write a folder of ``.npy`` files and ``bank.json`` with their checksums; whole or not at
+        all.
+        """
         arrays: dict[str, NDArray] = {
-            "features": self.features, "logits": self.logits, "weight": self.head.weight, "bias": self.head.bias}
+            "features": self.features,
+            "logits": self.logits,
+            "weight": self.head.weight,
+            "bias": self.head.bias,
+        }
         if self.labels is not None:
             arrays["labels"] = self.labels
         arrays |= {f"layer.{name}": value for name, value in self.layers.items()}
         with atomic_folder(path) as temporary:
             for name, value in arrays.items():
                 np.save(temporary / f"{name}.npy", value)
-            seal(temporary, dict(self.meta))
+            write_checksums(temporary, dict(self.meta))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> FeatureBank:
@@ -185,34 +230,73 @@ class FeatureBank:
             sidecar = json.loads((path / "bank.json").read_text())
             for name, digest in sidecar["sha256"].items():
                 if verify and sha256(path / name) != digest:
-                    raise OodlibError(f"FeatureBank.load: {path / name} does not match its checksum: it was changed or "
-                                      "cut after writing. Delete the folder and extract again.")
-            arrays = {name.removesuffix(".npy"): np.load(path / name, mmap_mode="r") for name in sidecar["sha256"]}
+                    raise OodlibError(
+                        f"FeatureBank.load: {path / name} does not match its checksum: it was "
+                        "changed or cut after writing. Delete the folder and extract again."
+                    )
+            arrays = {
+                name.removesuffix(".npy"): np.load(path / name, mmap_mode="r")
+                for name in sidecar["sha256"]
+            }
             head = Head(np.asarray(arrays["weight"]), np.asarray(arrays["bias"]))
-            layers = {k.removeprefix("layer."): v for k, v in arrays.items() if k.startswith("layer.")}
-            if "logits" not in arrays:              # left out to halve the size: the head gives them
-                return cls.from_arrays(arrays["features"], weight=head.weight, bias=head.bias,
-                                       labels=arrays.get("labels"), layers=layers, meta=sidecar["meta"])
-            return cls(arrays["features"], arrays["logits"], arrays.get("labels"), head, layers, sidecar["meta"])
+            layers = {
+                k.removeprefix("layer."): v for k, v in arrays.items() if k.startswith("layer.")
+            }
+            if "logits" not in arrays:  # left out to halve the size: the head gives them
+                return cls.from_arrays(
+                    arrays["features"],
+                    weight=head.weight,
+                    bias=head.bias,
+                    labels=arrays.get("labels"),
+                    layers=layers,
+                    meta=sidecar["meta"],
+                )
+            return cls(
+                arrays["features"],
+                arrays["logits"],
+                arrays.get("labels"),
+                head,
+                layers,
+                sidecar["meta"],
+            )
         except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError) as error:
-            raise OodlibError(f"FeatureBank.load: {path} is not a complete bank ({error}). Extract again.") from error
+            raise OodlibError(
+                f"FeatureBank.load: {path} is not a complete bank ({error}). Extract again."
+            ) from error
 
 
-def check_head(head: Head, features: NDArray, logits: NDArray, *, rtol: float = 1e-3, rows: int = 1024) -> None:
-    """Raise OodlibError unless ``head(features)`` gives the logits (first ``rows`` rows, relative to their size)."""
+def check_head(
+    head: Head, features: NDArray, logits: NDArray, *, rtol: float = 1e-3, rows: int = 1024
+) -> None:
+    """Raise OodlibError unless ``head(features)`` gives the logits (first ``rows`` rows, relative
+    to their size).
+    """
     expected, got = head(features[:rows]), np.asarray(logits[:rows], dtype=np.float64)
     if expected.shape != got.shape or len(features) != len(logits):
-        raise OodlibError(f"FeatureBank: logits must be (N, C) = {(len(features), head.num_classes)}, "
-                          f"got {logits.shape}.")
+        raise OodlibError(
+            f"FeatureBank: logits must be (N, C) = {(len(features), head.num_classes)}, "
+            f"got {logits.shape}."
+        )
     if not np.isfinite(got).all():
-        raise OodlibError("FeatureBank: logits hold NaN or infinity. Check the transform and the weights.")
+        raise OodlibError(
+            "FeatureBank: logits hold NaN or infinity. Check the transform and the weights."
+        )
     error = np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-12)
     if error > rtol:
-        raise OodlibError(f"FeatureBank: head(features) differs from the logits by {error:.1e} of their size (at most "
-                          f"{rtol:g}). The features are not the input of this head, or something follows the head.")
+        raise OodlibError(
+            f"FeatureBank: head(features) differs from the logits by {error:.1e} of their size (at "
+            f"most {rtol:g}). The features are not the input of this head, or something follows "
+            "the head."
+        )
 
 
-def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+def write_checksums(folder: Path, meta: Mapping[str, Any]) -> None:
     """Write ``bank.json``: the checksum of every array in the folder, and where they came from."""
-    write_json(folder / "bank.json", {"format": 1, "meta": dict(meta),
-                                      "sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.npy"))}})
+    write_json(
+        folder / "bank.json",
+        {
+            "format": 1,
+            "meta": dict(meta),
+            "sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.npy"))},
+        },
+    )

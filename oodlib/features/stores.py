@@ -1,4 +1,6 @@
-"""Where the banks of a pass are collected: in memory, or on disk so that an interrupted pass goes on."""
+"""Where the banks of a pass are collected: in memory, or on disk so that an interrupted pass goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,28 @@ from typing import Any
 import numpy as np
 
 from oodlib.errors import OodlibError
-from oodlib.features.feature_bank import FeatureBank, Head, seal
+from oodlib.features.feature_bank import FeatureBank, Head, write_checksums
 from oodlib.files import atomic_folder, write_json
 
 __all__ = ["DiskStore", "MemoryStore"]
 
 
 def _arrays(bank: FeatureBank) -> dict[str, np.ndarray]:
-    assert bank.labels is not None                                        # every batch brings them
-    return {"features": bank.features, "logits": bank.logits, "labels": bank.labels,
-            **{f"layer.{name}": value for name, value in bank.layers.items()}}
+    assert bank.labels is not None  # every batch brings them
+    return {
+        "features": bank.features,
+        "logits": bank.logits,
+        "labels": bank.labels,
+        **{f"layer.{name}": value for name, value in bank.layers.items()},
+    }
 
 
 def _check_room(store: MemoryStore | DiskStore, shard: FeatureBank) -> None:
     if store.done + len(shard) > store.rows:
-        raise OodlibError(f"extract: the loader gave more rows than the {store.rows} of its dataset. Use a loader that "
-                          "gives each row once (no sampler that repeats).")
+        raise OodlibError(
+            f"extract: the loader gave more rows than the {store.rows} of its dataset. Use a "
+            "loader that gives each row once (no sampler that repeats)."
+        )
 
 
 class MemoryStore:
@@ -41,12 +49,14 @@ class MemoryStore:
         for name, value in _arrays(shard).items():
             if name not in self.arrays:
                 self.arrays[name] = np.empty((self.rows, *value.shape[1:]), value.dtype)
-            self.arrays[name][self.done:stop] = value
+            self.arrays[name][self.done : stop] = value
         self.done = stop
 
 
 class DiskStore:
-    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are safe."""
+    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are
+    safe.
+    """
 
     def __init__(self, folder: Path, rows: int):
         self.folder, self.rows = folder, rows
@@ -61,10 +71,12 @@ class DiskStore:
             path = self.folder / f"{name}.npy"
             # opened for each shard, so that mapped pages do not pile up in memory
             if self.done == 0:
-                array = np.lib.format.open_memmap(path, "w+", value.dtype, (self.rows, *value.shape[1:]))
+                array = np.lib.format.open_memmap(
+                    path, "w+", value.dtype, (self.rows, *value.shape[1:])
+                )
             else:
                 array = np.lib.format.open_memmap(path, "r+")
-            array[self.done:stop] = value
+            array[self.done : stop] = value
             array.flush()
         self.done = stop
         np.save(self.folder / "weight.npy", shard.head.weight)
@@ -73,7 +85,7 @@ class DiskStore:
 
     def finish(self, path: Path, meta: dict[str, Any]) -> None:
         (self.folder / "progress.json").unlink(missing_ok=True)
-        seal(self.folder, meta)
+        write_checksums(self.folder, meta)
         with atomic_folder(path) as temporary:
             for file in self.folder.iterdir():
                 file.replace(temporary / file.name)

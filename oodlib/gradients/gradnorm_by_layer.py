@@ -17,7 +17,9 @@ from oodlib.models.hooks import eval_mode
 __all__ = ["gradnorm_by_layer", "parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
+def parameter_groups(
+    model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, list[str]]:
     """Parameter names of each group.
 
     Parameters
@@ -35,13 +37,25 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, Sequence[str]] | Non
     for group, patterns in groups.items():
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
-                raise OodlibError(f"parameter_groups: {pattern!r} of group {group!r} matches no parameter. Known: "
-                                  f"{', '.join(known)}.")
-    return {group: [n for n in known if any(fnmatchcase(n, p) for p in patterns)] for group, patterns in groups.items()}
+                raise OodlibError(
+                    f"parameter_groups: {pattern!r} of group {group!r} matches no parameter. "
+                    f"Known: {', '.join(known)}."
+                )
+    return {
+        group: [n for n in known if any(fnmatchcase(n, p) for p in patterns)]
+        for group, patterns in groups.items()
+    }
 
 
-def gradnorm_by_layer(model: nn.Module, x: Tensor, *, groups: Mapping[str, Sequence[str]] | None = None,
-                      temperature: float = 1.0, norm: float = 1, chunk_size: int = 16) -> dict[str, Tensor]:
+def gradnorm_by_layer(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    temperature: float = 1.0,
+    norm: float = 1,
+    chunk_size: int = 16,
+) -> dict[str, Tensor]:
     r"""GradNorm of each group of parameters, one gradient per sample; larger = more OOD.
 
     S_g = -||d KL(u || softmax(f(x) / T)) / d theta_g||_q
@@ -69,27 +83,44 @@ def gradnorm_by_layer(model: nn.Module, x: Tensor, *, groups: Mapping[str, Seque
     """
     check_temperature("gradnorm_by_layer", temperature)
     if not norm > 0:
-        raise OodlibError(f"gradnorm_by_layer: norm q must lie in (0, inf], got {norm}. Use math.inf for the maximum.")
+        raise OodlibError(
+            f"gradnorm_by_layer: norm q must lie in (0, inf], got {norm}. Use math.inf for the "
+            "maximum."
+        )
     if chunk_size < 1 or len(x) == 0:
-        raise OodlibError(f"gradnorm_by_layer: needs a sample and chunk_size >= 1, got {len(x)} and {chunk_size}.")
+        raise OodlibError(
+            f"gradnorm_by_layer: needs a sample and chunk_size >= 1, got {len(x)} and {chunk_size}."
+        )
     members = parameter_groups(model, groups)
     used = {name for names in members.values() for name in names}
-    fixed = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers()) if name not in used}
+    fixed = {
+        name: t.detach()
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if name not in used
+    }
     chosen = {name: p.detach() for name, p in model.named_parameters() if name in used}
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
         logits = functional_call(model, {**parameters, **fixed}, (sample[None],))
         if logits.ndim != 2:
-            raise OodlibError(f"gradnorm_by_layer: the model must return logits (n, C), got {tuple(logits.shape)} for "
-                              "one sample.")
-        return -(logits / temperature).log_softmax(1).mean()              # KL(u || p) + log C
+            raise OodlibError(
+                "gradnorm_by_layer: the model must return logits (n, C), got "
+                f"{tuple(logits.shape)} for one sample."
+            )
+        return -(logits / temperature).log_softmax(1).mean()  # KL(u || p) + log C
 
     per_sample = vmap(grad(loss), in_dims=(None, 0))
     parts: dict[str, list[Tensor]] = {group: [] for group in members}
     with eval_mode(model):
         for chunk in x.split(chunk_size):
-            norms = {name: torch.linalg.vector_norm(g.flatten(1), norm, dim=1, dtype=wide(g)).double().cpu()
-                     for name, g in per_sample(chosen, chunk).items()}
-            for group, names in members.items():                          # the q-norm of q-norms is the whole q-norm
-                parts[group].append(torch.linalg.vector_norm(torch.stack([norms[n] for n in names]), norm, dim=0))
+            norms = {
+                name: torch.linalg.vector_norm(g.flatten(1), norm, dim=1, dtype=wide(g))
+                .double()
+                .cpu()
+                for name, g in per_sample(chosen, chunk).items()
+            }
+            for group, names in members.items():  # the q-norm of q-norms is the whole q-norm
+                parts[group].append(
+                    torch.linalg.vector_norm(torch.stack([norms[n] for n in names]), norm, dim=0)
+                )
     return {group: -torch.cat(values) for group, values in parts.items()}

@@ -1,4 +1,6 @@
-"""Are the probabilities right? Calibration error with its null, proper scores, and temperature scaling as a control."""
+"""Are the probabilities right? Calibration error with its null, proper scores, and temperature
+scaling as a control.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from numpy.typing import NDArray
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["Reliability", "brier", "confidence", "ece", "fit_temperature", "nll", "reliability", "simulated_null"]
+__all__ = [
+    "Reliability",
+    "brier",
+    "confidence",
+    "ece",
+    "fit_temperature",
+    "nll",
+    "reliability",
+    "simulated_null",
+]
 
 Bins = Literal["width", "mass"]
 
@@ -33,10 +44,14 @@ class Reliability:
     @property
     def ece(self) -> float:
         """Mean distance of confidence and accuracy, bins weighted by their images."""
-        return float((self.count * np.abs(self.confidence - self.accuracy)).sum() / self.count.sum())
+        return float(
+            (self.count * np.abs(self.confidence - self.accuracy)).sum() / self.count.sum()
+        )
 
 
-def confidence(logits: Any, labels: Any, *, temperature: float = 1.0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def confidence(
+    logits: Any, labels: Any, *, temperature: float = 1.0
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Largest softmax probability of each image, and whether that class is the label.
 
     Parameters
@@ -56,8 +71,11 @@ def confidence(logits: Any, labels: Any, *, temperature: float = 1.0) -> tuple[N
     return np.exp(log_p.max(1)), log_p.argmax(1) == y
 
 
-def reliability(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width") -> Reliability:
-    """Accuracy beside mean confidence in bins of equal width over [0, 1], or of equally many images.
+def reliability(
+    confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width"
+) -> Reliability:
+    """Accuracy beside mean confidence in bins of equal width over [0, 1], or of equally many
+    images.
 
     Parameters
     ----------
@@ -69,11 +87,20 @@ def reliability(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins =
     OodlibError : no image, unequal lengths, a confidence outside [0, 1], fewer than one bin
     """
     c, right = to_numpy(confidences).astype(np.float64), to_numpy(correct).astype(np.float64)
-    if c.ndim != 1 or c.shape != right.shape or not len(c) or not ((c >= 0) & (c <= 1 + 1e-9)).all():
-        raise OodlibError(f"reliability: needs confidences in [0, 1] and right or wrong of the same images, (N,) each, "
-                          f"got {c.shape} and {right.shape}. Give probabilities, not logits.")
+    if (
+        c.ndim != 1
+        or c.shape != right.shape
+        or not len(c)
+        or not ((c >= 0) & (c <= 1 + 1e-9)).all()
+    ):
+        raise OodlibError(
+            "reliability: needs confidences in [0, 1] and right or wrong of the same images, (N,) "
+            f"each, got {c.shape} and {right.shape}. Give probabilities, not logits."
+        )
     if bins < 1 or equal not in ("width", "mass"):
-        raise OodlibError(f'reliability: bins must be at least 1 and equal "width" or "mass", got {bins}, {equal!r}.')
+        raise OodlibError(
+            f'reliability: bins must be at least 1 and equal "width" or "mass", got {bins}, {equal!r}.'
+        )
     if equal == "width":
         edges = np.linspace(0, 1, bins + 1)
         which = np.clip(np.searchsorted(edges, c, side="left") - 1, 0, bins - 1)
@@ -84,12 +111,15 @@ def reliability(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins =
         edges = np.r_[[c[which == b].min() for b in range(bins)], c.max()]
     count = np.bincount(which, minlength=bins)
     some = count > 0
-    mean, accuracy = (np.bincount(which, weights=v, minlength=bins)[some] / count[some] for v in (c, right))
+    mean, accuracy = (
+        np.bincount(which, weights=v, minlength=bins)[some] / count[some] for v in (c, right)
+    )
     return Reliability(edges[:-1][some], edges[1:][some], mean, accuracy, count[some])
 
 
 def ece(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width") -> float:
-    """Expected calibration error, in [0, 1]; biased upwards, the more so the fewer images: see `simulated_null`.
+    """Expected calibration error, in [0, 1]; biased upwards, the more so the fewer images: see
+    `simulated_null`.
 
     References
     ----------
@@ -98,11 +128,14 @@ def ece(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width"
     return reliability(confidences, correct, bins=bins, equal=equal).ece
 
 
-def simulated_null(confidences: Any, *, n: int = 200, seed: int = 0, bins: int = 15,
-                   equal: Bins = "width") -> NDArray[np.float64]:
-    """(n,) calibration errors of a network that is right as often as it says: what ECE is when nothing is wrong.
+def simulated_null(
+    confidences: Any, *, n: int = 200, seed: int = 0, bins: int = 15, equal: Bins = "width"
+) -> NDArray[np.float64]:
+    """(n,) calibration errors of a network that is right as often as it says: what ECE is when
+    nothing is wrong.
 
-    Labels drawn from the predicted probabilities make the arg-max right with probability ``confidence``.
+    Labels drawn from the predicted probabilities make the arg-max right with probability
+    ``confidence``.
     """
     c, rng = to_numpy(confidences).astype(np.float64), np.random.default_rng(seed)
     return np.array([ece(c, rng.random(len(c)) < c, bins=bins, equal=equal) for _ in range(n)])
@@ -123,7 +156,8 @@ def brier(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """Temperature scaling: the temperature in [0.01, 100] that minimises `nll` on these (validation) images.
+    """Temperature scaling: the temperature in [0.01, 100] that minimises `nll` on these
+    (validation) images.
 
     References
     ----------
@@ -131,20 +165,32 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(lambda t: nll(logits, labels, temperature=float(np.exp(t))), method="bounded",
-                            bounds=(np.log(0.01), np.log(100)), options={"xatol": 1e-5})
+    found = minimize_scalar(
+        lambda t: nll(logits, labels, temperature=float(np.exp(t))),
+        method="bounded",
+        bounds=(np.log(0.01), np.log(100)),
+        options={"xatol": 1e-5},
+    )
     return float(np.exp(found.x))
 
 
-def _log_softmax(logits: Any, labels: Any, temperature: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _log_softmax(
+    logits: Any, labels: Any, temperature: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     z, y = to_numpy(logits), to_numpy(labels)
     if z.ndim != 2 or y.shape != z.shape[:1] or not len(y):
-        raise OodlibError(f"calibration: needs logits (N, C) and labels (N,), got {z.shape} and {y.shape}.")
+        raise OodlibError(
+            f"calibration: needs logits (N, C) and labels (N,), got {z.shape} and {y.shape}."
+        )
     if not np.isfinite(z).all():
-        raise OodlibError("calibration: logits hold NaN or infinity. Check the transform and the weights.")
+        raise OodlibError(
+            "calibration: logits hold NaN or infinity. Check the transform and the weights."
+        )
     if not np.isin(y, np.arange(z.shape[1])).all():
-        raise OodlibError(f"calibration: labels must lie in 0 .. {z.shape[1] - 1}, got {y.min()} .. "
-                          f"{y.max()}. They are whole numbers; images without a label cannot be used here.")
+        raise OodlibError(
+            f"calibration: labels must lie in 0 .. {z.shape[1] - 1}, got {y.min()} .. "
+            f"{y.max()}. They are whole numbers; images without a label cannot be used here."
+        )
     if not temperature > 0:
         raise OodlibError(f"calibration: temperature must be positive, got {temperature}.")
     z = z.astype(np.float64) / temperature

@@ -17,8 +17,9 @@ __all__ = ["magnitude", "overlap", "shared_half", "spearman_along"]
 def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: int = 20) -> float:
     """Overlap coefficient of two samples, the integral of min(p, q), in [0, 1].
 
-    p and q are Gaussian kernel density estimates of one bandwidth, in the unit of the samples, on bins of a twentieth
-    of it. Infinite values lie beyond every finite one and overlap with each other alone.
+    p and q are Gaussian kernel density estimates of one bandwidth, in the unit of the samples, on
+    bins of a twentieth of it. Infinite values lie beyond every finite one and overlap with each
+    other alone.
 
     a (n,), b (m,)
 
@@ -27,8 +28,17 @@ def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: i
     OodlibError : a sample is empty or holds NaN, or the bandwidth is not positive
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 1 or b.ndim != 1 or not len(a) or not len(b) or np.isnan(a).any() or np.isnan(b).any():
-        raise OodlibError(f"overlap: needs samples (n,) and (m,) without NaN, got {a.shape} and {b.shape}.")
+    if (
+        a.ndim != 1
+        or b.ndim != 1
+        or not len(a)
+        or not len(b)
+        or np.isnan(a).any()
+        or np.isnan(b).any()
+    ):
+        raise OodlibError(
+            f"overlap: needs samples (n,) and (m,) without NaN, got {a.shape} and {b.shape}."
+        )
     if not 0 < bandwidth < math.inf:
         raise OodlibError(f"overlap: bandwidth must be positive and finite, got {bandwidth}.")
     infinite = min(float(np.isinf(a).mean()), float(np.isinf(b).mean()))
@@ -42,13 +52,19 @@ def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: i
     densities = []
     for sample, whole in zip(samples, (a, b), strict=True):
         place = np.round((sample - low) / step) + margin
-        counts = np.bincount(place[(place >= 0) & (place < size)].astype(int), minlength=size).astype(np.float64)
-        densities.append(gaussian_filter1d(counts, resolution, mode="constant", truncate=5) / len(whole))
+        counts = np.bincount(
+            place[(place >= 0) & (place < size)].astype(int), minlength=size
+        ).astype(np.float64)
+        densities.append(
+            gaussian_filter1d(counts, resolution, mode="constant", truncate=5) / len(whole)
+        )
     return infinite + float(np.minimum(*densities).sum())
 
 
 def spearman_along(a: NDArray, b: NDArray) -> NDArray[np.float64]:
-    """Spearman correlation of a and b along the first axis, (steps, ...) each -> (...); 0 where one is constant."""
+    """Spearman correlation of a and b along the first axis, (steps, ...) each -> (...); 0 where one
+    is constant.
+    """
     x, y = (rankdata(v, axis=0) for v in (a, b))
     x, y = x - x.mean(0), y - y.mean(0)
     norm = np.sqrt((x**2).sum(0) * (y**2).sum(0))
@@ -58,18 +74,22 @@ def spearman_along(a: NDArray, b: NDArray) -> NDArray[np.float64]:
 def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
     """|difference|, and the ends of its 95 % interval from the signed bootstrap draws (n_boot,).
 
-    The lower end is 0 where the signed interval holds 0; quantiles of absolute draws never reach it.
+    The lower end is 0 where the signed interval holds 0; quantiles of absolute draws never reach
+    it.
     """
     low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
     ends = sorted([abs(low), abs(high)])
     return abs(value), [0.0 if low <= 0 <= high else float(ends[0]), float(ends[1])]
 
 
-def shared_half(first: ArrayLike, second: ArrayLike, *, n_boot: int = 1000,
-                seed: int = 0) -> tuple[float, NDArray[np.float64]]:
-    """Share of the lower half of ``first`` (n,) that is in the lower half of ``second`` (n,) too, and bootstrap draws.
+def shared_half(
+    first: ArrayLike, second: ArrayLike, *, n_boot: int = 1000, seed: int = 0
+) -> tuple[float, NDArray[np.float64]]:
+    """Share of the lower half of ``first`` (n,) that is in the lower half of ``second`` (n,) too,
+    and bootstrap draws.
 
-    Of negative log-likelihoods under two models: do they agree on where the density is high? Chance gives 1/2.
+    Of negative log-likelihoods under two models: do they agree on where the density is high? Chance
+    gives 1/2.
     """
     a, b = (v <= np.median(v) for v in (np.asarray(first), np.asarray(second)))
     index = np.random.default_rng(seed).integers(0, len(a), (n_boot, len(a)))

@@ -1,7 +1,9 @@
-"""Small classifiers of other families than FastConvNet, for 32-pixel images: at most 600,000 parameters each.
+"""Small classifiers of other families than FastConvNet, for 32-pixel images: at most 600,000
+parameters each.
 
-Each is ``head(features(x))``: a body that ends in a ReLU, so that features are non-negative, global average pooling,
-and a linear head with or without bias. They differ in what a convolution sees and in how blocks are joined.
+Each is ``head(features(x))``: a body that ends in a ReLU, so that features are non-negative, global
+average pooling, and a linear head with or without bias. They differ in what a convolution sees and
+in how blocks are joined.
 """
 
 from __future__ import annotations
@@ -14,11 +16,22 @@ from torch import Tensor, nn
 
 from oodlib.models.fast_convnet import FastConvNet
 
-__all__ = ["FAMILIES", "AveragedFastConvNet", "Family", "depthwise", "plain", "residual", "shuffled", "wide"]
+__all__ = [
+    "FAMILIES",
+    "AveragedFastConvNet",
+    "Family",
+    "depthwise",
+    "plain",
+    "residual",
+    "shuffled",
+    "wide",
+]
 
 
 class Family(nn.Module):
-    """A body (n, 3, h, w) -> (n, D, h', w') with non-negative output, the mean over all places, and a linear head."""
+    """A body (n, 3, h, w) -> (n, D, h', w') with non-negative output, the mean over all places, and
+    a linear head.
+    """
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, *, bias: bool):
         super().__init__()
@@ -36,15 +49,25 @@ class Family(nn.Module):
         return self.head(self.features(x))
 
 
-def plain(num_classes: int = 10, *, widths: tuple[int, ...] = (32, 64, 128), bias: bool = True) -> Family:
-    """Pairs of 3x3 convolutions without residuals, max-pooled between pairs (Simonyan, Zisserman, arXiv 1409.1556)."""
+def plain(
+    num_classes: int = 10, *, widths: tuple[int, ...] = (32, 64, 128), bias: bool = True
+) -> Family:
+    """Pairs of 3x3 convolutions without residuals, max-pooled between pairs (Simonyan, Zisserman,
+    arXiv 1409.1556).
+    """
     layers: list[nn.Module] = []
     for channels_in, channels in pairwise((3, *widths)):
-        layers += [_convolution(channels_in, channels), _convolution(channels, channels), nn.MaxPool2d(2)]
+        layers += [
+            _convolution(channels_in, channels),
+            _convolution(channels, channels),
+            nn.MaxPool2d(2),
+        ]
     return Family(nn.Sequential(*layers[:-1]), widths[-1], num_classes, bias=bias)
 
 
-def wide(num_classes: int = 10, *, widths: tuple[int, ...] = (64, 128, 192, 160), bias: bool = False) -> Family:
+def wide(
+    num_classes: int = 10, *, widths: tuple[int, ...] = (64, 128, 192, 160), bias: bool = False
+) -> Family:
     """Few, wide layers: one 3x3 convolution at each resolution, max-pooled in between."""
     layers: list[nn.Module] = []
     for channels_in, channels in pairwise((3, *widths)):
@@ -52,59 +75,109 @@ def wide(num_classes: int = 10, *, widths: tuple[int, ...] = (64, 128, 192, 160)
     return Family(nn.Sequential(*layers[:-1]), widths[-1], num_classes, bias=bias)
 
 
-def residual(num_classes: int = 10, *, widths: tuple[int, ...] = (24, 64, 128), bias: bool = False) -> Family:
-    """One wide residual block at each resolution, activated before it is convolved (Zagoruyko, arXiv 1605.07146)."""
-    blocks = [_Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise((16, *widths)))]
-    body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU())
+def residual(
+    num_classes: int = 10, *, widths: tuple[int, ...] = (24, 64, 128), bias: bool = False
+) -> Family:
+    """One wide residual block at each resolution, activated before it is convolved (Zagoruyko,
+    arXiv 1605.07146).
+    """
+    blocks = [
+        _Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise((16, *widths)))
+    ]
+    body = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU()
+    )
     return Family(body, widths[-1], num_classes, bias=bias)
 
 
-def depthwise(num_classes: int = 10, *, widths: tuple[int, ...] = (64, 128, 128, 256, 256, 384), bias: bool = True,
-              halved: tuple[int, ...] = (0, 3)) -> Family:
+def depthwise(
+    num_classes: int = 10,
+    *,
+    widths: tuple[int, ...] = (64, 128, 128, 256, 256, 384),
+    bias: bool = True,
+    halved: tuple[int, ...] = (0, 3),
+) -> Family:
     """Depthwise 3x3 convolutions, each followed by a 1x1 one (Howard et al., arXiv 1704.04861).
 
     halved : of the pairs, those that halve the resolution
     """
     layers: list[nn.Module] = [_convolution(3, 32)]
     for i, (channels_in, channels) in enumerate(pairwise((32, *widths))):
-        layers += [_convolution(channels_in, channels_in, groups=channels_in, stride=2 if i in halved else 1),
-                   _convolution(channels_in, channels, 1)]
+        layers += [
+            _convolution(
+                channels_in, channels_in, groups=channels_in, stride=2 if i in halved else 1
+            ),
+            _convolution(channels_in, channels, 1),
+        ]
     return Family(nn.Sequential(*layers), widths[-1], num_classes, bias=bias)
 
 
-def shuffled(num_classes: int = 10, *, widths: tuple[int, ...] = (96, 192, 288), last: int = 384,
-             bias: bool = True) -> Family:
-    """Units that convolve half of the channels and shuffle the halves (Ma et al., arXiv 1807.11164); three a stage."""
+def shuffled(
+    num_classes: int = 10,
+    *,
+    widths: tuple[int, ...] = (96, 192, 288),
+    last: int = 384,
+    bias: bool = True,
+) -> Family:
+    """Units that convolve half of the channels and shuffle the halves (Ma et al., arXiv
+    1807.11164); three a stage.
+    """
     units: list[nn.Module] = []
     for channels_in, channels in pairwise((32, *widths)):
-        units += [_Shuffled(channels_in, channels), _Shuffled(channels, channels), _Shuffled(channels, channels)]
+        units += [
+            _Shuffled(channels_in, channels),
+            _Shuffled(channels, channels),
+            _Shuffled(channels, channels),
+        ]
     body = nn.Sequential(_convolution(3, 32), *units, _convolution(widths[-1], last, 1))
     return Family(body, last, num_classes, bias=bias)
 
 
 class AveragedFastConvNet(FastConvNet):
-    """FastConvNet with global average pooling in place of maximum pooling, and nothing else changed."""
+    """FastConvNet with global average pooling in place of maximum pooling, and nothing else
+    changed.
+    """
 
-    def __init__(self, num_classes: int = 10, *, widths: tuple[int, int, int] = (64, 192, 256), in_channels: int = 3):
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        widths: tuple[int, int, int] = (64, 192, 256),
+        in_channels: int = 3,
+    ):
         super().__init__(num_classes, widths=widths, in_channels=in_channels)
-        self.pool = nn.AdaptiveAvgPool2d(1)                            # type: ignore[assignment]
+        self.pool = nn.AdaptiveAvgPool2d(1)  # type: ignore[assignment]
 
 
-def _convolution(channels_in: int, channels: int, size: int = 3, *, stride: int = 1, groups: int = 1,
-                 activation: bool = True) -> nn.Sequential:
+def _convolution(
+    channels_in: int,
+    channels: int,
+    size: int = 3,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    activation: bool = True,
+) -> nn.Sequential:
     """Convolution without bias, batch normalisation, ReLU."""
-    return nn.Sequential(nn.Conv2d(channels_in, channels, size, stride, size // 2, groups=groups, bias=False),
-                         nn.BatchNorm2d(channels), nn.ReLU() if activation else nn.Identity())
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU() if activation else nn.Identity(),
+    )
 
 
 class _Residual(nn.Module):
-    """x + conv(act(conv(act(x)))); where the shape changes, the shortcut is a 1x1 convolution of act(x)."""
+    """x + conv(act(conv(act(x)))); where the shape changes, the shortcut is a 1x1 convolution of
+    act(x).
+    """
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
         self.before = nn.Sequential(nn.BatchNorm2d(channels_in), nn.ReLU())
-        self.branch = nn.Sequential(_convolution(channels_in, channels, stride=stride),
-                                    nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        self.branch = nn.Sequential(
+            _convolution(channels_in, channels, stride=stride),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        )
         same = stride == 1 and channels_in == channels
         self.shortcut = None if same else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
@@ -114,22 +187,39 @@ class _Residual(nn.Module):
 
 
 class _Shuffled(nn.Module):
-    """Half of the channels passes, half is convolved; where the width grows, both halves are, and the side halves."""
+    """Half of the channels passes, half is convolved; where the width grows, both halves are, and
+    the side halves.
+    """
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
         half, grows = channels // 2, channels_in != channels
         into, stride = (channels_in, 2) if grows else (half, 1)
-        self.branch = nn.Sequential(_convolution(into, half, 1),
-                                    _convolution(half, half, stride=stride, groups=half, activation=False),
-                                    _convolution(half, half, 1))
-        self.other = nn.Sequential(_convolution(into, into, stride=2, groups=into, activation=False),
-                                   _convolution(into, half, 1)) if grows else None
+        self.branch = nn.Sequential(
+            _convolution(into, half, 1),
+            _convolution(half, half, stride=stride, groups=half, activation=False),
+            _convolution(half, half, 1),
+        )
+        self.other = (
+            nn.Sequential(
+                _convolution(into, into, stride=2, groups=into, activation=False),
+                _convolution(into, half, 1),
+            )
+            if grows
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1) if self.other is None else (self.other(x), x)
-        return torch.stack([left, self.branch(right)], 2).flatten(1, 2)          # channels of the two in turn
+        return torch.stack([left, self.branch(right)], 2).flatten(
+            1, 2
+        )  # channels of the two in turn
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "plain": plain, "wide": wide, "residual": residual, "depthwise": depthwise, "shuffled": shuffled}
+    "plain": plain,
+    "wide": wide,
+    "residual": residual,
+    "depthwise": depthwise,
+    "shuffled": shuffled,
+}

@@ -1,4 +1,6 @@
-"""The device a model runs on, its random state, and what identifies a model: hashes of its weights and of its code."""
+"""The device a model runs on, its random state, and what identifies a model: hashes of its weights
+and of its code.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     if str(device) != "auto":
         try:
             torch.empty(0, device=device)
-        except Exception as error:                 # RuntimeError, AssertionError, NotImplementedError: by device
-            raise OodlibError(f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, cpu, "
-                              "cuda or mps.") from error
+        except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device
+            raise OodlibError(
+                f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, "
+                "cpu, cuda or mps."
+            ) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -32,7 +36,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def random_state(device: str | torch.device = "cpu") -> Iterator[Callable[[int], None]]:
-    """Yields the function that seeds torch's global generators, the CPU's and the device's; both are given back after.
+    """Yields the function that seeds torch's global generators, the CPU's and the device's; both
+    are given back after.
 
     `torch.manual_seed` would seed those of every device, and nobody would give them back.
     """
@@ -61,17 +66,22 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
 def model_code_hash(model: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over the code behind a model: its module tree and the source of its classes.
+    """SHA-256 (hexadecimal) over the code behind a model: its module tree and the source of its
+    classes.
 
-    Our modules count with all that they import, torch, torchvision and timm by their versions, any other class by its
-    own source where Python can read it.
+    Our modules count with all that they import, torch, torchvision and timm by their versions, any
+    other class by its own source where Python can read it.
     """
-    kinds = sorted({type(m) for m in model.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}")
+    kinds = sorted(
+        {type(m) for m in model.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}"
+    )
     ours = sorted({k.__module__ for k in kinds if k.__module__.startswith("oodlib.")})
     digest = hashlib.sha256(f"{model!r} {code_hash(*ours)}".encode())
     for kind in kinds:

@@ -30,7 +30,12 @@ def whitening_filters(images: Tensor, *, size: int = 2, eps: float = 5e-4) -> Te
     K. Jordan 2024, arXiv 2404.00498, section 3.2
     """
     c = images.shape[1]
-    patches = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, c * size**2)
+    patches = (
+        images.unfold(2, size, 1)
+        .unfold(3, size, 1)
+        .permute(0, 2, 3, 1, 4, 5)
+        .reshape(-1, c * size**2)
+    )
     covariance = torch.cov(patches.double().T)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     filters = (eigenvectors / (eigenvalues + eps).sqrt()).T.reshape(-1, c, size, size)
@@ -58,12 +63,14 @@ class _Block(nn.Module):
 
 
 class FastConvNet(nn.Module):
-    """A six-layer convolutional network that trains to 92-94 % on CIFAR-10 in minutes of GPU or hours of CPU.
+    """A six-layer convolutional network that trains to 92-94 % on CIFAR-10 in minutes of GPU or
+    hours of CPU.
 
-    Shape and optimiser follow K. Jordan 2024 (arXiv 2404.00498): a frozen whitening layer, three blocks of two
-    convolutions, global max-pooling, a linear head without bias. Ours differs on purpose: the last activation is a
-    ReLU, so that the features are non-negative as in the networks of the OOD papers, and the logit scale of the
-    recipe is folded into the head, so that ``logits = features @ W.T`` holds as it stands.
+    Shape and optimiser follow K. Jordan 2024 (arXiv 2404.00498): a frozen whitening layer, three
+    blocks of two convolutions, global max-pooling, a linear head without bias. Ours differs on
+    purpose: the last activation is a ReLU, so that the features are non-negative as in the networks
+    of the OOD papers, and the logit scale of the recipe is folded into the head, so that ``logits =
+    features @ W.T`` holds as it stands.
 
     Parameters
     ----------
@@ -71,16 +78,24 @@ class FastConvNet(nn.Module):
     widths : channels of the three blocks; the last one is the feature dimension D
     """
 
-    def __init__(self, num_classes: int = 10, *, widths: tuple[int, int, int] = (64, 192, 256), in_channels: int = 3):
+    def __init__(
+        self,
+        num_classes: int = 10,
+        *,
+        widths: tuple[int, int, int] = (64, 192, 256),
+        in_channels: int = 3,
+    ):
         super().__init__()
         filters = 2 * in_channels * 4
         self.whiten = nn.Conv2d(in_channels, filters, 2)
         self.whiten.weight.requires_grad_(False)
         channels = (filters, *widths)
-        self.blocks = nn.Sequential(*(
-            _Block(a, b, nn.ReLU() if i == len(widths) - 1 else nn.GELU())
-            for i, (a, b) in enumerate(pairwise(channels))
-        ))
+        self.blocks = nn.Sequential(
+            *(
+                _Block(a, b, nn.ReLU() if i == len(widths) - 1 else nn.GELU())
+                for i, (a, b) in enumerate(pairwise(channels))
+            )
+        )
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
 
@@ -88,7 +103,7 @@ class FastConvNet(nn.Module):
         """Set the whitening layer from normalised training images (n, c, h, w)."""
         with torch.no_grad():
             self.whiten.weight.copy_(whitening_filters(images))
-            self.whiten.bias.zero_()                                   # type: ignore[union-attr]
+            self.whiten.bias.zero_()  # type: ignore[union-attr]
             self.head.weight.div_(9)
 
     def features(self, x: Tensor) -> Tensor:

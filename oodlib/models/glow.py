@@ -1,10 +1,12 @@
-"""Glow: an invertible network, image <-> Gaussian noise, whose change of variables gives an exact likelihood.
+"""Glow: an invertible network, image <-> Gaussian noise, whose change of variables gives an exact
+likelihood.
 
     log p(x) = log p(z) + log |det dz/dx|,   z = f(x)
 
-Architecture, initial values and the order of the parameter tensors follow the y0ast/Glow-PyTorch implementation that
-Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1 convolution, affine
-coupling) -> split, on L levels. No layer draws random numbers or writes in place, so `torch.func` sees pure functions.
+Architecture, initial values and the order of the parameter tensors follow the y0ast/Glow-PyTorch
+implementation that Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of
+(actnorm, invertible 1x1 convolution, affine coupling) -> split, on L levels. No layer draws random
+numbers or writes in place, so `torch.func` sees pure functions.
 """
 
 from __future__ import annotations
@@ -28,26 +30,37 @@ __all__ = ["Glow", "bits_per_dim", "dequantise", "quantise"]
 def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """Images to a continuous variable: v / 2^bits - 1/2 + U(0, 2^-bits), in [-0.5, 0.5).
 
-    images (N, C, H, W) uint8, torch or NumPy -> float32 on the same device; below 8 bits the lower bits are dropped.
-    ``generator`` None draws from torch's own. Draw the noise once per image set where scores are to be compared.
-    Without noise a density could grow without bound on the discrete values. OodlibError: no image, another dtype.
+    images (N, C, H, W) uint8, torch or NumPy -> float32 on the same device; below 8 bits the lower
+    bits are dropped. ``generator`` None draws from torch's own. Draw the noise once per image set
+    where scores are to be compared. Without noise a density could grow without bound on the
+    discrete values. OodlibError: no image, another dtype.
     """
     v = images if isinstance(images, Tensor) else torch.tensor(np.asarray(images))
     if v.dtype != torch.uint8 or v.ndim != 4 or len(v) == 0:
-        raise OodlibError(f"dequantise: needs images (N, C, H, W) uint8, N >= 1, with values 0 .. 255, got "
-                          f"{tuple(v.shape)} {v.dtype}. Turn x in [0, 1] into (255 * x).round().to(torch.uint8).")
-    noise = torch.rand(v.shape, generator=generator, device=generator.device if generator else v.device)
+        raise OodlibError(
+            f"dequantise: needs images (N, C, H, W) uint8, N >= 1, with values 0 .. 255, got "
+            f"{tuple(v.shape)} {v.dtype}. Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
+        )
+    noise = torch.rand(
+        v.shape, generator=generator, device=generator.device if generator else v.device
+    )
     x = ((v >> (8 - bits)) + noise.to(v.device)) / 2**bits - 0.5
-    return x.clamp(max=0.5 - 2**-25)                                  # 255 + noise may round up to 256
+    return x.clamp(max=0.5 - 2**-25)  # 255 + noise may round up to 256
 
 
 def quantise(x: Tensor, *, bits: int = 8) -> Tensor:
-    """The inverse of `dequantise`: (N, C, H, W) float -> uint8, values outside [-0.5, 0.5) clipped, NaN black."""
-    return ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8) << (8 - bits)
+    """The inverse of `dequantise`: (N, C, H, W) float -> uint8, values outside [-0.5, 0.5) clipped,
+    NaN black.
+    """
+    return ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8) << (
+        8 - bits
+    )
 
 
 def bits_per_dim(log_prob: Any, image_shape: Sequence[int]) -> Any:
-    """-log p / (ln 2 * C * H * W): nats per image -> bits per pixel and channel; arrays of either kind."""
+    """-log p / (ln 2 * C * H * W): nats per image -> bits per pixel and channel; arrays of either
+    kind.
+    """
     return -log_prob / (math.log(2) * math.prod(image_shape))
 
 
@@ -90,18 +103,24 @@ class InvertibleConv(nn.Module):
         self.register_buffer("sign", upper.diagonal().sign())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L and U, (C, C) each; triangles are cut out at use, so the other halves have no effect and no gradient."""
-        lower = self.lower.tril(-1) + torch.eye(len(self.log_s), dtype=self.lower.dtype, device=self.lower.device)
+        """L and U, (C, C) each; triangles are cut out at use, so the other halves have no effect
+        and no gradient.
+        """
+        lower = self.lower.tril(-1) + torch.eye(
+            len(self.log_s), dtype=self.lower.dtype, device=self.lower.device
+        )
         return lower, self.upper.triu(1) + torch.diag_embed(self.sign * self.log_s.exp())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
-        y = (self.permutation @ lower @ upper) @ x.flatten(2)                                           # (N, C, H W)
+        y = (self.permutation @ lower @ upper) @ x.flatten(2)  # (N, C, H W)
         return y.view_as(x), (y.shape[2] * self.log_s.sum()).expand(len(x))
 
     def inverse(self, y: Tensor) -> Tensor:
         lower, upper = self.factors()
-        x = torch.linalg.solve_triangular(lower, self.permutation.T @ y.flatten(2), upper=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(
+            lower, self.permutation.T @ y.flatten(2), upper=False, unitriangular=True
+        )
         return torch.linalg.solve_triangular(upper, x, upper=True).view_as(y)
 
 
@@ -117,7 +136,9 @@ class LogScale(nn.Module):
 
 
 class ZeroConv(nn.Module):
-    """3x3 convolution that starts at zero, so that couplings start as constants and priors as standard normal."""
+    """3x3 convolution that starts at zero, so that couplings start as constants and priors as
+    standard normal.
+    """
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -145,11 +166,13 @@ class Coupling(nn.Module):
 
     def net(self, z1: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log scale of z2, (N, C / 2, H, W) each."""
-        h = z1.movedim(1, 3).contiguous().movedim(3, 1)       # channels last in memory: up to 3x faster on a CPU
+        h = (
+            z1.movedim(1, 3).contiguous().movedim(3, 1)
+        )  # channels last in memory: up to 3x faster on a CPU
         h = self.norm1(self.conv1(h))[0].relu()
         h = self.norm2(self.conv2(h))[0].relu()
         shift, raw = _cross(self.conv3(h).contiguous())
-        return shift, logsigmoid(raw + 2)                                 # scale in (0, 1); 0.88 at the start
+        return shift, logsigmoid(raw + 2)  # scale in (0, 1); 0.88 at the start
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z1, z2 = z.chunk(2, 1)
@@ -182,18 +205,23 @@ class Step(nn.Module):
 
 
 class Level(nn.Module):
-    """K steps at one resolution; a prior of the half that leaves given the half that stays, on all but the last."""
+    """K steps at one resolution; a prior of the half that leaves given the half that stays, on all
+    but the last.
+    """
 
     steps: Any
 
-    def __init__(self, channels: int, steps: int, hidden: int, last: bool, generator: torch.Generator | None):
+    def __init__(
+        self, channels: int, steps: int, hidden: int, last: bool, generator: torch.Generator | None
+    ):
         super().__init__()
         self.steps = nn.ModuleList(Step(channels, hidden, generator) for _ in range(steps))
         self.split = None if last else ZeroConv(channels // 2, channels)
 
 
 class Glow(nn.Module):
-    """Multi-scale Glow (Kingma, Dhariwal, NeurIPS 2018, arXiv 1807.03039); ``initialise(x)`` once, then train it.
+    """Multi-scale Glow (Kingma, Dhariwal, NeurIPS 2018, arXiv 1807.03039); ``initialise(x)`` once,
+    then train it.
 
     Parameters
     ----------
@@ -203,28 +231,43 @@ class Glow(nn.Module):
     bits : of a pixel value, for the likelihood of the discrete image
     generator : of the initial weights; None draws from torch's own
 
-    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. The buffer `initialised` is saved.
+    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. The buffer
+    `initialised` is saved.
 
     Raises
     ------
     OodlibError : a shape that cannot be halved L times, a size below one; x of another shape or dtype, without an
-        image, with a NaN or outside [-0.5, 0.5]. Inside `vmap` the values cannot be read and are not checked.
+        image, with a NaN or outside [-0.5, 0.5]. Inside `vmap` the values cannot be read and are
+        not checked.
     """
 
     initialised: Tensor
     levels: Any
 
-    def __init__(self, image_shape: Sequence[int], *, steps: int = 32, levels: int = 3, hidden: int = 512,
-                 bits: int = 8, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        steps: int = 32,
+        levels: int = 3,
+        hidden: int = 512,
+        bits: int = 8,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
         shape = tuple(int(n) for n in image_shape)
         if len(shape) != 3 or min(*shape, steps, levels, hidden) < 1 or not 1 <= bits <= 8:
-            raise OodlibError(f"Glow: needs image_shape (C, H, W), steps, levels and hidden of at least 1, bits in "
-                              f"1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}.")
+            raise OodlibError(
+                "Glow: needs image_shape (C, H, W), steps, levels and hidden of at least 1, bits "
+                f"in 1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}."
+            )
         channels, height, width = shape
         if height % 2**levels or width % 2**levels:
-            raise OodlibError(f"Glow: {levels} levels halve the sides {levels} times, so they must be divisible by "
-                              f"{2**levels}; got {height} x {width}. Pad or resize the images, or use fewer levels.")
+            raise OodlibError(
+                f"Glow: {levels} levels halve the sides {levels} times, so they must be divisible "
+                f"by {2**levels}; got {height} x {width}. Pad or resize the images, or use fewer "
+                "levels."
+            )
         self.image_shape, self.bits = shape, bits
         self.latent_shapes: list[tuple[int, int, int]] = []
         self.levels = nn.ModuleList()
@@ -238,22 +281,36 @@ class Glow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set every actnorm from a batch, so that its output there has mean 0 and variance 1; once in a model's life.
+        """Set every actnorm from a batch, so that its output there has mean 0 and variance 1; once
+        in a model's life.
 
-        A second call changes nothing and warns; fewer than 256 images warn. Images of one constant colour, or a channel
-        without even dequantisation noise, are an error: there is no variance to scale by.
+        A second call changes nothing and warns; fewer than 256 images warn. Images of one constant
+        colour, or a channel without even dequantisation noise, are an error: there is no variance
+        to scale by.
         """
         self._check("initialise", x, images=True)
         if self.initialised:
-            return warnings.warn("Glow.initialise: initialised already, nothing changed.", UserWarning, stacklevel=2)
+            return warnings.warn(
+                "Glow.initialise: initialised already, nothing changed.", UserWarning, stacklevel=2
+            )
         spread = x.amax((0, 2, 3)) - x.amin((0, 2, 3))
         if spread.max() <= 2**-self.bits or spread.min() == 0:
-            raise OodlibError(f"Glow.initialise: needs images that vary, got {len(x)} of constant colour: range per "
-                              f"channel {[round(s, 5) for s in spread.tolist()]}. Give dequantised training images.")
+            raise OodlibError(
+                f"Glow.initialise: needs images that vary, got {len(x)} of constant colour: range "
+                f"per channel {[round(s, 5) for s in spread.tolist()]}. Give dequantised training "
+                "images."
+            )
         if len(x) < 256:
-            warnings.warn(f"Glow.initialise: {len(x)} images are few; use 256 or more.", UserWarning, stacklevel=2)
-        hooks = [module.register_forward_pre_hook(lambda actnorm, inputs: actnorm.fit(*inputs))
-                 for module in self.modules() if isinstance(module, ActNorm)]
+            warnings.warn(
+                f"Glow.initialise: {len(x)} images are few; use 256 or more.",
+                UserWarning,
+                stacklevel=2,
+            )
+        hooks = [
+            module.register_forward_pre_hook(lambda actnorm, inputs: actnorm.fit(*inputs))
+            for module in self.modules()
+            if isinstance(module, ActNorm)
+        ]
         try:
             self(x)
         finally:
@@ -262,13 +319,17 @@ class Glow(nn.Module):
         self.initialised.fill_(True)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Raw latents z_1 .. z_L (coarsest last, not scaled by their priors), log|det dz/dx| (N,) in nats."""
+        """Raw latents z_1 .. z_L (coarsest last, not scaled by their priors), log|det dz/dx| (N,)
+        in nats.
+        """
         self._check("forward", x)
         latents, log_det, _ = self._encode(x)
         return latents, log_det
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) - C H W ln 2^bits, (N,) nats; -inf where it overflows (far OOD under a mature flow), never NaN."""
+        """log p(x) - C H W ln 2^bits, (N,) nats; -inf where it overflows (far OOD under a mature
+        flow), never NaN.
+        """
         self._check("log_prob", x, images=True)
         _, log_det, log_prior = self._encode(x)
         value = log_prior + log_det - math.prod(self.image_shape) * self.bits * math.log(2)
@@ -278,14 +339,20 @@ class Glow(nn.Module):
     def inverse(self, latents: Sequence[Tensor]) -> Tensor:
         """x (N, C, H, W) of the latents that `forward` gives."""
         n = len(latents[-1]) if latents else 0
-        if n == 0 or [tuple(z.shape) for z in latents] != [(n, *shape) for shape in self.latent_shapes]:
-            raise OodlibError(f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} and one N, got "
-                              f"{[tuple(z.shape) for z in latents]}. Give what forward returned.")
+        if n == 0 or [tuple(z.shape) for z in latents] != [
+            (n, *shape) for shape in self.latent_shapes
+        ]:
+            raise OodlibError(
+                f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} and one N, "
+                f"got {[tuple(z.shape) for z in latents]}. Give what forward returned."
+            )
         return self._decode(latents[-1], list(latents[:-1]), None)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n draws from the model, (n, C, H, W); `quantise` makes them images. Values may leave [-0.5, 0.5)."""
+        """n draws from the model, (n, C, H, W); `quantise` makes them images. Values may leave
+        [-0.5, 0.5).
+        """
         if n < 1:
             raise OodlibError(f"Glow.sample: needs n >= 1, got {n}.")
         return self._decode(_draw(*self._top_prior(n), generator), None, generator)
@@ -295,7 +362,7 @@ class Glow(nn.Module):
         latents: list[Tensor] = []
         log_det = log_prior = x.new_zeros(len(x))
         for level in self.levels:
-            x = pixel_unshuffle(x, 2)                                 # channel c, row dy, column dx -> 4c + 2dy + dx
+            x = pixel_unshuffle(x, 2)  # channel c, row dy, column dx -> 4c + 2dy + dx
             for step in level.steps:
                 x, change = step(x)
                 log_det = log_det + change
@@ -305,7 +372,9 @@ class Glow(nn.Module):
                 log_prior = log_prior + _log_normal(z, *_cross(level.split(x)))
         return [*latents, x], log_det, log_prior + _log_normal(x, *self._top_prior(len(x)))
 
-    def _decode(self, x: Tensor, latents: list[Tensor] | None, generator: torch.Generator | None) -> Tensor:
+    def _decode(
+        self, x: Tensor, latents: list[Tensor] | None, generator: torch.Generator | None
+    ) -> Tensor:
         """Upwards from the coarsest latent; the others are given, or drawn from their priors."""
         for i, level in reversed(list(enumerate(self.levels))):
             if level.split is not None:
@@ -317,22 +386,29 @@ class Glow(nn.Module):
         return x
 
     def _top_prior(self, n: int) -> tuple[Tensor, Tensor]:
-        """Mean and log-sd of the coarsest latent: a convolution of zeros, so its weight never has a gradient."""
+        """Mean and log-sd of the coarsest latent: a convolution of zeros, so its weight never has a
+        gradient.
+        """
         channels, height, width = self.latent_shapes[-1]
         return _cross(self.top(self.top.conv.weight.new_zeros(n, 2 * channels, height, width)))
 
     def _check(self, method: str, x: Tensor, *, images: bool = False) -> None:
         dtype = self.top.conv.weight.dtype
         if tuple(x.shape[1:]) != self.image_shape or len(x) == 0 or x.dtype != dtype:
-            raise OodlibError(f"Glow.{method}: needs at least one image, (N, {', '.join(map(str, self.image_shape))}) "
-                              f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise(uint8 images).")
+            raise OodlibError(
+                f"Glow.{method}: needs at least one image, (N, "
+                f"{', '.join(map(str, self.image_shape))}) {dtype}, got {tuple(x.shape)} "
+                f"{x.dtype}. Use dequantise(uint8 images)."
+            )
         try:
             low, high = (float(v) for v in x.detach().aminmax())
-        except RuntimeError:                                                          # inside vmap no value can be read
+        except RuntimeError:  # inside vmap no value can be read
             return
         if not max(-low, high) <= (0.5 if images else 3e38):
-            raise OodlibError(f"Glow.{method}: needs finite values{' in [-0.5, 0.5]' * images}, got {low:.4g} .. "
-                              f"{high:.4g}. Use dequantise(uint8 images).")
+            raise OodlibError(
+                f"Glow.{method}: needs finite values{' in [-0.5, 0.5]' * images}, got {low:.4g} .. "
+                f"{high:.4g}. Use dequantise(uint8 images)."
+            )
 
 
 def _cross(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -342,9 +418,13 @@ def _cross(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_normal(z: Tensor, mean: Tensor, logs: Tensor) -> Tensor:
     """log N(z; mean, exp(logs)^2), summed over all but the batch axis; (N,) nats."""
-    return -0.5 * (math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 * (-2 * logs).exp()).sum((1, 2, 3))
+    return -0.5 * (math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 * (-2 * logs).exp()).sum(
+        (1, 2, 3)
+    )
 
 
 def _draw(mean: Tensor, logs: Tensor, generator: torch.Generator | None) -> Tensor:
-    noise = torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device)
+    noise = torch.randn(
+        mean.shape, generator=generator, device=generator.device if generator else mean.device
+    )
     return mean + logs.exp() * noise.to(mean)

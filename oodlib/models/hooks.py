@@ -27,7 +27,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:
-    """Name of the linear layer, or 1x1 convolution on one position, whose output *is* the model's output.
+    """Name of the linear layer, or 1x1 convolution on one position, whose output *is* the model's
+    output.
 
     example : a batch (n, c, h, w) as the model takes it
 
@@ -40,10 +41,15 @@ def find_head(model: nn.Module, example: Tensor) -> str:
     def keep(name: str):
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             outputs[name] = output
+
         return hook
 
-    linear = {n: m for n, m in model.named_modules()
-              if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)}
+    linear = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+        or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
+    }
     handles = [m.register_forward_hook(keep(n)) for n, m in linear.items()]
     try:
         with torch.inference_mode():
@@ -53,14 +59,20 @@ def find_head(model: nn.Module, example: Tensor) -> str:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise OodlibError(f"find_head: the model must return logits (n, C), got {shape}. "
-                          "Dense prediction and several outputs are not supported.")
+        raise OodlibError(
+            f"find_head: the model must return logits (n, C), got {shape}. "
+            "Dense prediction and several outputs are not supported."
+        )
     for name in reversed(outputs):
         output = outputs[name]
         if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
             return name
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "no timm model")
-    raise OodlibError(f"find_head: in {type(model).__name__} ({architecture}) no linear layer gives the model's output "
-                      "as it stands: something (an activation, a pooling, a mean over two heads) follows the last one. "
-                      "Scores need logits = W features + b. Take a network with one linear head (for a distilled one "
-                      "its undistilled twin), or a module that returns such logits.")
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get(
+        "architecture", "no timm model"
+    )
+    raise OodlibError(
+        f"find_head: in {type(model).__name__} ({architecture}) no linear layer gives the model's "
+        "output as it stands: something (an activation, a pooling, a mean over two heads) follows "
+        "the last one. Scores need logits = W features + b. Take a network with one linear head "
+        "(for a distilled one its undistilled twin), or a module that returns such logits."
+    )

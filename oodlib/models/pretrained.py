@@ -1,6 +1,8 @@
-"""Classifiers that others trained: public CIFAR checkpoints by address and hash, and timm models with a user's weights.
+"""Classifiers that others trained: public CIFAR checkpoints by address and hash, and timm models
+with a user's weights.
 
-The network classes here only give published state dicts a body; checkpoints are never part of this project.
+The network classes here only give published state dicts a body; checkpoints are never part of this
+project.
 """
 
 from __future__ import annotations
@@ -25,8 +27,16 @@ from oodlib.models.timm_checks import check_timm_name, load_npz, reachable_hub, 
 from oodlib.models.training.classifier import evaluate
 from oodlib.workspace import data_root
 
-__all__ = ["PUBLIC", "ModelInfo", "assert_accuracy", "fill", "paper_model", "public_model", "read_state_dict",
-           "resnet18_32x32"]
+__all__ = [
+    "PUBLIC",
+    "ModelInfo",
+    "assert_accuracy",
+    "fill",
+    "paper_model",
+    "public_model",
+    "read_state_dict",
+    "resnet18_32x32",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +68,13 @@ class ModelInfo:
 
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_DENSENET = {"mean": (125.3 / 255, 123.0 / 255, 113.9 / 255), "std": (63.0 / 255, 62.1 / 255, 66.7 / 255)}
-_AKAMASTER = "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/master/pretrained_models/"
+_DENSENET = {
+    "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
+    "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
+}
+_AKAMASTER = (
+    "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/master/pretrained_models/"
+)
 _DICE = "https://raw.githubusercontent.com/deeplearning-wisc/dice/ca6c275c5e1948858a911ea40924d6d5c412aac2/checkpoints/"
 
 PUBLIC: dict[str, tuple[ModelInfo, Callable[[], nn.Module]]] = {
@@ -126,12 +141,18 @@ PUBLIC: dict[str, tuple[ModelInfo, Callable[[], nn.Module]]] = {
 }
 
 
-def public_model(name: str, *, mirror: str | os.PathLike[str] | None = None, download: bool = True,
-                 data_dir: str | os.PathLike[str] | None = None) -> tuple[nn.Module, ModelInfo]:
+def public_model(
+    name: str,
+    *,
+    mirror: str | os.PathLike[str] | None = None,
+    download: bool = True,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> tuple[nn.Module, ModelInfo]:
     """A public checkpoint in evaluation mode, with its facts; its last layer is an ``nn.Linear``.
 
-    The file comes from ``weights/`` of the mirror (default ``OODLIB_MIRROR``), else by download into
-    ``<data>/weights``; its SHA-256 is checked either way and its pickle is read with ``weights_only=True``.
+    The file comes from ``weights/`` of the mirror (default ``OODLIB_MIRROR``), else by download
+    into ``<data>/weights``; its SHA-256 is checked either way and its pickle is read with
+    ``weights_only=True``.
 
     Raises
     ------
@@ -145,61 +166,85 @@ def public_model(name: str, *, mirror: str | os.PathLike[str] | None = None, dow
     return model.eval(), info
 
 
-def _weights_file(info: ModelInfo, mirror: str | os.PathLike[str] | None, download: bool,
-                  data_dir: str | os.PathLike[str] | None) -> Path:
+def _weights_file(
+    info: ModelInfo,
+    mirror: str | os.PathLike[str] | None,
+    download: bool,
+    data_dir: str | os.PathLike[str] | None,
+) -> Path:
     folder, mirror = data_root(data_dir) / "weights", mirror or os.environ.get("OODLIB_MIRROR")
     candidates = [Path(mirror) / "weights" / info.file] if mirror else []
     for path in (*candidates, folder / info.file):
         if path.is_file():
             found = sha256(path)
             if found != info.sha256:
-                raise OodlibError(f"{path}: SHA-256 is {found}, {info.name} has {info.sha256}. Delete the file and "
-                                  "copy or download it again.")
+                raise OodlibError(
+                    f"{path}: SHA-256 is {found}, {info.name} has {info.sha256}. Delete the file "
+                    "and copy or download it again."
+                )
             return path
     reason = "downloads are off"
     if download:
         import pooch
 
         try:
-            return Path(pooch.retrieve(info.address, f"sha256:{info.sha256}", fname=info.file, path=folder))
-        except Exception as error:               # requests' and pooch's errors have no common base
+            return Path(
+                pooch.retrieve(info.address, f"sha256:{info.sha256}", fname=info.file, path=folder)
+            )
+        except Exception as error:  # requests' and pooch's errors have no common base
             reason = f"the download failed ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
-    raise OodlibError(f"{info.name}: {info.file} is not at hand and {reason}. Put it under weights/ of OODLIB_MIRROR, "
-                      f"or download {info.address} into {folder}.")
+    raise OodlibError(
+        f"{info.name}: {info.file} is not available and {reason}. Put it under weights/ of "
+        f"OODLIB_MIRROR, or download {info.address} into {folder}."
+    )
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without the ``module.`` of DataParallel; OodlibError where there is none."""
+    """The state dict inside a checkpoint, without the ``module.`` of DataParallel; OodlibError
+    where there is none.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                   # pickle, zip and runtime errors
-        raise OodlibError(f"{path}: not a checkpoint of tensors that weights_only=True can read "
-                          f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}). Download it again, or "
-                          "save its state dict with torch.save.") from error
+    except Exception as error:  # pickle, zip and runtime errors
+        raise OodlibError(
+            f"{path}: not a checkpoint of tensors that weights_only=True can read "
+            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}). Download it again, "
+            "or save its state dict with torch.save."
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise OodlibError(f"{path}: a state dict was expected, got {type(loaded).__name__}. Save model.state_dict().")
+        raise OodlibError(
+            f"{path}: a state dict was expected, got {type(loaded).__name__}. Save "
+            "model.state_dict()."
+        )
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Load a state dict that came from ``path``; OodlibError unless names and shapes are the network's."""
+    """Load a state dict that came from ``path``; OodlibError unless names and shapes are the
+    network's.
+    """
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = str(error).splitlines()
         reason = " ".join(line.strip() for line in lines[1:3])[:300]
-        raise OodlibError(f"{path}: its tensors do not fit {type(model).__name__}: {reason} Check that the checkpoint "
-                          "belongs to this network.") from error
+        raise OodlibError(
+            f"{path}: its tensors do not fit {type(model).__name__}: {reason} Check that the "
+            "checkpoint belongs to this network."
+        ) from error
 
 
-def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_classes: int = 10) -> nn.Module:
-    """OpenOOD's ResNet-18 for 32-pixel images: torchvision's with a 3x3 stem and no max-pool; 512 features.
+def resnet18_32x32(
+    checkpoint: str | os.PathLike[str] | None = None, *, num_classes: int = 10
+) -> nn.Module:
+    """OpenOOD's ResNet-18 for 32-pixel images: torchvision's with a 3x3 stem and no max-pool; 512
+    features.
 
-    ``checkpoint`` is the user's copy of an OpenOOD ``best.ckpt`` (its ``shortcut`` is torchvision's ``downsample``);
-    without it the weights are random. In evaluation mode.
+    ``checkpoint`` is the user's copy of an OpenOOD ``best.ckpt`` (its ``shortcut`` is torchvision's
+    ``downsample``); without it the weights are random. In evaluation mode.
     """
     from torchvision.models import resnet18
 
@@ -207,25 +252,35 @@ def resnet18_32x32(checkpoint: str | os.PathLike[str] | None = None, *, num_clas
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     if checkpoint is not None:
-        state = {k.replace(".shortcut.", ".downsample."): v for k, v in read_state_dict(checkpoint).items()}
+        state = {
+            k.replace(".shortcut.", ".downsample."): v
+            for k, v in read_state_dict(checkpoint).items()
+        }
         fill(model, state, checkpoint)
     return model.eval()
 
 
-def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = None, *,
-                preprocessing: Literal["own", "gradnorm"] = "own", pretrained: bool = True,
-                num_classes: int | None = None) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+def paper_model(
+    timm_name: str,
+    weights_file: str | os.PathLike[str] | None = None,
+    *,
+    preprocessing: Literal["own", "gradnorm"] = "own",
+    pretrained: bool = True,
+    num_classes: int | None = None,
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """A timm or torchvision classifier in evaluation mode and its image transform.
 
     Parameters
     ----------
     timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k", without which it names no weights
-        (and so is enough only with a ``weights_file``, or random weights); or torchvision's, for example
-        "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
-    weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint in timm's names or
-        in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm downloads the tag's
-        weights, or leaves them random if ``pretrained`` is False
-    preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both sides to 480, no crop,
+        (and so is enough only with a ``weights_file``, or random weights); or torchvision's, for
+        example "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
+    weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint
+        in timm's names or
+        in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm
+        downloads the tag's weights, or leaves them random if ``pretrained`` is False
+    preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both
+        sides to 480, no crop,
         mean and std 0.5
     num_classes : of the weights file, where it is not the tag's own
 
@@ -240,9 +295,13 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     (same order) or use ``oodlib.data.class_remap``. OOD scores do not depend on it, accuracy does.
     """
     if weights_file is not None and not Path(weights_file).is_file():
-        raise OodlibError(f"paper_model: the weights file {weights_file} is missing. Check its path.")
+        raise OodlibError(
+            f"paper_model: the weights file {weights_file} is missing. Check its path."
+        )
     if timm_name.startswith("torchvision/"):
-        return _torchvision_model(timm_name.removeprefix("torchvision/"), weights_file, pretrained, num_classes)
+        return _torchvision_model(
+            timm_name.removeprefix("torchvision/"), weights_file, pretrained, num_classes
+        )
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
@@ -251,81 +310,146 @@ def paper_model(timm_name: str, weights_file: str | os.PathLike[str] | None = No
     check_timm_name(timm_name, tag_needed=download)
     head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     # without "num_classes" timm would take the file's head for another task's and drop it
-    overlay: Any = {"file": str(weights_file), "custom_load": False, **head} if suffix == ".safetensors" else None
+    overlay: Any = (
+        {"file": str(weights_file), "custom_load": False, **head}
+        if suffix == ".safetensors"
+        else None
+    )
     with reachable_hub() if download else contextlib.nullcontext(False) as answers:
         try:
-            model = timm.create_model(timm_name, pretrained=download or overlay is not None,
-                                      pretrained_cfg_overlay=overlay, **head)
-        except Exception as error:               # timm, hub and zip errors have no common base
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:3])[:300] or type(error).__name__
+            model = timm.create_model(
+                timm_name,
+                pretrained=download or overlay is not None,
+                pretrained_cfg_overlay=overlay,
+                **head,
+            )
+        except Exception as error:  # timm, hub and zip errors have no common base
+            reason = (
+                " ".join(line.strip() for line in str(error).splitlines()[:3])[:300]
+                or type(error).__name__
+            )
             help_ = "Check that the file belongs to this network, with as many classes."
             if download:
                 help_ = "Fetch them once, or give a file with weights."
-                reason = reason if answers else "the hub does not answer, and they are not in its local cache"
-            raise OodlibError(f"paper_model: timm cannot build {timm_name} from {weights_file or 'its own weights'} "
-                              f"({reason}). {help_}") from error
+                reason = (
+                    reason
+                    if answers
+                    else "the hub does not answer, and they are not in its local cache"
+                )
+            raise OodlibError(
+                f"paper_model: timm cannot build {timm_name} from "
+                f"{weights_file or 'its own weights'} ({reason}). {help_}"
+            ) from error
     if suffix == ".npz":
         load_npz(model, str(weights_file))
     elif suffix == ".safetensors":
         with safe_open(str(weights_file), framework="pt") as file:
-            if "pos_embed" in file.keys():                                              # noqa: SIM118 no dict
-                require_positions(model, file.get_slice("pos_embed").get_shape()[1], str(weights_file))
+            if "pos_embed" in file.keys():  # noqa: SIM118 no dict
+                require_positions(
+                    model, file.get_slice("pos_embed").get_shape()[1], str(weights_file)
+                )
     elif weights_file is not None:
-        fill(model, {_bit_name(k): v for k, v in read_state_dict(weights_file).items()}, weights_file)
+        fill(
+            model, {_bit_name(k): v for k, v in read_state_dict(weights_file).items()}, weights_file
+        )
     if preprocessing == "gradnorm":
         from torchvision import transforms
 
-        transform = transforms.Compose([transforms.Resize((480, 480)), transforms.ToTensor(),
-                                        transforms.Normalize([0.5] * 3, [0.5] * 3)])
+        transform = transforms.Compose(
+            [
+                transforms.Resize((480, 480)),
+                transforms.ToTensor(),
+                transforms.Normalize([0.5] * 3, [0.5] * 3),
+            ]
+        )
     else:
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return model.eval(), transform
 
 
-def _torchvision_model(name: str, weights_file: str | os.PathLike[str] | None, pretrained: bool,
-                       num_classes: int | None) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+def _torchvision_model(
+    name: str,
+    weights_file: str | os.PathLike[str] | None,
+    pretrained: bool,
+    num_classes: int | None,
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise OodlibError(f"paper_model: torchvision has no classifier {name!r}. See torchvision.models.list_models().")
+        raise OodlibError(
+            f"paper_model: torchvision has no classifier {name!r}. See "
+            "torchvision.models.list_models()."
+        )
     weights = models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
-        model = models.get_model(name, weights=weights if pretrained and weights_file is None else None,
-                                 **({} if num_classes is None else {"num_classes": num_classes}))
-    except Exception as error:                   # urllib and hash errors have no common base
-        raise OodlibError(f"paper_model: torchvision's weights of {name} could not be loaded "
-                          f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
-                          "weights_file.") from error
+        model = models.get_model(
+            name,
+            weights=weights if pretrained and weights_file is None else None,
+            **({} if num_classes is None else {"num_classes": num_classes}),
+        )
+    except Exception as error:  # urllib and hash errors have no common base
+        raise OodlibError(
+            f"paper_model: torchvision's weights of {name} could not be loaded "
+            f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
+            "weights_file."
+        ) from error
     if weights_file is not None:
-        state = {k.replace(".shortcut.", ".downsample."): v for k, v in read_state_dict(weights_file).items()}
+        state = {
+            k.replace(".shortcut.", ".downsample."): v
+            for k, v in read_state_dict(weights_file).items()
+        }
         fill(model, state, weights_file)
     return model.eval(), weights.transforms()
 
 
 def _bit_name(key: str) -> str:
     """A tensor's name in the GradNorm paper's BiT code, translated to timm's; other names stay."""
+
     def unit(match: re.Match[str]) -> str:
         return f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}."
 
     if not key.startswith(("root.", "body.", "before_head.", "head.conv.")):
         return key
     key = re.sub(r"^body\.block(\d+)\.unit(\d+)\.", unit, key)
-    for old, new in (("root.conv", "stem.conv"), ("before_head.gn", "norm"), ("head.conv", "head.fc"),
-                     (".downsample.", ".downsample.conv."), (".gn", ".norm")):
+    for old, new in (
+        ("root.conv", "stem.conv"),
+        ("before_head.gn", "norm"),
+        ("head.conv", "head.fc"),
+        (".downsample.", ".downsample.conv."),
+        (".gn", ".norm"),
+    ):
         key = key.replace(old, new)
     return key
 
 
-def assert_accuracy(model: nn.Module, images: ImageSet, *, expected: float, tolerance: float,
-                    mean: tuple[float, ...], std: tuple[float, ...], device: str | torch.device = "cpu") -> float:
-    """Measure the accuracy on an ID set and raise unless it is within ``tolerance`` of ``expected``; both in [0, 1].
+def assert_accuracy(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    expected: float,
+    tolerance: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: str | torch.device = "cpu",
+) -> float:
+    """Measure the accuracy on an ID set and raise unless it is within ``tolerance`` of
+    ``expected``; both in [0, 1].
 
-    To be called before any OOD score is shown: wrong weights, label order or normalisation show here first.
+    To be called before any OOD score is shown: wrong weights, label order or normalisation show
+    here first.
     """
-    measured = evaluate(model, torch.from_numpy(images.images[:].copy()), torch.from_numpy(images.labels),
-                        torch.tensor(mean), torch.tensor(std), device=device)
+    measured = evaluate(
+        model,
+        torch.from_numpy(images.images[:].copy()),
+        torch.from_numpy(images.labels),
+        torch.tensor(mean),
+        torch.tensor(std),
+        device=device,
+    )
     if not abs(measured - expected) <= tolerance:
-        raise OodlibError(f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "
-                          f"images, {expected:.4f} +- {tolerance:.4f} was expected. Check weights, label order and "
-                          "normalisation before any OOD score.")
+        raise OodlibError(
+            f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "
+            f"images, {expected:.4f} +- {tolerance:.4f} was expected. Check weights, label order "
+            "and normalisation before any OOD score."
+        )
     return measured

@@ -1,6 +1,8 @@
-"""The suite's own classifiers: how each was trained, the shipped weights with their provenance, and training anew.
+"""The suite's own classifiers: how each was trained, the shipped weights with their provenance, and
+training anew.
 
-Weights are half-precision safetensors under ``data/checkpoints``, each beside a JSON file that says where it came from.
+Weights are half-precision safetensors under ``data/checkpoints``, each beside a JSON file that says
+where it came from.
 """
 
 from __future__ import annotations
@@ -25,28 +27,53 @@ from oodlib.models.training.augment import normalise
 from oodlib.models.training.classifier import Recipe, evaluate, train
 from oodlib.workspace import code_hash, root
 
-__all__ = ["SPECS", "Spec", "Trained", "load_or_train", "load_trained", "made_once", "to_half", "to_single",
-           "train_and_save"]
+__all__ = [
+    "SPECS",
+    "Spec",
+    "Trained",
+    "cached_build",
+    "load_or_train",
+    "load_trained",
+    "to_half",
+    "to_single",
+    "train_and_save",
+]
 
-_KILO = 1024 * (1 + 1 / (1 - 0.85))     # Jordan 2024 states its rates per 1,024 images at infinite momentum
+_KILO = 1024 * (
+    1 + 1 / (1 - 0.85)
+)  # Jordan 2024 states its rates per 1,024 images at infinite momentum
 
 
 def _fast_recipe(epochs: float, batch_size: int, *, shift: int, flip: str) -> Recipe:
     """The recipe of arXiv 2404.00498 without label smoothing and without test-time augmentation.
 
-    Both change the logits that OOD scores read, so neither is used; the logit scale 1/9 sits in the head.
+    Both change the logits that OOD scores read, so neither is used; the logit scale 1/9 sits in the
+    head.
     """
-    return Recipe(epochs=epochs, batch_size=batch_size, lr=11.5 / _KILO * batch_size, momentum=0.85,
-                  decay=0.0153 / _KILO * batch_size, schedule="triangle", warmup=0.23, final_lr=0.07,
-                  norm_bias_lr=64.0, head_lr=1 / 81, whiten_bias_epochs=3, lookahead=True,
-                  flip=flip, shift=shift)                                              # type: ignore[arg-type]
+    return Recipe(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=11.5 / _KILO * batch_size,
+        momentum=0.85,
+        decay=0.0153 / _KILO * batch_size,
+        schedule="triangle",
+        warmup=0.23,
+        final_lr=0.07,
+        norm_bias_lr=64.0,
+        head_lr=1 / 81,
+        whiten_bias_epochs=3,
+        lookahead=True,
+        flip=flip,
+        shift=shift,
+    )  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """What decides a checkpoint, besides the seed.
 
-    ``data(split)`` gives the training and the test images; ``expected`` is the test accuracy to assert on loading.
+    ``data(split)`` gives the training and the test images; ``expected`` is the test accuracy to
+    assert on loading.
     """
 
     name: str
@@ -56,7 +83,7 @@ class Spec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     expected: float
-    snapshots: tuple[int, ...] = ()     # epochs whose weights are kept too
+    snapshots: tuple[int, ...] = ()  # epochs whose weights are kept too
 
 
 def _cifar10(split: str) -> ImageSet:
@@ -71,16 +98,39 @@ def _latin(split: str) -> ImageSet:
     return embedded("latin", split, n={"train": 6000, "test": 2000}[split])
 
 
-_CIFAR10: dict[str, Any] = {"data": _cifar10, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
-_SMOOTHED = ("plain", "residual", "depthwise")      # families with a twin of the same seed and smoothed labels
+_CIFAR10: dict[str, Any] = {
+    "data": _cifar10,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+_SMOOTHED = (
+    "plain",
+    "residual",
+    "depthwise",
+)  # families with a twin of the same seed and smoothed labels
 
 
 def _family(name: str, label_smoothing: float = 0.0) -> Spec:
-    """One recipe for all families: 22 epochs, the rate rises to 0.1 and falls to zero along a triangle."""
-    recipe = Recipe(epochs=22, batch_size=128, lr=0.1, schedule="triangle", warmup=0.2, flip="alternating", shift=2,
-                    label_smoothing=label_smoothing)
-    return Spec(name=f"cifar10_{name}{'_smooth' * bool(label_smoothing)}", network=FAMILIES[name], recipe=recipe,
-                expected=0.88, **_CIFAR10)
+    """One recipe for all families: 22 epochs, the rate rises to 0.1 and falls to zero along a
+    triangle.
+    """
+    recipe = Recipe(
+        epochs=22,
+        batch_size=128,
+        lr=0.1,
+        schedule="triangle",
+        warmup=0.2,
+        flip="alternating",
+        shift=2,
+        label_smoothing=label_smoothing,
+    )
+    return Spec(
+        name=f"cifar10_{name}{'_smooth' * bool(label_smoothing)}",
+        network=FAMILIES[name],
+        recipe=recipe,
+        expected=0.88,
+        **_CIFAR10,
+    )
 
 
 SPECS = {
@@ -118,7 +168,9 @@ SPECS = {
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network with what is needed to use it. ``provenance["accuracy"]`` is its test accuracy in [0, 1]."""
+    """A network with what is needed to use it. ``provenance["accuracy"]`` is its test accuracy in
+    [0, 1].
+    """
 
     model: nn.Module
     mean: tuple[float, ...]
@@ -137,7 +189,9 @@ def _spec(name: str) -> Spec:
     return SPECS[name]
 
 
-def load_trained(name: str, *, seed: int = 0, epoch: int | None = None, source: Path | None = None) -> Trained:
+def load_trained(
+    name: str, *, seed: int = 0, epoch: int | None = None, source: Path | None = None
+) -> Trained:
     """A shipped network, in evaluation mode.
 
     Parameters
@@ -157,26 +211,36 @@ def load_trained(name: str, *, seed: int = 0, epoch: int | None = None, source: 
     weights, record = source / f"{stem}.safetensors", source / f"{stem}.json"
     if not weights.exists() or not record.exists():
         have = sorted(p.stem for p in source.glob(f"{name}_s*.safetensors"))
-        raise OodlibError(f"load_trained: {weights.name} is not there (present: {', '.join(have) or 'none'}). "
-                          f"Train it: python -m oodlib train {name} --seed {seed}")
+        raise OodlibError(
+            f"load_trained: {weights.name} is not there (present: {', '.join(have) or 'none'}). "
+            f"Train it: python -m oodlib train {name} --seed {seed}"
+        )
     provenance = json.loads(record.read_text())
     if sha256(weights) != provenance["sha256"]:
-        raise OodlibError(f"load_trained: {weights} is not the file its provenance describes. Restore it from git.")
+        raise OodlibError(
+            f"load_trained: {weights} is not the file its provenance describes. Restore it from "
+            "git."
+        )
     state = to_single(load_file(weights))
     if epoch is not None:
         prefix = f"epoch{epoch}."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if not state:
-            raise OodlibError(f"load_trained: no snapshot of epoch {epoch}. Kept ones: {spec.snapshots}.")
+            raise OodlibError(
+                f"load_trained: no snapshot of epoch {epoch}. Kept ones: {spec.snapshots}."
+            )
     model = spec.network()
     model.load_state_dict(state)
     return Trained(model.eval(), spec.mean, spec.std, {**provenance, "expected": spec.expected})
 
 
-def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Path | None = None) -> Path:
+def train_and_save(
+    name: str, *, seed: int = 0, device: str = "auto", output: Path | None = None
+) -> Path:
     """Train a network of `SPECS`, resuming an interrupted run, and write weights and provenance.
 
-    The accuracy in the provenance is that of the half-precision weights as written, on the whole test split.
+    The accuracy in the provenance is that of the half-precision weights as written, on the whole
+    test split.
     """
     from oodlib.models.device import pick_device, random_state
 
@@ -196,21 +260,54 @@ def train_and_save(name: str, *, seed: int = 0, device: str = "auto", output: Pa
         if epoch in spec.snapshots:
             snapshots.update({f"epoch{epoch}.{k}": v for k, v in to_half(model).items()})
 
-    history = train(model, pixels, labels, spec.recipe, seed=seed, mean=mean, std=std, device=where,
-                    checkpoint=None if spec.snapshots else resume, on_epoch=keep)
+    history = train(
+        model,
+        pixels,
+        labels,
+        spec.recipe,
+        seed=seed,
+        mean=mean,
+        std=std,
+        device=where,
+        checkpoint=None if spec.snapshots else resume,
+        on_epoch=keep,
+    )
     state = to_half(model)
     model.load_state_dict(to_single(state))
-    accuracy = evaluate(model, torch.from_numpy(test.images[:]), torch.from_numpy(test.labels[:]), mean, std,
-                        device=where)
+    accuracy = evaluate(
+        model,
+        torch.from_numpy(test.images[:]),
+        torch.from_numpy(test.labels[:]),
+        mean,
+        std,
+        device=where,
+    )
     provenance = {
-        "name": name, "seed": seed, "recipe": asdict(spec.recipe), "accuracy": accuracy, "n_test": len(test),
-        "n_train": len(images), "train_fingerprint": images.fingerprint, "test_fingerprint": test.fingerprint,
-        "mean": spec.mean, "std": spec.std, "dtype": "float16", "torch": torch.__version__, "device": where.type,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "history": history,
-        "command": f"python -m oodlib train {name} --seed {seed}", "code": code_hash(__name__),
+        "name": name,
+        "seed": seed,
+        "recipe": asdict(spec.recipe),
+        "accuracy": accuracy,
+        "n_test": len(test),
+        "n_train": len(images),
+        "train_fingerprint": images.fingerprint,
+        "test_fingerprint": test.fingerprint,
+        "mean": spec.mean,
+        "std": spec.std,
+        "dtype": "float16",
+        "torch": torch.__version__,
+        "device": where.type,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "history": history,
+        "command": f"python -m oodlib train {name} --seed {seed}",
+        "code": code_hash(__name__),
     }
     if snapshots:
-        _write(output / f"{name}_s{seed}_snapshots", snapshots, {**provenance, "epochs": spec.snapshots})
+        _write(
+            output / f"{name}_s{seed}_snapshots",
+            snapshots,
+            {**provenance, "epochs": spec.snapshots},
+        )
     path = _write(output / f"{name}_s{seed}", state, provenance)
     resume.unlink(missing_ok=True)
     return path
@@ -222,25 +319,35 @@ def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     One trained by another recipe, on other images or by other code is not used again.
     """
     spec = _spec(name)
-    made_of = [asdict(spec.recipe), spec.mean, spec.std, spec.data("train").fingerprint, "1 thread",
-               code_hash(__name__)]
-    output = made_once(made_of, f"{name}_s{seed}.json",
-                       lambda output: train_and_save(name, seed=seed, device=device, output=output))
+    made_of = [
+        asdict(spec.recipe),
+        spec.mean,
+        spec.std,
+        spec.data("train").fingerprint,
+        "1 thread",
+        code_hash(__name__),
+    ]
+    output = cached_build(
+        made_of,
+        f"{name}_s{seed}.json",
+        lambda output: train_and_save(name, seed=seed, device=device, output=output),
+    )
     return load_trained(name, seed=seed, source=output)
 
 
-def made_once(made_of: list[Any], done: str, make: Callable[[Path], object]) -> Path:
-    """A folder of ``data/cache/trained`` for what ``made_of`` (JSON) decides; ``make`` fills it unless ``done`` exists.
+def cached_build(made_of: list[Any], done: str, make: Callable[[Path], object]) -> Path:
+    """A folder of ``data/cache/trained`` for what ``made_of`` (JSON) decides; ``make`` fills it
+    unless ``done`` exists.
 
-    On a CPU one thread makes it: the order of sums follows the number of threads, and with it every number that rests
-    on the result.
+    On a CPU one thread makes it: the order of sums follows the number of threads, and with it every
+    number that rests on the result.
     """
     from filelock import FileLock
 
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     output = folder().parent / "cache" / "trained" / key
     output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / f"{done}.lock"):                       # two notebooks may want the same
+    with FileLock(output / f"{done}.lock"):  # two notebooks may want the same
         if not (output / done).exists():
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -253,8 +360,10 @@ def made_once(made_of: list[Any], done: str, make: Callable[[Path], object]) -> 
 
 def to_half(model: nn.Module) -> dict[str, Tensor]:
     """The model's state as it is shipped: half precision, on the CPU."""
-    return {k: (v.half() if v.is_floating_point() else v).cpu().contiguous().clone()
-            for k, v in model.state_dict().items()}
+    return {
+        k: (v.half() if v.is_floating_point() else v).cpu().contiguous().clone()
+        for k, v in model.state_dict().items()
+    }
 
 
 def to_single(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
-"""The suite's small Vision Transformers: timm's `VisionTransformer` with small dimensions, for 32-pixel images.
+"""The suite's small Vision Transformers: timm's `VisionTransformer` with small dimensions, for
+32-pixel images.
 
-They are hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch projection, because
-a tiny ViT that sees a few hundred thousand images learns several times slower without them.
+They are hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch
+projection, because a tiny ViT that sees a few hundred thousand images learns several times slower
+without them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ NETWORKS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
 
 
 class UnitNorm(nn.Module):
-    """``scale * x / ||x||_2``: features on a sphere, as CLIP's objective sees them; the scale is part of the features.
+    """``scale * x / ||x||_2``: features on a sphere, as CLIP's objective sees them; the scale is
+    part of the features.
 
     Notes
     -----
@@ -43,9 +46,17 @@ class UnitNorm(nn.Module):
         return f"scale={self.scale}"
 
 
-def small_vit(name: str, num_classes: int, *, dropout: float = 0.0, stochastic_depth: float = 0.0, head: str = "raw",
-              seed: int = 0) -> nn.Module:
-    """A network of `NETWORKS` with fresh weights: mean of the normalised tokens, then a linear head.
+def small_vit(
+    name: str,
+    num_classes: int,
+    *,
+    dropout: float = 0.0,
+    stochastic_depth: float = 0.0,
+    head: str = "raw",
+    seed: int = 0,
+) -> nn.Module:
+    """A network of `NETWORKS` with fresh weights: mean of the normalised tokens, then a linear
+    head.
 
     Parameters
     ----------
@@ -63,17 +74,31 @@ def small_vit(name: str, num_classes: int, *, dropout: float = 0.0, stochastic_d
     from timm.models.vision_transformer_hybrid import ConvStem
 
     if name not in NETWORKS or head not in ("raw", "unit"):
-        raise OodlibError(f'small_vit: the network must be one of {", ".join(NETWORKS)} and the head "raw" or "unit", '
-                          f"got {name!r} and {head!r}.")
+        raise OodlibError(
+            f'small_vit: the network must be one of {", ".join(NETWORKS)} and the head "raw" or "unit", '
+            f"got {name!r} and {head!r}."
+        )
     width, depth, heads, channels, strides = NETWORKS[name]
     with random_state() as seed_torch:
         seed_torch(seed)
         stem = ConvStem(channels=channels, stride=strides, depth=len(channels), act_layer=nn.GELU)
-        options: dict[str, Any] = {"img_size": 32, "patch_size": 1, "embed_dim": width, "depth": depth,
-                                   "num_heads": heads, "num_classes": num_classes, "class_token": False,
-                                   "global_pool": "avg", "fc_norm": False, "pos_drop_rate": dropout,
-                                   "proj_drop_rate": dropout, "drop_path_rate": stochastic_depth}
-        model = timm.create_model("vit_tiny_patch16_224", embed_layer=partial(HybridEmbed, stem, proj=False), **options)
+        options: dict[str, Any] = {
+            "img_size": 32,
+            "patch_size": 1,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "num_classes": num_classes,
+            "class_token": False,
+            "global_pool": "avg",
+            "fc_norm": False,
+            "pos_drop_rate": dropout,
+            "proj_drop_rate": dropout,
+            "drop_path_rate": stochastic_depth,
+        }
+        model = timm.create_model(
+            "vit_tiny_patch16_224", embed_layer=partial(HybridEmbed, stem, proj=False), **options
+        )
     if head == "unit":
-        model.fc_norm = UnitNorm(width ** 0.5)
+        model.fc_norm = UnitNorm(width**0.5)
     return model

@@ -1,4 +1,6 @@
-"""What timm takes in silence, asked strictly: names without a tag, files of another network, a hub out of reach."""
+"""What timm takes in silence, asked strictly: names without a tag, files of another network, a hub
+out of reach.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ __all__ = ["check_timm_name", "load_npz", "reachable_hub", "require_positions"]
 
 
 def check_timm_name(name: str, *, tag_needed: bool) -> None:
-    """Raise OodlibError unless ``name`` is a timm model whose tag exists; and has a tag, where one is needed.
+    """Raise OodlibError unless ``name`` is a timm model whose tag exists; and has a tag, where one
+    is needed.
 
-    A bare name means other weights in other versions of timm, so it is enough only where the weights do not come from
-    timm. Names with a source (``hf-hub:owner/model``) say themselves what they stand for.
+    A bare name means other weights in other versions of timm, so it is enough only where the
+    weights do not come from timm. Names with a source (``hf-hub:owner/model``) say themselves what
+    they stand for.
     """
     import timm
     from timm.models import get_pretrained_cfg, split_model_name_tag
@@ -31,35 +35,49 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         served = timm.list_models(pretrained=True)
-        near = difflib.get_close_matches(architecture, sorted({model.partition(".")[0] for model in served}), 3)
-        close = timm.list_models(f"*{name}*", pretrained=True) or [f"{m}.{tag}" for m in near for tag in _tags(m)[:4]]
-        raise OodlibError(f"timm cannot build {name}: timm {timm.__version__} has no such model. Close to it: "
-                          f"{', '.join(close[:8]) or 'nothing'}. timm.list_models('*part*', pretrained=True) finds "
-                          "more.")
+        near = difflib.get_close_matches(
+            architecture, sorted({model.partition(".")[0] for model in served}), 3
+        )
+        close = timm.list_models(f"*{name}*", pretrained=True) or [
+            f"{m}.{tag}" for m in near for tag in _tags(m)[:4]
+        ]
+        raise OodlibError(
+            f"timm cannot build {name}: timm {timm.__version__} has no such model. Close to it: "
+            f"{', '.join(close[:8]) or 'nothing'}. timm.list_models('*part*', pretrained=True) "
+            "finds more."
+        )
     tags = _tags(architecture)
     if tag and tag not in tags:
-        raise OodlibError(f"timm's {architecture} has no tag {tag!r}. Its tags: {', '.join(tags) or 'none'}.")
+        raise OodlibError(
+            f"timm's {architecture} has no tag {tag!r}. Its tags: {', '.join(tags) or 'none'}."
+        )
     if tag_needed and not tags:
         raise OodlibError(f"timm has no weights of {architecture}. Give a file with weights.")
     if tag_needed and not tag:
         default = get_pretrained_cfg(name)
         today = f"{name}.{default.tag}" if default else "nothing"
-        raise OodlibError(f"{name} names no weights: without a tag it stands for {today} in timm {timm.__version__}, "
-                          f"elsewhere perhaps for others. Write the tag with it, one of {', '.join(tags)}; or give a "
-                          "file with weights.")
+        raise OodlibError(
+            f"{name} names no weights: without a tag it stands for {today} in timm "
+            f"{timm.__version__}, elsewhere perhaps for others. Write the tag with it, one of "
+            f"{', '.join(tags)}; or give a file with weights."
+        )
 
 
 def _tags(architecture: str) -> list[str]:
     import timm
 
-    return [name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)]
+    return [
+        name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)
+    ]
 
 
 @contextmanager
 def reachable_hub() -> Iterator[bool]:
-    """Yield whether the Hugging Face hub answers; while it does not, downloads look into its local cache only.
+    """Yield whether the Hugging Face hub answers; while it does not, downloads look into its local
+    cache only.
 
-    Left alone, a download without a connection asks twelve times, for about 50 seconds, and prints as many warnings.
+    Left alone, a download without a connection asks twelve times, for about 50 seconds, and prints
+    as many warnings.
     """
     from huggingface_hub import constants, get_session
 
@@ -68,7 +86,7 @@ def reachable_hub() -> Iterator[bool]:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             answers = True
-        except Exception:                        # of the HTTP library, which the hub's client has changed before
+        except Exception:  # of the HTTP library, which the hub's client has changed before
             constants.HF_HUB_OFFLINE = True
     try:
         yield answers
@@ -79,8 +97,8 @@ def reachable_hub() -> Iterator[bool]:
 def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Fill a timm model from Google's ``.npz``; OodlibError where the file is another network's.
 
-    timm leaves out what does not fit (a head of other classes) and interpolates position embeddings of another
-    resolution, both in silence; here every parameter must come from the file as it is.
+    timm leaves out what does not fit (a head of other classes) and interpolates position embeddings
+    of another resolution, both in silence; here every parameter must come from the file as it is.
     """
     name, load = type(model).__name__, getattr(model, "load_pretrained", None)
     if load is None:
@@ -96,20 +114,27 @@ def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
         load(str(path))
     except OodlibError:
         raise
-    except Exception as error:                   # zip, key and shape errors: of NumPy, timm and torch
+    except Exception as error:  # zip, key and shape errors: of NumPy, timm and torch
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise OodlibError(f"{path}: cannot be read as weights of {name} ({type(error).__name__}: {reason}). Check that "
-                          "the file is whole and belongs to this network.") from error
+        raise OodlibError(
+            f"{path}: cannot be read as weights of {name} ({type(error).__name__}: {reason}). "
+            "Check that the file is whole and belongs to this network."
+        ) from error
     empty = [key for key, value in model.named_parameters() if value.isnan().any()]
     if empty:
-        raise OodlibError(f"{path}: it has no fitting values for {', '.join(empty[:3])} of {name} with "
-                          f"{getattr(model, 'num_classes', '?')} classes. Check that the file belongs to this network, "
-                          "with as many classes.")
+        raise OodlibError(
+            f"{path}: it has no fitting values for {', '.join(empty[:3])} of {name} with "
+            f"{getattr(model, 'num_classes', '?')} classes. Check that the file belongs to this "
+            "network, with as many classes."
+        )
 
 
 def require_positions(model: nn.Module, found: int, path: str | os.PathLike[str]) -> None:
     """Raise OodlibError unless a file's position embedding has as many tokens as the model's."""
     own = getattr(model, "pos_embed", None)
     if isinstance(own, nn.Parameter) and own.ndim == 3 and own.shape[1] != found:
-        raise OodlibError(f"{Path(path)}: its position embedding has {found} tokens, the network's {own.shape[1]}: "
-                          "the file is for another resolution or patch size. Take the network that it was made for.")
+        raise OodlibError(
+            f"{Path(path)}: its position embedding has {found} tokens, the network's "
+            f"{own.shape[1]}: the file is for another resolution or patch size. Take the network "
+            "that it was made for."
+        )

@@ -1,7 +1,8 @@
-"""Score functions on arrays, and the detectors made of them. Larger = more OOD, float64, everywhere.
+"""Score functions on arrays, and the detectors made of them. Larger = more OOD, float64,
+everywhere.
 
-Each name below is the function, although a module of the same name holds it: the imports bind the functions after the
-modules are loaded.
+Each name below is the function, although a module of the same name holds it: the imports bind the
+functions after the modules are loaded.
 """
 
 from oodlib.scores.ash import ash
@@ -34,9 +35,45 @@ from oodlib.scores.opnp import opnp, opnp_neurons, opnp_sensitivity
 from oodlib.scores.react import react
 from oodlib.scores.vim import vim
 
-__all__ = ["Detector", "EarlyPrototypes", "Info", "LayerwiseDensity", "OodFeatures", "ash", "class_moments",
-           "compressed_bits", "create", "dice", "early_layers", "early_prototypes", "energy", "gen", "gradnorm",
-           "gradnorm_factors", "gradnorm_limit", "grood", "grood_gradient", "grood_polar", "kl_matching", "knn",
-           "list_detectors", "load_detector", "mahalanobis", "max_logit", "msp", "names", "noise_features",
-           "noise_images", "odin", "opnp", "opnp_neurons", "opnp_sensitivity", "react", "relative_mahalanobis",
-           "split_forward", "synthetic_features", "vim", "whitening"]
+__all__ = [
+    "Detector",
+    "EarlyPrototypes",
+    "Info",
+    "LayerwiseDensity",
+    "OodFeatures",
+    "ash",
+    "class_moments",
+    "compressed_bits",
+    "create",
+    "dice",
+    "early_layers",
+    "early_prototypes",
+    "energy",
+    "gen",
+    "gradnorm",
+    "gradnorm_factors",
+    "gradnorm_limit",
+    "grood",
+    "grood_gradient",
+    "grood_polar",
+    "kl_matching",
+    "knn",
+    "list_detectors",
+    "load_detector",
+    "mahalanobis",
+    "max_logit",
+    "msp",
+    "names",
+    "noise_features",
+    "noise_images",
+    "odin",
+    "opnp",
+    "opnp_neurons",
+    "opnp_sensitivity",
+    "react",
+    "relative_mahalanobis",
+    "split_forward",
+    "synthetic_features",
+    "vim",
+    "whitening",
+]

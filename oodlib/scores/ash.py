@@ -20,8 +20,9 @@ Variant = Literal["s", "p", "b"]
 def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> Any:
     r"""Activation shaping of **pooled** features: not a score, but the features for one.
 
-    Of each row the smallest ``percentile`` per cent become 0. With s1 and s2 the sums of the row before and after:
-    "p" leaves the others as they are, "b" sets each to s1 / (number kept), "s" multiplies them by exp(s1 / s2).
+    Of each row the smallest ``percentile`` per cent become 0. With s1 and s2 the sums of the row
+    before and after: "p" leaves the others as they are, "b" sets each to s1 / (number kept), "s"
+    multiplies them by exp(s1 / s2).
 
     Parameters
     ----------
@@ -44,7 +45,9 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
     if variant not in ("s", "p", "b"):
         raise OodlibError(f'ash: variant must be "s", "p" or "b", got {variant!r}.')
     if not 0 <= percentile < 100:
-        raise OodlibError(f"ash: percentile must lie in 0 .. 100 (per cent), below 100, got {percentile}.")
+        raise OodlibError(
+            f"ash: percentile must lie in 0 .. 100 (per cent), below 100, got {percentile}."
+        )
 
     def shape(h: Tensor) -> Tensor:
         kept = max(1, h.shape[1] - round(h.shape[1] * percentile / 100))
@@ -52,7 +55,7 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
         before = h.sum(1, keepdim=True)
         if variant == "b":
             values = (before / kept).expand_as(values)
-        elif variant == "s":                         # a row of zeros stays zero
+        elif variant == "s":  # a row of zeros stays zero
             after = values.sum(1, keepdim=True)
             values = values * torch.where(after == 0, 0, before / after).exp()
         return torch.zeros_like(h).scatter_(1, index, values)
@@ -60,9 +63,17 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
     return by_rows("ash", shape, features)
 
 
-@register(Info(key="ash", title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
-               authors="Djurisic, Bozanic, Ashok, Liu", year=2023, arxiv="2209.09858", paper_larger_means="id",
-               deviations=("shapes pooled features; the released code shapes the map before pooling",)))
+@register(
+    Info(
+        key="ash",
+        title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
+        authors="Djurisic, Bozanic, Ashok, Liu",
+        year=2023,
+        arxiv="2209.09858",
+        paper_larger_means="id",
+        deviations=("shapes pooled features; the released code shapes the map before pooling",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class ASH(Shaper):
     """Detector of ``then`` behind `ash`."""
@@ -71,4 +82,6 @@ class ASH(Shaper):
     variant: Variant = "s"
 
     def _shape(self, bank: FeatureBank) -> FeatureBank:
-        return shaped_bank(bank, ash(bank.features, percentile=self.percentile, variant=self.variant))
+        return shaped_bank(
+            bank, ash(bank.features, percentile=self.percentile, variant=self.variant)
+        )

@@ -1,4 +1,6 @@
-"""Code lengths of images: the complexity estimate that input complexity subtracts from a negative log-likelihood."""
+"""Code lengths of images: the complexity estimate that input complexity subtracts from a negative
+log-likelihood.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ _CODECS: dict[str, dict[str, Any]] = {
 def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np.int64]:
     """Length of each image's losslessly compressed file: L(x), in bits.
 
-    Input complexity is S(x) = -log2 p(x) - L(x), larger = more OOD, with both terms in bits of the whole image
-    (not per dimension, not nats).
+    Input complexity is S(x) = -log2 p(x) - L(x), larger = more OOD, with both terms in bits of the
+    whole image (not per dimension, not nats).
 
     Parameters
     ----------
@@ -52,18 +54,31 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
     from PIL import Image, features
 
     if codec not in _CODECS:
-        raise OodlibError(f"compressed_bits: there is no codec {codec!r}. Choose one of {', '.join(_CODECS)}.")
+        raise OodlibError(
+            f"compressed_bits: there is no codec {codec!r}. Choose one of {', '.join(_CODECS)}."
+        )
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise OodlibError(f"compressed_bits: at least one image, uint8 of shape (n, 1 or 3, h, w), is needed, got "
-                          f"{images.dtype} {images.shape}. Pass the 8-bit images as they were loaded, not the scaled "
-                          "network input.")
+    if (
+        images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+        or 0 in images.shape
+    ):
+        raise OodlibError(
+            "compressed_bits: at least one image, uint8 of shape (n, 1 or 3, h, w), is needed, "
+            f"got {images.dtype} {images.shape}. Pass the 8-bit images as they were loaded, not "
+            "the scaled network input."
+        )
     if codec == "jpeg2000" and not features.check("jpg_2000"):
-        raise OodlibError("compressed_bits: this Pillow was built without JPEG 2000 (OpenJPEG). Use codec \"png\", or "
-                          "install Pillow's official wheel.")
+        raise OodlibError(
+            'compressed_bits: this Pillow was built without JPEG 2000 (OpenJPEG). Use codec "png", or '
+            "install Pillow's official wheel."
+        )
     bits = np.empty(len(images), np.int64)
     for i, image in enumerate(images):
         file = io.BytesIO()
-        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, **_CODECS[codec])
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(
+            file, **_CODECS[codec]
+        )
         bits[i] = 8 * file.getbuffer().nbytes
     return bits

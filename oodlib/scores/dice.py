@@ -18,8 +18,8 @@ from oodlib.scores.shaper import Shaper, shaped_bank
 def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[np.float64]:
     r"""The head's weight without its least contributions: not a score, but the head for one.
 
-    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is not above the
-    ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
+    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is
+    not above the ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
 
     Parameters
     ----------
@@ -37,8 +37,10 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     """
     weight, mean_features = (to_numpy(a).astype(np.float64) for a in (weight, mean_features))
     if weight.ndim != 2 or mean_features.shape != weight.shape[1:]:
-        raise OodlibError(f"dice: weight (C, D) and mean_features (D,) need the same D, got {weight.shape} and "
-                          f"{mean_features.shape}.")
+        raise OodlibError(
+            f"dice: weight (C, D) and mean_features (D,) need the same D, got {weight.shape} and "
+            f"{mean_features.shape}."
+        )
     if not 0 <= sparsity <= 100:
         raise OodlibError(f"dice: sparsity must lie in 0 .. 100 (per cent), got {sparsity}.")
     if sparsity == 0:
@@ -56,7 +58,9 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
         arxiv="2111.09805",
         paper_larger_means="id",
         needs="features",
-        deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",),
+        deviations=(
+            "sparsity 0 removes nothing; the released code removes the smallest contribution",
+        ),
     )
 )
 @dataclass(kw_only=True, eq=False)

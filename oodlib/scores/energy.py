@@ -32,8 +32,16 @@ def energy(logits: Any, *, temperature: float = 1.0) -> Any:
     return by_rows("energy", lambda z: -temperature * (z / temperature).logsumexp(1), logits)
 
 
-@register(Info(key="energy", title="Energy-based Out-of-distribution Detection",
-               authors="Liu, Wang, Owens, Li", year=2020, arxiv="2010.03759", paper_larger_means="id"))
+@register(
+    Info(
+        key="energy",
+        title="Energy-based Out-of-distribution Detection",
+        authors="Liu, Wang, Owens, Li",
+        year=2020,
+        arxiv="2010.03759",
+        paper_larger_means="id",
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class Energy(Detector):
     """Detector of `energy`."""

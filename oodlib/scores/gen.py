@@ -34,13 +34,16 @@ def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:
     Here 1 - p of the largest p is the sum of the others, in log space: outputs close to certainty do not tie.
     """
     if not 0 < gamma < 1 or top < 1:
-        raise OodlibError(f"gen: gamma must lie between 0 and 1, and top be at least 1, got {gamma} and {top}.")
+        raise OodlibError(
+            f"gen: gamma must lie between 0 and 1, and top be at least 1, got {gamma} and {top}."
+        )
 
     def score(z: Tensor) -> Tensor:
         log_p = z.log_softmax(1).sort(1, descending=True).values
         log_rest = (-log_p.exp()).log1p()
         log_rest[:, 0] = log_p[:, 1:].logsumexp(1)
         return (gamma * (log_p + log_rest)[:, :top]).exp().sum(1)
+
     return by_rows("gen", score, logits)
 
 

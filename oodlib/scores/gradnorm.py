@@ -1,4 +1,6 @@
-"""GradNorm in closed form: the gradient of the last layer has rank one, so its norm is a product of two norms."""
+"""GradNorm in closed form: the gradient of the last layer has rank one, so its norm is a product of
+two norms.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,22 @@ Target = Literal["uniform", "predicted", "label_mean", "random"]
 _TARGETS = ("uniform", "predicted", "label_mean", "random")
 
 
-def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: float = 1, target: Target = "uniform",
-             generator: torch.Generator | None = None, mask: Any = None) -> Any:
+def gradnorm(
+    features: Any,
+    logits: Any,
+    *,
+    temperature: float = 1.0,
+    norm: float = 1,
+    target: Target = "uniform",
+    generator: torch.Generator | None = None,
+    mask: Any = None,
+) -> Any:
     r"""GradNorm from the last linear layer, without autograd; larger = more OOD.
 
     S = -||h||_q ||p - t||_q / T,   p = softmax(logits / T),   q = norm,   t = 1/C for the uniform target
 
-    This is minus the L_q norm of d CE(t, p) / dW of each sample; for the uniform target CE is KL(u || p) + log C.
+    This is minus the L_q norm of d CE(t, p) / dW of each sample; for the uniform target CE is KL(u
+    || p) + log C.
 
     Parameters
     ----------
@@ -38,7 +49,8 @@ def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: floa
         "label_mean" (mean over all labels of the norms for each label)
     generator : of the random labels; only for target="random"
     mask : (C, D) bool, of a pruned head: a removed weight has no gradient. Then
-        S = -(sum over kept (j, i) of |p_j - 1/C|^q |h_i|^q)^(1/q) / T, uniform target and finite q only
+        S = -(sum over kept (j, i) of |p_j - 1/C|^q |h_i|^q)^(1/q) / T, uniform target and finite q
+        only
 
     Returns
     -------
@@ -70,12 +82,22 @@ def gradnorm(features: Any, logits: Any, *, temperature: float = 1.0, norm: floa
     if mask is not None:
         return _masked(features, logits, temperature, norm, target, mask)
     v = _deviation("gradnorm", logits, temperature, norm, target, generator)
-    return by_rows("gradnorm", lambda h, v: -vector_norm(h, norm, dim=1) * v[:, 0] / scale, features, v)
+    return by_rows(
+        "gradnorm", lambda h, v: -vector_norm(h, norm, dim=1) * v[:, 0] / scale, features, v
+    )
 
 
-def gradnorm_factors(features: Any, logits: Any, *, temperature: float = 1.0, norm: float = 1,
-                     target: Target = "uniform", generator: torch.Generator | None = None) -> tuple[Any, Any]:
-    r"""The two factors of GradNorm, S = -U V / (C T): how large the feature is, how far the softmax is from the target.
+def gradnorm_factors(
+    features: Any,
+    logits: Any,
+    *,
+    temperature: float = 1.0,
+    norm: float = 1,
+    target: Target = "uniform",
+    generator: torch.Generator | None = None,
+) -> tuple[Any, Any]:
+    r"""The two factors of GradNorm, S = -U V / (C T): how large the feature is, how far the softmax
+    is from the target.
 
     U = ||h||_q,   V = C ||p - t||_q   (for q = 1 and the uniform target: V = sum_j |1 - C p_j| <= 2 (C - 1))
 
@@ -89,8 +111,14 @@ def gradnorm_factors(features: Any, logits: Any, *, temperature: float = 1.0, no
     _check("gradnorm_factors", norm, temperature)
     check_rows("gradnorm_factors", features, logits)
     v = _deviation("gradnorm_factors", logits, temperature, norm, target, generator)
-    u, v = (by_rows("gradnorm_factors", lambda h, v: torch.stack([vector_norm(h, norm, dim=1), v[:, 0]], 1),
-                    features, v)).T
+    u, v = (
+        by_rows(
+            "gradnorm_factors",
+            lambda h, v: torch.stack([vector_norm(h, norm, dim=1), v[:, 0]], 1),
+            features,
+            v,
+        )
+    ).T
     return u, v
 
 
@@ -108,15 +136,27 @@ def gradnorm_limit(features: Any, logits: Any, *, norm: float = 1) -> Any:
     (N,) float64
     """
     _check("gradnorm_limit", norm)
-    return by_rows("gradnorm_limit", lambda h, z: -vector_norm(h, norm, dim=1)
-                   * vector_norm(z - z.mean(1, keepdim=True), norm, dim=1) / z.shape[1], features, logits)
+    return by_rows(
+        "gradnorm_limit",
+        lambda h, z: (
+            -vector_norm(h, norm, dim=1)
+            * vector_norm(z - z.mean(1, keepdim=True), norm, dim=1)
+            / z.shape[1]
+        ),
+        features,
+        logits,
+    )
 
 
-def _masked(features: Any, logits: Any, temperature: float, norm: float, target: str, mask: Any) -> Any:
+def _masked(
+    features: Any, logits: Any, temperature: float, norm: float, target: str, mask: Any
+) -> Any:
     kept, size = tensor64(mask), (np.shape(logits)[-1], np.shape(features)[-1])
     if tuple(kept.shape) != size or target != "uniform" or math.isinf(norm):
-        raise OodlibError(f'gradnorm: mask must be (C, D) = {size}, with target="uniform" and a finite norm, got '
-                          f"{tuple(kept.shape)}, {target!r} and {norm}.")
+        raise OodlibError(
+            f'gradnorm: mask must be (C, D) = {size}, with target="uniform" and a finite norm, got '
+            f"{tuple(kept.shape)}, {target!r} and {norm}."
+        )
 
     def function(h: Tensor, z: Tensor) -> Tensor:
         d = ((z / temperature).softmax(1) - 1 / size[0]).abs().pow(norm)
@@ -128,29 +168,49 @@ def _masked(features: Any, logits: Any, temperature: float, norm: float, target:
 def _check(name: str, norm: float, temperature: float = 1.0) -> None:
     check_temperature(name, temperature)
     if not norm > 0:
-        raise OodlibError(f"{name}: norm q must lie in (0, inf], got {norm}. Use math.inf for the maximum norm.")
+        raise OodlibError(
+            f"{name}: norm q must lie in (0, inf], got {norm}. Use math.inf for the maximum norm."
+        )
 
 
-def _deviation(name: str, logits: Any, temperature: float, norm: float, target: str,
-               generator: torch.Generator | None) -> Any:
+def _deviation(
+    name: str,
+    logits: Any,
+    temperature: float,
+    norm: float,
+    target: str,
+    generator: torch.Generator | None,
+) -> Any:
     """(N, 1): C ||p - t||_q of every row."""
     if target not in _TARGETS:
         raise OodlibError(f"{name}: target must be one of {', '.join(_TARGETS)}, got {target!r}.")
     if target == "random":
         if generator is None:
-            raise OodlibError(f'{name}: target="random" needs generator=torch.Generator().manual_seed(...).')
+            raise OodlibError(
+                f'{name}: target="random" needs generator=torch.Generator().manual_seed(...).'
+            )
         count, classes = np.shape(logits)
         labels = torch.randint(classes, (count, 1), generator=generator, device=generator.device)
-        return by_rows(name, lambda z, y: _one_hot(z / temperature, y.long().to(z.device), norm), logits, labels)
-    function = {"uniform": _uniform, "label_mean": _label_mean,
-                "predicted": lambda a, q: _one_hot(a, a.argmax(1, keepdim=True), q)}[target]
+        return by_rows(
+            name,
+            lambda z, y: _one_hot(z / temperature, y.long().to(z.device), norm),
+            logits,
+            labels,
+        )
+    function = {
+        "uniform": _uniform,
+        "label_mean": _label_mean,
+        "predicted": lambda a, q: _one_hot(a, a.argmax(1, keepdim=True), q),
+    }[target]
     return by_rows(name, lambda z: function(z / temperature, norm), logits)
 
 
 def _uniform(a: Tensor, norm: float) -> Tensor:
     a = a - a.mean(1, keepdim=True)
-    d = a.softmax(1).mul_(a.shape[1]).sub_(1)                                       # C p - 1
-    flat = a.abs().amax(1) < 1             # near the uniform distribution the difference cancels: high T, small logits
+    d = a.softmax(1).mul_(a.shape[1]).sub_(1)  # C p - 1
+    flat = (
+        a.abs().amax(1) < 1
+    )  # near the uniform distribution the difference cancels: high T, small logits
     if flat.any():
         a = a[flat]
         d[flat] = torch.expm1(a - torch.log1p(torch.expm1(a).mean(1, keepdim=True)))
@@ -159,28 +219,42 @@ def _uniform(a: Tensor, norm: float) -> Tensor:
 
 def _one_hot(a: Tensor, labels: Tensor, norm: float) -> Tensor:
     p = a.softmax(1).scatter_(1, labels, 0)
-    p.scatter_(1, labels, -p.sum(1, keepdim=True))          # p_y - 1 from the others: exact for a saturated softmax
+    p.scatter_(
+        1, labels, -p.sum(1, keepdim=True)
+    )  # p_y - 1 from the others: exact for a saturated softmax
     return a.shape[1] * vector_norm(p, norm, dim=1, keepdim=True)
 
 
 def _label_mean(a: Tensor, norm: float) -> Tensor:
-    """Mean over labels k of ||p - e_k||_q in O(C): the k-th is (sum_(j != k) p_j^q + (1 - p_k)^q)^(1/q)."""
+    """Mean over labels k of ||p - e_k||_q in O(C): the k-th is (sum_(j != k) p_j^q + (1 -
+    p_k)^q)^(1/q).
+    """
     p, top = a.softmax(1), a.argmax(1, keepdim=True)
-    rest = p.scatter(1, top, 0)                              # sums without the largest entry: nothing cancels below
-    gap = (1 - p).scatter_(1, top, rest.sum(1, keepdim=True))                       # 1 - p_k
+    rest = p.scatter(1, top, 0)  # sums without the largest entry: nothing cancels below
+    gap = (1 - p).scatter_(1, top, rest.sum(1, keepdim=True))  # 1 - p_k
     if math.isinf(norm):
-        each = gap                                           # 1 - p_k >= p_j for every other j
+        each = gap  # 1 - p_k >= p_j for every other j
     else:
-        others = (rest.pow(norm).sum(1, keepdim=True) - rest.pow(norm) + p.gather(1, top).pow(norm))
+        others = rest.pow(norm).sum(1, keepdim=True) - rest.pow(norm) + p.gather(1, top).pow(norm)
         others.scatter_(1, top, rest.pow(norm).sum(1, keepdim=True))
         each = (others + gap.pow(norm)).pow(1 / norm)
     return a.shape[1] * each.mean(1, keepdim=True)
 
 
-@register(Info(key="gradnorm", title="On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
-               authors="Huang, Geng, Li", year=2021, arxiv="2110.00218", paper_larger_means="id",
-               deviations=("closed form instead of a backward pass per image; equal to rounding",
-                           "the paper's scale; the released code is C times larger, same ranking")))
+@register(
+    Info(
+        key="gradnorm",
+        title="On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
+        authors="Huang, Geng, Li",
+        year=2021,
+        arxiv="2110.00218",
+        paper_larger_means="id",
+        deviations=(
+            "closed form instead of a backward pass per image; equal to rounding",
+            "the paper's scale; the released code is C times larger, same ranking",
+        ),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class GradNorm(Detector):
     """Detector of `gradnorm`; ``seed`` draws the labels of target="random"."""
@@ -192,5 +266,12 @@ class GradNorm(Detector):
 
     def _score(self, bank: FeatureBank) -> Any:
         generator = torch.Generator().manual_seed(self.seed) if self.target == "random" else None
-        return gradnorm(bank.features, bank.logits, temperature=self.temperature, norm=self.norm, target=self.target,
-                        generator=generator, mask=bank.head.mask)
+        return gradnorm(
+            bank.features,
+            bank.logits,
+            temperature=self.temperature,
+            norm=self.norm,
+            target=self.target,
+            generator=generator,
+            mask=bank.head.mask,
+        )

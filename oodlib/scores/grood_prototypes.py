@@ -1,7 +1,8 @@
 """OOD prototypes of GROOD that need the network again: mixed early maps, and noise.
 
-A network is split at a *named* module by forward hooks: one pass keeps the module's output, the next one puts another
-output in its place. No list of children is replayed, so that functional activations, skips and token handling stay.
+A network is split at a *named* module by forward hooks: one pass keeps the module's output, the
+next one puts another output in its place. No list of children is replayed, so that functional
+activations, skips and token handling stay.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ from oodlib.errors import OodlibError
 from oodlib.models.hooks import eval_mode, find_head
 from oodlib.scores.moments import stream_means
 
-__all__ = ["EarlyPrototypes", "OodFeatures", "early_layers", "early_prototypes", "noise_features", "noise_images",
-           "split_forward", "synthetic_features"]
+__all__ = [
+    "EarlyPrototypes",
+    "OodFeatures",
+    "early_layers",
+    "early_prototypes",
+    "noise_features",
+    "noise_images",
+    "split_forward",
+    "synthetic_features",
+]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class EarlyPrototypes:
-    """Class means (C, ...) of the output of each named module, and the images that were passed forward for them."""
+    """Class means (C, ...) of the output of each named module, and the images that were passed
+    forward for them.
+    """
 
     means: Mapping[str, Tensor]
     forwards: int
@@ -38,23 +49,33 @@ class EarlyPrototypes:
 
 @dataclass(frozen=True, eq=False)
 class OodFeatures:
-    """Penultimate features (n, D) whose mean is an OOD prototype, and the images passed forward to get them."""
+    """Penultimate features (n, D) whose mean is an OOD prototype, and the images passed forward to
+    get them.
+    """
 
     features: NDArray[np.float32]
     forwards: int
 
 
 # three stages of known networks that all information goes through, early to late
-_EARLY = (("layer1", "layer2", "layer3", "layer4"), ("bn1", "layer1", "layer2"), ("whiten", "blocks.0", "blocks.1"),
-          ("block1", "trans1", "trans2"), tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8)),
-          ("features.1", "features.3", "features.5"), ("blocks.2", "blocks.5", "blocks.8"),
-          ("stages.0", "stages.1", "stages.2"))
+_EARLY = (
+    ("layer1", "layer2", "layer3", "layer4"),
+    ("bn1", "layer1", "layer2"),
+    ("whiten", "blocks.0", "blocks.1"),
+    ("block1", "trans1", "trans2"),
+    tuple(f"encoder.layers.encoder_layer_{i}" for i in (2, 5, 8)),
+    ("features.1", "features.3", "features.5"),
+    ("blocks.2", "blocks.5", "blocks.8"),
+    ("stages.0", "stages.1", "stages.2"),
+)
 
 
 def early_layers(model: nn.Module) -> list[str]:
-    """Names of three early modules of a known kind of network, early to late; the last is the usual place to mix.
+    """Names of three early modules of a known kind of network, early to late; the last is the usual
+    place to mix.
 
-    ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm), Swin, BiT and ConvNeXt.
+    ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm), Swin,
+    BiT and ConvNeXt.
 
     Raises
     ------
@@ -64,13 +85,17 @@ def early_layers(model: nn.Module) -> list[str]:
     for names in _EARLY:
         if known.issuperset(names):
             return list(names[:3])
-    raise OodlibError(f"early_layers: no early modules are known for {type(model).__name__}. Name a stage that all "
-                      "information goes through, see model.named_modules().")
+    raise OodlibError(
+        f"early_layers: no early modules are known for {type(model).__name__}. Name a stage that "
+        "all information goes through, see model.named_modules()."
+    )
 
 
-def split_forward(model: nn.Module, layer: str, x: Tensor, replace: Tensor | None = None) -> tuple[Tensor, Tensor,
-                                                                                                  Tensor]:
-    """One pass in evaluation mode that keeps, or replaces, the output of the module called ``layer``.
+def split_forward(
+    model: nn.Module, layer: str, x: Tensor, replace: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass in evaluation mode that keeps, or replaces, the output of the module called
+    ``layer``.
 
     Parameters
     ----------
@@ -93,9 +118,16 @@ def split_forward(model: nn.Module, layer: str, x: Tensor, replace: Tensor | Non
         return _split(model, layer, _check_split(model, layer, x[:2]), x, replace)
 
 
-def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, num_classes: int, *,
-                     device: str | torch.device = "cpu") -> EarlyPrototypes:
-    """Class means of the outputs of named early modules, streamed: memory of C x (size of the maps).
+def early_prototypes(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Batches,
+    num_classes: int,
+    *,
+    device: str | torch.device = "cpu",
+) -> EarlyPrototypes:
+    """Class means of the outputs of named early modules, streamed: memory of C x (size of the
+    maps).
 
     Parameters
     ----------
@@ -119,11 +151,19 @@ def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, 
                 for layer in layers:
                     _check_split(model, layer, x[:2])
             found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-            with _hooks(model, {layer: _keep(found[layer]) for layer in layers}), torch.inference_mode():
+            with (
+                _hooks(model, {layer: _keep(found[layer]) for layer in layers}),
+                torch.inference_mode(),
+            ):
                 model(x)
             shapes.update({layer: found[layer][0].shape[1:] for layer in layers})
             forwards += len(x)
-            yield np.concatenate([found[layer][0].flatten(1).float().cpu().numpy() for layer in layers], 1), y
+            yield (
+                np.concatenate(
+                    [found[layer][0].flatten(1).float().cpu().numpy() for layer in layers], 1
+                ),
+                y,
+            )
 
     if not layers:
         raise OodlibError("early_prototypes: name at least one layer.")
@@ -131,13 +171,26 @@ def early_prototypes(model: nn.Module, layers: Sequence[str], batches: Batches, 
     with eval_mode(model):
         means = torch.from_numpy(stream_means(maps(), num_classes).astype(np.float32))
     parts = means.split([shapes[layer].numel() for layer in layers], 1)
-    return EarlyPrototypes({layer: part.reshape(num_classes, *shapes[layer])
-                            for layer, part in zip(layers, parts, strict=True)}, forwards)
+    return EarlyPrototypes(
+        {
+            layer: part.reshape(num_classes, *shapes[layer])
+            for layer, part in zip(layers, parts, strict=True)
+        },
+        forwards,
+    )
 
 
-def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches: Batches, *, lam: float = 0.5,
-                       device: str | torch.device = "cpu") -> OodFeatures:
-    r"""Penultimate features of training images whose early maps are mixed with the prototype of another class.
+def synthetic_features(
+    model: nn.Module,
+    layer: str,
+    prototypes: Tensor,
+    batches: Batches,
+    *,
+    lam: float = 0.5,
+    device: str | torch.device = "cpu",
+) -> OodFeatures:
+    r"""Penultimate features of training images whose early maps are mixed with the prototype of
+    another class.
 
     z = lambda f_early(x) + (1 - lambda) P_early[r],   r = class with the second largest logit of x
 
@@ -174,9 +227,12 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
             head = head or _check_split(model, layer, x[:2])
             early, _, logits = _split(model, layer, head, x, None)
             if logits.shape[1] < 2 or prototypes.shape != (logits.shape[1], *early.shape[1:]):
-                raise OodlibError(f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
-                                  f"{(logits.shape[1], *early.shape[1:])} with C > 1, got {tuple(prototypes.shape)}. "
-                                  "Use early_prototypes with the same layer and image size.")
+                raise OodlibError(
+                    f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
+                    f"{(logits.shape[1], *early.shape[1:])} with C > 1, got "
+                    f"{tuple(prototypes.shape)}. Use early_prototypes with the same layer and "
+                    "image size."
+                )
             runner_up = logits.topk(2).indices[:, 1]
             mixed = lam * early + (1 - lam) * prototypes[runner_up].to(early.dtype)
             features.append(_split(model, layer, head, x, mixed)[1].float().cpu().numpy())
@@ -187,7 +243,8 @@ def synthetic_features(model: nn.Module, layer: str, prototypes: Tensor, batches
 
 
 def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1] behind a Gaussian blur of 5 x 7 pixels, sigma uniform in (0.2, 5) for each image.
+    """Uniform noise in [0, 1] behind a Gaussian blur of 5 x 7 pixels, sigma uniform in (0.2, 5) for
+    each image.
 
     Returns
     -------
@@ -195,10 +252,12 @@ def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Genera
     """
     c, h, w = shape
     if min(h, w) < 4:
-        raise OodlibError(f"noise_images: images of at least 4 x 4 pixels are needed, got {h} x {w}.")
+        raise OodlibError(
+            f"noise_images: images of at least 4 x 4 pixels are needed, got {h} x {w}."
+        )
     images = torch.rand(n, c, h, w, generator=generator)
     sigma = 0.2 + 4.8 * torch.rand(n, 1, generator=generator)
-    for size, axis in ((7, 2), (5, 3)):                    # torchvision's order is (x, y): 5 wide, 7 high
+    for size, axis in ((7, 2), (5, 3)):  # torchvision's order is (x, y): 5 wide, 7 high
         offsets = torch.arange(size) - size // 2
         kernel = (-0.5 * (offsets / sigma).square()).softmax(1).repeat_interleave(c, 0)
         kernel = kernel[:, None, :, None] if axis == 2 else kernel[:, None, None, :]
@@ -208,10 +267,18 @@ def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Genera
     return images
 
 
-def noise_features(model: nn.Module, shape: tuple[int, int, int], *, n: int = 100, seed: int = 0,
-                   mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                   device: str | torch.device = "cpu") -> OodFeatures:
-    """Penultimate features of blurred noise: of each 100 images the 10 with the smallest logsumexp of the logits.
+def noise_features(
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    *,
+    n: int = 100,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device = "cpu",
+) -> OodFeatures:
+    """Penultimate features of blurred noise: of each 100 images the 10 with the smallest logsumexp
+    of the logits.
 
     Parameters
     ----------
@@ -260,34 +327,46 @@ def _padded(h: int, w: int, margin: tuple[int, int, int, int]) -> tuple[int, int
 
 
 @torch.inference_mode()
-def _split(model: nn.Module, layer: str, head: str, x: Tensor, replace: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _split(
+    model: nn.Module, layer: str, head: str, x: Tensor, replace: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     outputs: list[Tensor] = []
     features: list[Tensor] = []
     with _hooks(model, {layer: _keep(outputs, replace)}, {head: features}):
         logits = model(x)
     if len(outputs) != 1:
-        raise OodlibError(f"split: layer {layer!r} ran {len(outputs)} times in one pass, once is needed. Name a module "
-                          "that is used once.")
+        raise OodlibError(
+            f"split: layer {layer!r} ran {len(outputs)} times in one pass, once is needed. Name a "
+            "module that is used once."
+        )
     return outputs[0], features[0].flatten(1), logits
 
 
 def _check_split(model: nn.Module, layer: str, x: Tensor) -> str:
-    """Name of the head. The layer's output alone must fix the logits: the image before it can then be anything."""
+    """Name of the head. The layer's output alone must fix the logits: the image before it can then
+    be anything.
+    """
     head = find_head(model, x)
     output, _, logits = _split(model, layer, head, x, None)
     again = _split(model, layer, head, 1 - x, output)[2]
     if not torch.allclose(again, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
-        raise OodlibError(f"split: a path leads around layer {layer!r}, so its output alone does not fix the logits. "
-                          "Name a whole stage or block instead of a layer inside a residual branch.")
+        raise OodlibError(
+            f"split: a path leads around layer {layer!r}, so its output alone does not fix the "
+            "logits. Name a whole stage or block instead of a layer inside a residual branch."
+        )
     return head
 
 
 def _keep(found: list[Tensor], replace: Tensor | None = None) -> Callable[..., Tensor | None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
-            raise OodlibError(f"split: the layer must return one tensor, got {type(output).__name__}. Name another.")
+            raise OodlibError(
+                f"split: the layer must return one tensor, got {type(output).__name__}. Name "
+                "another."
+            )
         found.append(output if replace is None else replace)
         return replace
+
     return hook
 
 
@@ -296,16 +375,23 @@ def _keep_input(found: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, .
 
 
 @contextmanager
-def _hooks(model: nn.Module, after: Mapping[str, Callable], before: Mapping[str, list[Tensor]] | None = None,
-           ) -> Iterator[None]:
+def _hooks(
+    model: nn.Module,
+    after: Mapping[str, Callable],
+    before: Mapping[str, list[Tensor]] | None = None,
+) -> Iterator[None]:
     """Forward hooks after some modules, and lists that get the input of others."""
     modules = dict(model.named_modules())
     if unknown := [name for name in after if name not in modules]:
-        raise OodlibError(f"split: the model has no layer {unknown[0]!r}. Its top-level layers are "
-                          f"{', '.join(n for n, _ in model.named_children())}.")
+        raise OodlibError(
+            f"split: the model has no layer {unknown[0]!r}. Its top-level layers are "
+            f"{', '.join(n for n, _ in model.named_children())}."
+        )
     handles = [modules[name].register_forward_hook(hook) for name, hook in after.items()]
-    handles += [modules[name].register_forward_pre_hook(partial(_keep_input, found))
-                for name, found in (before or {}).items()]
+    handles += [
+        modules[name].register_forward_pre_hook(partial(_keep_input, found))
+        for name, found in (before or {}).items()
+    ]
     try:
         yield
     finally:

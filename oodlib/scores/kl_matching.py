@@ -34,12 +34,15 @@ def kl_matching(logits: Any, *, log_templates: Any) -> Any:
     """
     log_d = tensor64(log_templates)
     if log_d.ndim != 2 or log_d.shape[1] != np.shape(logits)[-1]:
-        raise OodlibError(f"kl_matching: logits (N, C) and log_templates (K, C) need the same C, got "
-                          f"{tuple(np.shape(logits))} and {tuple(log_d.shape)}.")
+        raise OodlibError(
+            f"kl_matching: logits (N, C) and log_templates (K, C) need the same C, got "
+            f"{tuple(np.shape(logits))} and {tuple(log_d.shape)}."
+        )
 
     def score(z: Any) -> Any:
         log_p, p = z.log_softmax(1), z.softmax(1)
         return ((p * log_p).sum(1, keepdim=True) - p @ log_d.T.to(p.device)).amin(1)
+
     return by_rows("kl_matching", score, logits)
 
 
@@ -52,7 +55,9 @@ def kl_matching(logits: Any, *, log_templates: Any) -> Any:
         arxiv="1911.11132",
         paper_larger_means="ood",
         needs="features",
-        deviations=("templates from the bank that it is fitted on; the paper takes ID validation images",),
+        deviations=(
+            "templates from the bank that it is fitted on; the paper takes ID validation images",
+        ),
     )
 )
 @dataclass(kw_only=True, eq=False)
@@ -61,8 +66,12 @@ class KLMatching(Detector):
 
     def _fit(self, bank: FeatureBank) -> None:
         predicted = np.asarray(bank.logits).argmax(1)
-        groups = [tensor64(bank.logits[predicted == k]).log_softmax(1) for k in np.unique(predicted)]
-        self.log_templates_ = np.stack([(g.logsumexp(0) - math.log(len(g))).numpy() for g in groups])
+        groups = [
+            tensor64(bank.logits[predicted == k]).log_softmax(1) for k in np.unique(predicted)
+        ]
+        self.log_templates_ = np.stack(
+            [(g.logsumexp(0) - math.log(len(g))).numpy() for g in groups]
+        )
 
     def _score(self, bank: FeatureBank) -> Any:
         return kl_matching(bank.logits, log_templates=self.log_templates_)

@@ -48,13 +48,15 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
     """
     train = to_numpy(bank)
     if train.ndim != 2 or np.shape(features)[1:] != train.shape[1:]:
-        raise OodlibError(f"knn: features (N, D) and bank (M, D) need the same D, got {tuple(np.shape(features))} and "
-                          f"{train.shape}.")
+        raise OodlibError(
+            "knn: features (N, D) and bank (M, D) need the same D, got "
+            f"{tuple(np.shape(features))} and {train.shape}."
+        )
     check_k("knn", k, len(train))
     train = train.astype(np.float64)
     if normalise:
         train /= np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
-    centre = train.mean(0)                 # distances ignore shifts; centred values lose less in float32
+    centre = train.mean(0)  # distances ignore shifts; centred values lose less in float32
     train -= centre
     search = EuclideanSearch(train, min(k + SPARE, len(train)))
 

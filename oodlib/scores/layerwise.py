@@ -1,7 +1,8 @@
-r"""Scores of a generative model's gradients and likelihoods; larger = more OOD, infinite input = most OOD.
+r"""Scores of a generative model's gradients and likelihoods; larger = more OOD, infinite input =
+most OOD.
 
-f_l = ||d sum_b log p(x_b) / d theta_l||^2 comes from `oodlib.gradients.layer_gradient_norms`; a row is an image or a
-group of B images.
+f_l = ||d sum_b log p(x_b) / d theta_l||^2 comes from `oodlib.gradients.layer_gradient_norms`; a row
+is an image or a group of B images.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ Array = NDArray[np.float64]
 class LayerwiseDensity:
     r"""Density of log gradient norms: one Gaussian for every parameter tensor, fitted on ID rows.
 
-    u_l = log f_l
-    S = -sum_l log N(u_l; mu_l, sigma_l^2) = sum_l 1/2 [(u_l - mu_l)^2 / sigma_l^2 + log(2 pi sigma_l^2)]
+    u_l = log f_l S = -sum_l log N(u_l; mu_l, sigma_l^2) = sum_l 1/2 [(u_l - mu_l)^2 / sigma_l^2 +
+    log(2 pi sigma_l^2)]
 
     Two-sided: a gradient that is too small counts as much as one that is too large.
 
     Parameters
     ----------
     epsilon : 0, the definition: tensors whose gradient is zero for a fit row, or the same for all, are left out, and a
-        zero met later counts as the smallest fitted value. Above 0, as the released code has it (1e-10):
-        u = log(f + epsilon), sigma^2 + epsilon, every tensor counts; then the unit of the objective matters.
+        zero met later counts as the smallest fitted value. Above 0, as the released code has it
+        (1e-10): u = log(f + epsilon), sigma^2 + epsilon, every tensor counts; then the unit of the
+        objective matters.
 
     Attributes
     ----------
@@ -49,13 +51,18 @@ class LayerwiseDensity:
         self.epsilon = epsilon
 
     def fit(self, norms: Any) -> LayerwiseDensity:
-        """norms (N, L) of ID rows, squared L2 norms; at least two rows without overflow. Returns itself."""
+        """norms (N, L) of ID rows, squared L2 norms; at least two rows without overflow. Returns
+        itself.
+        """
         f = _norms(norms, "LayerwiseDensity.fit")
         finite = np.isfinite(f).all(1)
         self.overflowed_, f = int((~finite).sum()), f[finite]
         if len(f) < 2:
-            raise OodlibError(f"LayerwiseDensity.fit: needs at least 2 rows of finite norms, got {len(f)} "
-                              f"({self.overflowed_} overflowed). Give more ID images, or a flow that trained stably.")
+            raise OodlibError(
+                f"LayerwiseDensity.fit: needs at least 2 rows of finite norms, got {len(f)} "
+                f"({self.overflowed_} overflowed). Give more ID images, or a flow that trained "
+                "stably."
+            )
         self._floor = f.min(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             u = np.log(f + self.epsilon)
@@ -63,8 +70,10 @@ class LayerwiseDensity:
             varies = (self._floor > 0) & (np.ptp(u, 0) > 0)
         self.kept_ = np.ones_like(varies) if self.epsilon else varies
         if not self.kept_.any():
-            raise OodlibError("LayerwiseDensity.fit: every tensor has a zero or constant gradient, so there is nothing "
-                              "to fit. Check the objective, and that the fit images differ.")
+            raise OodlibError(
+                "LayerwiseDensity.fit: every tensor has a zero or constant gradient, so there is "
+                "nothing to fit. Check the objective, and that the fit images differ."
+            )
         return self
 
     def log_norms(self, norms: Any) -> Array:
@@ -73,18 +82,28 @@ class LayerwiseDensity:
             raise OodlibError("LayerwiseDensity: call fit(norms of ID rows) first.")
         f = _norms(norms, "LayerwiseDensity")
         if f.shape[1] != len(self.mean_):
-            raise OodlibError(f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of {f.shape[1]}. Take "
-                              "both from one network.")
+            raise OodlibError(
+                f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of "
+                f"{f.shape[1]}. Take both from one network."
+            )
         with np.errstate(divide="ignore"):
-            u = np.log(f + self.epsilon) if self.epsilon else np.log(np.where(f > 0, f, self._floor))
+            u = (
+                np.log(f + self.epsilon)
+                if self.epsilon
+                else np.log(np.where(f > 0, f, self._floor))
+            )
         u[:, ~self.kept_] = np.nan
         return u
 
     def terms(self, norms: Any) -> Array:
-        """What each tensor adds to the score, (n, L); 0 where it is left out, +inf where the norm overflowed."""
+        """What each tensor adds to the score, (n, L); 0 where it is left out, +inf where the norm
+        overflowed.
+        """
         u = self.log_norms(norms)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            out = 0.5 * ((u - self.mean_) ** 2 / self.variance_ + np.log(2 * np.pi * self.variance_))
+            out = 0.5 * (
+                (u - self.mean_) ** 2 / self.variance_ + np.log(2 * np.pi * self.variance_)
+            )
         out[:, ~self.kept_] = 0.0
         return out
 
@@ -94,7 +113,9 @@ class LayerwiseDensity:
 
 
 def naive_norm(norms: Any) -> Array:
-    """Log of the squared norm of the whole gradient, log sum_l f_l, (n,); the log keeps the order and the range."""
+    """Log of the squared norm of the whole gradient, log sum_l f_l, (n,); the log keeps the order
+    and the range.
+    """
     with np.errstate(divide="ignore"):
         return np.log(_norms(norms, "naive_norm").sum(1))
 
@@ -108,33 +129,42 @@ def typicality(nll: Any, fit_nll: Any) -> Array:
     nll, fit = _vector(nll, "typicality"), _vector(fit_nll, "typicality")
     fit = fit[np.isfinite(fit)]
     if len(fit) == 0:
-        raise OodlibError("typicality: no finite likelihood to take the mean of. Give ID images of a flow that trained "
-                          "stably.")
+        raise OodlibError(
+            "typicality: no finite likelihood to take the mean of. Give ID images of a flow that "
+            "trained stably."
+        )
     return np.abs(nll - fit.mean())
 
 
 def input_complexity(nll_bits: Any, code_bits: Any) -> Array:
-    """-log2 p(x) - L(x), (n,): the likelihood beside a general-purpose code (Serrà et al. 2020, arXiv 1909.11480).
+    """-log2 p(x) - L(x), (n,): the likelihood beside a general-purpose code (Serrà et al. 2020,
+    arXiv 1909.11480).
 
     nll_bits (n,) and code_bits (n,), both in bits per image (or per group), from `compressed_bits`.
     """
     nll, code = _vector(nll_bits, "input_complexity"), _vector(code_bits, "input_complexity")
     if len(nll) != len(code) or not np.isfinite(code).all():
-        raise OodlibError(f"input_complexity: needs a finite code length for each of {len(nll)} images, got "
-                          f"{len(code)}.")
+        raise OodlibError(
+            f"input_complexity: needs a finite code length for each of {len(nll)} images, got "
+            f"{len(code)}."
+        )
     return nll - code
 
 
 def _norms(norms: Any, name: str) -> Array:
     f = np.array(to_numpy(norms), dtype=np.float64)
-    if f.ndim != 2 or 0 in f.shape or not (f >= 0).all():                   # NaN fails too
-        raise OodlibError(f"{name}: needs squared norms (N, tensors), none negative or NaN, got shape {f.shape}. Use "
-                          "layer_gradient_norms.")
+    if f.ndim != 2 or 0 in f.shape or not (f >= 0).all():  # NaN fails too
+        raise OodlibError(
+            f"{name}: needs squared norms (N, tensors), none negative or NaN, got shape {f.shape}. "
+            "Use layer_gradient_norms."
+        )
     return f
 
 
 def _vector(values: Any, name: str) -> Array:
     v = np.asarray(to_numpy(values), dtype=np.float64)
     if v.ndim != 1 or len(v) == 0 or np.isnan(v).any() or (v == -np.inf).any():
-        raise OodlibError(f"{name}: needs values (n,), none NaN or -inf, got shape {v.shape}. Use -log_prob.")
+        raise OodlibError(
+            f"{name}: needs values (n,), none NaN or -inf, got shape {v.shape}. Use -log_prob."
+        )
     return v

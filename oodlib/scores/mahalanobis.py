@@ -16,7 +16,8 @@ from oodlib.scores.moments import class_moments
 
 
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
-    """Matrix A with A A^T the pseudo-inverse of a covariance, so that ||A^T x||^2 is the Mahalanobis form of x.
+    """Matrix A with A A^T the pseudo-inverse of a covariance, so that ||A^T x||^2 is the
+    Mahalanobis form of x.
 
     Directions whose variance is below ``rtol`` times the largest (dead units) are left out.
 
@@ -55,8 +56,11 @@ def mahalanobis(features: Any, class_means: Any, whitening: Any) -> Any:
     return by_rows("mahalanobis", _nearest(class_means, whitening), features)
 
 
-def relative_mahalanobis(features: Any, class_means: Any, whitening: Any, mean: Any, total_whitening: Any) -> Any:
-    r"""Mahalanobis distance to the nearest class minus that to the whole training set; larger = more OOD.
+def relative_mahalanobis(
+    features: Any, class_means: Any, whitening: Any, mean: Any, total_whitening: Any
+) -> Any:
+    r"""Mahalanobis distance to the nearest class minus that to the whole training set; larger =
+    more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
 
@@ -74,12 +78,17 @@ def relative_mahalanobis(features: Any, class_means: Any, whitening: Any, mean: 
     ----------
     Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. The paper's confidence is -S, larger = ID.
     """
-    nearest, background = _nearest(class_means, whitening), _nearest(np.asarray(mean)[None], total_whitening)
+    nearest, background = (
+        _nearest(class_means, whitening),
+        _nearest(np.asarray(mean)[None], total_whitening),
+    )
     return by_rows("relative_mahalanobis", lambda h: nearest(h) - background(h), features)
 
 
 def _nearest(means: Any, whitening: Any) -> Any:
-    centre = np.asarray(means, dtype=np.float64).mean(0)       # distances ignore shifts; without it they cancel
+    centre = np.asarray(means, dtype=np.float64).mean(
+        0
+    )  # distances ignore shifts; without it they cancel
     a, centre = tensor64(whitening), tensor64(centre)
     targets = (tensor64(means) - centre) @ a
 
@@ -87,14 +96,25 @@ def _nearest(means: Any, whitening: Any) -> Any:
         x = (h.cpu() - centre) @ a
         squared = x.square().sum(1, keepdim=True) - 2 * x @ targets.T + targets.square().sum(1)
         return squared.clamp_min_(0).amin(1).to(h.device)
+
     return distance
 
 
-@register(Info(key="mahalanobis",
-               title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
-               authors="Lee, Lee, Lee, Shin", year=2018, arxiv="1807.03888", paper_larger_means="id", needs="labels",
-               deviations=("last features only, no input perturbation, no layer weights learned on outliers",
-                           "pseudo-inverse of the covariance, in float64")))
+@register(
+    Info(
+        key="mahalanobis",
+        title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
+        authors="Lee, Lee, Lee, Shin",
+        year=2018,
+        arxiv="1807.03888",
+        paper_larger_means="id",
+        needs="labels",
+        deviations=(
+            "last features only, no input perturbation, no layer weights learned on outliers",
+            "pseudo-inverse of the covariance, in float64",
+        ),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class Mahalanobis(Detector):
     """Detector of `mahalanobis`."""
@@ -129,8 +149,9 @@ class RelativeMahalanobis(Detector):
         self.mean_, self.total_whitening_ = moments.mean, whitening(moments.total_covariance)
 
     def _score(self, bank: FeatureBank) -> Any:
-        return relative_mahalanobis(bank.features, self.class_means_, self.whitening_, self.mean_,
-                                    self.total_whitening_)
+        return relative_mahalanobis(
+            bank.features, self.class_means_, self.whitening_, self.mean_, self.total_whitening_
+        )
 
 
 __all__ = ["mahalanobis", "relative_mahalanobis", "whitening"]

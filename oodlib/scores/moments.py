@@ -1,4 +1,6 @@
-"""Class means and covariances of features, streamed: one pass, float64, centred, memory of order D x D + C x D."""
+"""Class means and covariances of features, streamed: one pass, float64, centred, memory of order D
+x D + C x D.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,12 @@ class Moments:
 
 
 class MomentSums:
-    r"""Moments of features that arrive in batches and need not fit in memory: `add` each, then `moments`.
+    r"""Moments of features that arrive in batches and need not fit in memory: `add` each, then
+    `moments`.
 
-    Sums are taken about the mean of the first batch, m, which removes the cancellation of raw moments:
-    ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and
-    ``within = total - sum_c n_c (mu_c-mean)(mu_c-mean)^T / N``.
+    Sums are taken about the mean of the first batch, m, which removes the cancellation of raw
+    moments: ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and ``within = total - sum_c n_c
+    (mu_c-mean)(mu_c-mean)^T / N``.
 
     Parameters
     ----------
@@ -64,27 +67,34 @@ class MomentSums:
             size = len(self.shift)
             self.scatter, self.sums = np.zeros((size, size)), np.zeros((classes, size))
         for start in range(0, len(features), _ROWS):
-            x = features[start:start + _ROWS].astype(np.float64) - self.shift
-            y = labels[start:start + _ROWS]
+            x = features[start : start + _ROWS].astype(np.float64) - self.shift
+            y = labels[start : start + _ROWS]
             self.scatter += x.T @ x
-            np.add.at(self.sums, y, x)                               # a one-hot product costs C / D times the scatter
+            np.add.at(self.sums, y, x)  # a one-hot product costs C / D times the scatter
             self.counts += np.bincount(y, minlength=classes)
 
     def moments(self) -> Moments:
         """The moments of all that was added."""
         _check_counts("stream_moments", self.counts)
         n = int(self.counts.sum())
-        centred = self.sums.sum(0) / n                               # mean - shift
-        means = self.sums / self.counts[:, None]                     # class means - shift
+        centred = self.sums.sum(0) / n  # mean - shift
+        means = self.sums / self.counts[:, None]  # class means - shift
         total = self.scatter / n - np.outer(centred, centred)
         spread = means - centred
         within = total - (spread.T * (self.counts / n)) @ spread
-        return Moments(self.shift + centred, self.shift + means, self.counts.copy(), (within + within.T) / 2,
-                       (total + total.T) / 2)
+        return Moments(
+            self.shift + centred,
+            self.shift + means,
+            self.counts.copy(),
+            (within + within.T) / 2,
+            (total + total.T) / 2,
+        )
 
 
 def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
-    """`MomentSums` of pairs of features (n, D) and labels (n,) with values in 0 .. C-1; errors as there."""
+    """`MomentSums` of pairs of features (n, D) and labels (n,) with values in 0 .. C-1; errors as
+    there.
+    """
     sums = MomentSums(num_classes)
     for features, labels in batches:
         sums.add(features, labels)
@@ -92,9 +102,11 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
 
 
 def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArray[np.float64]:
-    """Class means (C, d) of features (n, ...) that arrive in batches, flattened to d; memory C x d only.
+    """Class means (C, d) of features (n, ...) that arrive in batches, flattened to d; memory C x d
+    only.
 
-    Arguments and errors as in `stream_moments`; the order of the samples does not matter (up to rounding).
+    Arguments and errors as in `stream_moments`; the order of the samples does not matter (up to
+    rounding).
     """
     sums, counts = np.empty((0, 0)), np.zeros(num_classes, dtype=np.int64)
     for batch_features, batch_labels in batches:
@@ -104,7 +116,7 @@ def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArra
             sums = np.zeros((num_classes, math.prod(features.shape[1:])))
         rows = max(1, 2**24 // sums.shape[1])
         for start in range(0, len(features), rows):
-            x, y = features[start:start + rows], labels[start:start + rows]
+            x, y = features[start : start + rows], labels[start : start + rows]
             np.add.at(sums, y, x.reshape(len(x), -1).astype(np.float64))
         counts += np.bincount(labels, minlength=num_classes)
     _check_counts("stream_means", counts)
@@ -112,17 +124,23 @@ def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArra
 
 
 def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
-    """`stream_moments` of arrays or tensors that are at hand (memory-mapped ones are read in pieces)."""
+    """`stream_moments` of arrays or tensors that are available (memory-mapped ones are read in
+    pieces).
+    """
     return stream_moments([(features, labels)], num_classes)
 
 
 def _check_labels(name: str, features: NDArray, labels: NDArray, num_classes: int) -> None:
     if len(features) != len(labels) or len(features) == 0:
-        raise OodlibError(f"{name}: a batch has {len(features)} features but {len(labels)} labels; as many are needed, "
-                          "and at least one. Check the loader or the filter before it.")
+        raise OodlibError(
+            f"{name}: a batch has {len(features)} features but {len(labels)} labels; as many are "
+            "needed, and at least one. Check the loader or the filter before it."
+        )
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise OodlibError(f"{name}: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. {labels.max()}. "
-                          "Leave unlabelled images out.")
+        raise OodlibError(
+            f"{name}: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. "
+            f"{labels.max()}. Leave unlabelled images out."
+        )
 
 
 def _check_counts(name: str, counts: NDArray[np.int64]) -> None:
@@ -130,5 +148,7 @@ def _check_counts(name: str, counts: NDArray[np.int64]) -> None:
         raise OodlibError(f"{name}: there was no batch. Check the loader.")
     if (counts == 0).any():
         empty = np.flatnonzero(counts == 0)
-        raise OodlibError(f"{name}: every class needs a sample, class {empty[0]} has none ({len(empty)} of "
-                          f"{len(counts)} classes are empty). Check the split.")
+        raise OodlibError(
+            f"{name}: every class needs a sample, class {empty[0]} has none ({len(empty)} of "
+            f"{len(counts)} classes are empty). Check the split."
+        )

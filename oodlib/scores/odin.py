@@ -11,7 +11,8 @@ from oodlib.scores.detector import Detector, Info, register
 
 
 def odin(logits: Any, *, temperature: float = 1000.0) -> Any:
-    r"""Negative maximum softmax probability at a high temperature, **no input perturbation**; larger = more OOD.
+    r"""Negative maximum softmax probability at a high temperature, **no input perturbation**;
+    larger = more OOD.
 
     S = -max_c p_c,   p = softmax(logits / T)
 
@@ -32,9 +33,17 @@ def odin(logits: Any, *, temperature: float = 1000.0) -> Any:
     return by_rows("odin", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
-@register(Info(key="odin", title="Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
-               authors="Liang, Li, Srikant", year=2018, arxiv="1706.02690", paper_larger_means="id",
-               deviations=("no input perturbation (epsilon 0), as GradNorm's released code runs it",)))
+@register(
+    Info(
+        key="odin",
+        title="Enhancing The Reliability of Out-of-distribution Image Detection in Neural Networks",
+        authors="Liang, Li, Srikant",
+        year=2018,
+        arxiv="1706.02690",
+        paper_larger_means="id",
+        deviations=("no input perturbation (epsilon 0), as GradNorm's released code runs it",),
+    )
+)
 @dataclass(kw_only=True, eq=False)
 class ODIN(Detector):
     """Detector of `odin`."""

@@ -1,4 +1,6 @@
-"""OPNP: weights and neurons of the head that are least and most sensitive on ID training images are removed."""
+"""OPNP: weights and neurons of the head that are least and most sensitive on ID training images are
+removed.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,21 @@ from oodlib.scores.shaper import Shaper, shaped_bank
 
 Neurons = Literal["outgoing", "activation"]
 Scope = Literal["global", "class"]
-_NEURONS, _SCOPES, _ORDERS = ("outgoing", "activation"), ("global", "class"), ("one-shot", "sequential")
+_NEURONS, _SCOPES, _ORDERS = (
+    ("outgoing", "activation"),
+    ("global", "class"),
+    ("one-shot", "sequential"),
+)
 
 
 def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) -> Any:
-    r"""Mean size of the energy's gradient with respect to each weight of the head, without autograd.
+    r"""Mean size of the energy's gradient with respect to each weight of the head, without
+    autograd.
 
     M_ji = (1/m) sum_k |dE/dW_ji (x_k)| = (1/m) sum_k p_kj |h_ki|,   p = softmax(logits / T)
 
-    One matrix product, a block of rows at a time: memory-mapped banks of any length are fine. Shards add: the M of all
-    rows is the mean of the shards' M, weighted by their numbers of rows.
+    One matrix product, a block of rows at a time: memory-mapped banks of any length are fine.
+    Shards add: the M of all rows is the mean of the shards' M, weighted by their numbers of rows.
 
     Parameters
     ----------
@@ -58,12 +65,20 @@ def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) ->
     return _mean("opnp_sensitivity", features, logits, temperature, lambda h, p: p.T @ h.abs())
 
 
-def opnp_neurons(features: Any, logits: Any, weight: Any, *, definition: Neurons = "outgoing",
-                 temperature: float = 1.0) -> Any:
-    r"""Sensitivity of each neuron before the head, by either of two definitions; the paper's own could not be read.
+def opnp_neurons(
+    features: Any,
+    logits: Any,
+    weight: Any,
+    *,
+    definition: Neurons = "outgoing",
+    temperature: float = 1.0,
+) -> Any:
+    r"""Sensitivity of each neuron before the head, by either of two definitions; the paper's own
+    could not be read.
 
-    "outgoing": the mean over classes of M, ``mean |h_i| / C``, which depends neither on the weights nor on the logits.
-    "activation": ``mean |dE/dh_i| = mean |sum_j p_j W_ji|``, which is not zero for a neuron that never fires.
+    "outgoing": the mean over classes of M, ``mean |h_i| / C``, which depends neither on the weights
+    nor on the logits. "activation": ``mean |dE/dh_i| = mean |sum_j p_j W_ji|``, which is not zero
+    for a neuron that never fires.
 
     Parameters
     ----------
@@ -80,12 +95,19 @@ def opnp_neurons(features: Any, logits: Any, weight: Any, *, definition: Neurons
     """
     weight = tensor64(weight)
     if definition not in _NEURONS:
-        raise OodlibError(f"opnp_neurons: definition must be one of {', '.join(_NEURONS)}, got {definition!r}.")
+        raise OodlibError(
+            f"opnp_neurons: definition must be one of {', '.join(_NEURONS)}, got {definition!r}."
+        )
     if tuple(weight.shape) != (np.shape(logits)[-1], np.shape(features)[-1]):
-        raise OodlibError(f"opnp_neurons: weight must be (C, D) = {(np.shape(logits)[-1], np.shape(features)[-1])}, "
-                          f"got {tuple(weight.shape)}. Is it transposed, or of another network?")
-    of_rows = {"outgoing": lambda h, p: h.abs().sum(0) / p.shape[1],
-               "activation": lambda h, p: (p @ weight.to(p.device)).abs().sum(0)}[definition]
+        raise OodlibError(
+            "opnp_neurons: weight must be (C, D) = "
+            f"{(np.shape(logits)[-1], np.shape(features)[-1])}, got {tuple(weight.shape)}. Is it "
+            "transposed, or of another network?"
+        )
+    of_rows = {
+        "outgoing": lambda h, p: h.abs().sum(0) / p.shape[1],
+        "activation": lambda h, p: (p @ weight.to(p.device)).abs().sum(0),
+    }[definition]
     return _mean("opnp_neurons", features, logits, temperature, of_rows)
 
 
@@ -97,18 +119,23 @@ def _mean(name: str, features: Any, logits: Any, temperature: float, of_rows: An
     rows = max(1, arrays.BLOCK // max(np.shape(features)[1], np.shape(logits)[1]))
     total = torch.zeros(())
     for i in range(0, count, rows):
-        h, z = tensor64(features[i:i + rows]), tensor64(logits[i:i + rows])
+        h, z = tensor64(features[i : i + rows]), tensor64(logits[i : i + rows])
         total = total.to(h.device) + of_rows(h, (z / temperature).softmax(1))
     if not torch.isfinite(total).all():
-        raise OodlibError(f"{name}: features or logits hold NaN or infinity. Check the transform and the weights.")
+        raise OodlibError(
+            f"{name}: features or logits hold NaN or infinity. Check the transform and the weights."
+        )
     return total / count if isinstance(features, Tensor) else (total / count).numpy()
 
 
-def kept(values: Any, *, low: float = 0.0, high: float = 0.0, scope: Scope = "global") -> NDArray[np.bool_]:
-    """Which entries are left when the ``floor(low n)`` smallest and the ``floor(high n)`` largest are removed.
+def kept(
+    values: Any, *, low: float = 0.0, high: float = 0.0, scope: Scope = "global"
+) -> NDArray[np.bool_]:
+    """Which entries are left when the ``floor(low n)`` smallest and the ``floor(high n)`` largest
+    are removed.
 
-    Counts are exact, whatever the ties: of equal values the first counts as the smaller. Hence a higher ratio never
-    brings an entry back, and the two tails never overlap.
+    Counts are exact, whatever the ties: of equal values the first counts as the smaller. Hence a
+    higher ratio never brings an entry back, and the two tails never overlap.
 
     Parameters
     ----------
@@ -126,15 +153,20 @@ def kept(values: Any, *, low: float = 0.0, high: float = 0.0, scope: Scope = "gl
     """
     for name, ratio in {"low": low, "high": high}.items():
         if not 0 <= ratio < 1:
-            raise OodlibError(f"opnp: {name} must be a share in [0, 1), got {ratio}. Ten per cent is 0.1.")
+            raise OodlibError(
+                f"opnp: {name} must be a share in [0, 1), got {ratio}. Ten per cent is 0.1."
+            )
     if low + high >= 1:
-        raise OodlibError(f"opnp: low + high must be below 1, got {low} + {high}: nothing would be left.")
+        raise OodlibError(
+            f"opnp: low + high must be below 1, got {low} + {high}: nothing would be left."
+        )
     rank, n = ranks(values, scope=scope)
     return (rank >= tail_size(low, n)) & (rank < n - tail_size(high, n))
 
 
 def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], int]:
-    """Place of each entry in ascending order, ties in order of index, and how many entries are ranked together.
+    """Place of each entry in ascending order, ties in order of index, and how many entries are
+    ranked together.
 
     Raises
     ------
@@ -144,7 +176,9 @@ def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], i
         raise OodlibError(f"opnp: scope must be one of {', '.join(_SCOPES)}, got {scope!r}.")
     values = to_numpy(values)
     if np.isnan(values).any():
-        raise OodlibError("opnp: sensitivities hold NaN. Check the features and logits they were made from.")
+        raise OodlibError(
+            "opnp: sensitivities hold NaN. Check the features and logits they were made from."
+        )
     rows = values.reshape(1, -1) if scope == "global" else values.reshape(len(values), -1)
     rank, n = np.empty(rows.shape, np.int64), rows.shape[1]
     np.put_along_axis(rank, np.argsort(rows, axis=1, kind="stable"), np.arange(n)[None], 1)
@@ -152,13 +186,25 @@ def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], i
 
 
 def tail_size(ratio: float, n: int) -> int:
-    """floor(ratio n), and not one less where ``ratio n`` is rounded down: 0.29 * 100 is 28.999999999999996."""
+    """floor(ratio n), and not one less where ``ratio n`` is rounded down: 0.29 * 100 is
+    28.999999999999996.
+    """
     return math.floor(ratio * n + 1e-9)
 
 
-def opnp(weight: Any, sensitivity: Any, neurons: Any = None, *, weight_low: float = 0.0, weight_high: float = 0.0,
-         neuron_low: float = 0.0, neuron_high: float = 0.0, scope: Scope = "global") -> NDArray[np.float64]:
-    r"""The head's weight without its least and most sensitive entries and neurons: not a score, but the head for one.
+def opnp(
+    weight: Any,
+    sensitivity: Any,
+    neurons: Any = None,
+    *,
+    weight_low: float = 0.0,
+    weight_high: float = 0.0,
+    neuron_low: float = 0.0,
+    neuron_high: float = 0.0,
+    scope: Scope = "global",
+) -> NDArray[np.float64]:
+    r"""The head's weight without its least and most sensitive entries and neurons: not a score, but
+    the head for one.
 
     Parameters
     ----------
@@ -181,13 +227,17 @@ def opnp(weight: Any, sensitivity: Any, neurons: Any = None, *, weight_low: floa
     """
     weight, sensitivity = to_numpy(weight).astype(np.float64), to_numpy(sensitivity)
     if weight.ndim != 2 or sensitivity.shape != weight.shape:
-        raise OodlibError(f"opnp: weight and sensitivity need the same shape (C, D), got {weight.shape} and "
-                          f"{sensitivity.shape}. Were they made from one head?")
+        raise OodlibError(
+            f"opnp: weight and sensitivity need the same shape (C, D), got {weight.shape} and "
+            f"{sensitivity.shape}. Were they made from one head?"
+        )
     mask = kept(sensitivity, low=weight_low, high=weight_high, scope=scope)
     if neuron_low or neuron_high:
         if neurons is None or np.shape(neurons) != weight.shape[1:]:
-            raise OodlibError(f"opnp: neurons must be (D,) = {weight.shape[1:]} where a neuron ratio is not 0, got "
-                              f"{None if neurons is None else tuple(np.shape(neurons))}. See opnp_neurons.")
+            raise OodlibError(
+                f"opnp: neurons must be (D,) = {weight.shape[1:]} where a neuron ratio is not 0, "
+                f"got {None if neurons is None else tuple(np.shape(neurons))}. See opnp_neurons."
+            )
         mask &= kept(neurons, low=neuron_low, high=neuron_high)
     _check_left(mask)
     return np.where(mask, weight, 0)
@@ -195,8 +245,10 @@ def opnp(weight: Any, sensitivity: Any, neurons: Any = None, *, weight_low: floa
 
 def _check_left(mask: NDArray[np.bool_]) -> None:
     if not mask.any():
-        raise OodlibError("opnp: no weight is left: the neurons that stay have lost all their weights. Lower the "
-                          "ratios.")
+        raise OodlibError(
+            "opnp: no weight is left: the neurons that stay have lost all their weights. Lower the "
+            "ratios."
+        )
 
 
 @register(
@@ -216,18 +268,22 @@ def _check_left(mask: NDArray[np.bool_]) -> None:
 )
 @dataclass(kw_only=True, eq=False)
 class OPNP(Shaper):
-    """Detector of ``then`` behind the pruned head; what it masks, it learns from ID training images.
+    """Detector of ``then`` behind the pruned head; what it masks, it learns from ID training
+    images.
 
-    The four ratios are shares of weights and of neurons, removed at the low and the high end of their sensitivity. The
-    defaults are the mildest of the suite's grid; choose them with `oodlib.scores.opnp_ratios`.
+    The four ratios are shares of weights and of neurons, removed at the low and the high end of
+    their sensitivity. The defaults are the mildest of the suite's grid; choose them with
+    `oodlib.scores.opnp_ratios`.
 
     neurons : "outgoing" or "activation", see `opnp_neurons`
     scope : of the weights' ranking, "global" or "class"
-    order : "one-shot", both masks from the network as it is; "sequential", neurons first and M again without them,
+    order : "one-shot", both masks from the network as it is; "sequential", neurons first and M
+        again without them,
         the weights' ratios then counting weights of the neurons that are left
     temperature : of the sensitivities; the score has its own
 
-    A chain applies its shapers in the order it names them: ``create("ash", then="opnp")`` shapes before pruning.
+    A chain applies its shapers in the order it names them: ``create("ash", then="opnp")`` shapes
+    before pruning.
     """
 
     weight_low: float = 0.1
@@ -241,18 +297,28 @@ class OPNP(Shaper):
 
     def _learn(self, bank: FeatureBank) -> None:
         if self.order not in _ORDERS:
-            raise OodlibError(f"opnp.fit: order must be one of {', '.join(_ORDERS)}, got {self.order!r}.")
+            raise OodlibError(
+                f"opnp.fit: order must be one of {', '.join(_ORDERS)}, got {self.order!r}."
+            )
         h, z, options = bank.features, bank.logits, {"temperature": self.temperature}
         values = opnp_neurons(h, z, bank.head.weight, definition=self.neurons, **options)
         self.neurons_ = kept(values, low=self.neuron_low, high=self.neuron_high)
         weights = np.ones(bank.head.weight.shape, bool)
         if self.order == "sequential":
             pruned = self._without_neurons(bank)
-            weights[:, self.neurons_] = kept(pruned[:, self.neurons_], low=self.weight_low, high=self.weight_high,
-                                             scope=self.scope)
+            weights[:, self.neurons_] = kept(
+                pruned[:, self.neurons_],
+                low=self.weight_low,
+                high=self.weight_high,
+                scope=self.scope,
+            )
         else:
-            weights = kept(opnp_sensitivity(h, z, **options), low=self.weight_low, high=self.weight_high,
-                           scope=self.scope)
+            weights = kept(
+                opnp_sensitivity(h, z, **options),
+                low=self.weight_low,
+                high=self.weight_high,
+                scope=self.scope,
+            )
         self.mask_ = weights & self.neurons_
         _check_left(self.mask_)
 
@@ -260,7 +326,7 @@ class OPNP(Shaper):
         """M of the network without the removed neurons, a shard of the bank at a time."""
         total = np.zeros(bank.head.weight.shape)
         for i in range(0, len(bank), 8192):
-            h = bank.features[i:i + 8192] * self.neurons_
+            h = bank.features[i : i + 8192] * self.neurons_
             total += len(h) * opnp_sensitivity(h, bank.head(h), temperature=self.temperature)
         return total / len(bank)
 

@@ -1,4 +1,6 @@
-"""Pruning ratios of OPNP: every pair of a grid in one pass over the banks, and the choice on validation sets alone."""
+"""Pruning ratios of OPNP: every pair of a grid in one pass over the banks, and the choice on
+validation sets alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ if TYPE_CHECKING:
 
 __all__ = ["HIGH", "LOW", "Choice", "Sweep", "choose", "choose_both", "kept", "sweep"]
 
-LOW = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)                    # shares of the low and of the high tail: the suite's grid
+LOW = (
+    0.0,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    0.7,
+    0.9,
+)  # shares of the low and of the high tail: the suite's grid
 HIGH = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -32,7 +42,8 @@ class Sweep:
     """Scores and ID accuracy of every pair of ratios.
 
     low (L,), high (H,) : the ratios
-    scores : set -> (L, H, N) float64, larger = more OOD; NaN where low + high is 1 or more; "id" is the ID set
+    scores : set -> (L, H, N) float64, larger = more OOD; NaN where low + high is 1 or more; "id" is
+        the ID set
     accuracy : (L, H) of the ID images whose label is known; NaN where none is
     """
 
@@ -41,7 +52,9 @@ class Sweep:
     scores: dict[str, NDArray[np.float64]]
     accuracy: NDArray[np.float64]
 
-    def metric(self, function: Callable[..., float] = metrics.auroc) -> dict[str, NDArray[np.float64]]:
+    def metric(
+        self, function: Callable[..., float] = metrics.auroc
+    ) -> dict[str, NDArray[np.float64]]:
         """(L, H) of every OOD set, by default AUROC."""
         out = {name: np.full(self.accuracy.shape, np.nan) for name in self.scores if name != "id"}
         for i, j in np.argwhere(~np.isnan(self.scores["id"][:, :, 0])):
@@ -50,14 +63,21 @@ class Sweep:
         return out
 
 
-def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[float] = LOW,
-          high: Sequence[float] = HIGH, scope: Scope = "global", keep: Any = None,
-          score: Callable[[Tensor], Tensor] = energy) -> Sweep:
+def sweep(
+    banks: Mapping[str, FeatureBank],
+    sensitivity: Any,
+    *,
+    low: Sequence[float] = LOW,
+    high: Sequence[float] = HIGH,
+    scope: Scope = "global",
+    keep: Any = None,
+    score: Callable[[Tensor], Tensor] = energy,
+) -> Sweep:
     r"""Scores of the pruned head at every pair of ratios, in one pass over the banks.
 
-    The two tails are disjoint, so the logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and U_j the weights of
-    the low and of the high tail: an L x H grid costs L + H matrix products, not L H. Products are in float32, scores in
-    float64.
+    The two tails are disjoint, so the logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and
+    U_j the weights of the low and of the high tail: an L x H grid costs L + H matrix products, not
+    L H. Products are in float32, scores in float64.
 
     Parameters
     ----------
@@ -74,23 +94,37 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
         outside [0, 1)
     """
     if "id" not in banks:
-        raise OodlibError(f"sweep: banks need an ID set called 'id', got {', '.join(banks) or 'none'}.")
+        raise OodlibError(
+            f"sweep: banks need an ID set called 'id', got {', '.join(banks) or 'none'}."
+        )
     head, labels = banks["id"].head, banks["id"].labels
     sensitivity = to_numpy(sensitivity)
     if sensitivity.shape not in (head.weight.shape, head.weight.shape[1:]):
-        raise OodlibError(f"sweep: sensitivity must be (C, D) = {head.weight.shape} or (D,), got {sensitivity.shape}.")
+        raise OodlibError(
+            f"sweep: sensitivity must be (C, D) = {head.weight.shape} or (D,), got "
+            f"{sensitivity.shape}."
+        )
     for name, bank in banks.items():
         if bank.head.digest != head.digest or len(bank) == 0:
             what = "is empty" if len(bank) == 0 else "has another head than the ID set"
-            raise OodlibError(f"sweep: the bank of {name} {what}. All banks come from one network and hold images.")
+            raise OodlibError(
+                f"sweep: the bank of {name} {what}. All banks come from one network and hold "
+                "images."
+            )
     if keep is not None and np.shape(keep) not in (head.weight.shape, head.weight.shape[1:]):
-        raise OodlibError(f"sweep: keep must be (C, D) = {head.weight.shape} or (D,), got {np.shape(keep)}.")
+        raise OodlibError(
+            f"sweep: keep must be (C, D) = {head.weight.shape} or (D,), got {np.shape(keep)}."
+        )
     weight = np.array(head.weight if keep is None else head.weight * keep, dtype=np.float32)
     if not all(0 <= ratio < 1 for ratio in (*low, *high)):
-        raise OodlibError(f"sweep: ratios must be shares in [0, 1), got low {list(low)} and high {list(high)}.")
+        raise OodlibError(
+            f"sweep: ratios must be shares in [0, 1), got low {list(low)} and high {list(high)}."
+        )
     rank, n = ranks(sensitivity, scope=scope if sensitivity.ndim == 2 else "global")
-    removed = [[_part(weight, rank < tail_size(ratio, n)) for ratio in low],
-               [_part(weight, rank >= n - tail_size(ratio, n)) for ratio in high]]
+    removed = [
+        [_part(weight, rank < tail_size(ratio, n)) for ratio in low],
+        [_part(weight, rank >= n - tail_size(ratio, n)) for ratio in high],
+    ]
     valid = np.add.outer(np.asarray(low), np.asarray(high)) < 1
     scores = {name: np.full((*valid.shape, len(bank)), np.nan) for name, bank in banks.items()}
     known = 0 if labels is None else int((labels >= 0).sum())
@@ -102,8 +136,10 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
             part = slice(start, start + rows)
             h = torch.from_numpy(np.array(bank.features[part], dtype=np.float32))
             z = h @ base.T + bias
-            lows, highs = ([(h if columns is None else h[:, columns]) @ w.T for columns, w in tail]
-                           for tail in removed)
+            lows, highs = (
+                [(h if columns is None else h[:, columns]) @ w.T for columns, w in tail]
+                for tail in removed
+            )
             for i, lowered in enumerate(lows):
                 without = z - lowered
                 for j in np.flatnonzero(valid[i]):
@@ -111,7 +147,9 @@ def sweep(banks: Mapping[str, FeatureBank], sensitivity: Any, *, low: Sequence[f
                     scores[name][i, j, part] = score(pruned)
                     if name == "id" and labels is not None and known:
                         right[i, j] += float((pruned.argmax(1).numpy() == labels[part]).sum())
-    return Sweep(np.array(low, dtype=float), np.array(high, dtype=float), scores, right / max(known, 1))
+    return Sweep(
+        np.array(low, dtype=float), np.array(high, dtype=float), scores, right / max(known, 1)
+    )
 
 
 def _part(weight: NDArray[np.float32], removed: NDArray[np.bool_]) -> tuple[Tensor | None, Tensor]:
@@ -144,11 +182,14 @@ class Choice:
     dropped: dict[str, float]
 
 
-def choose(found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, ceiling: float = 0.995) -> Choice:
-    """The pair with the best mean AUROC whose ID accuracy is at most ``tolerance`` below that of the unpruned network.
+def choose(
+    found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, ceiling: float = 0.995
+) -> Choice:
+    """The pair with the best mean AUROC whose ID accuracy is at most ``tolerance`` below that of
+    the unpruned network.
 
-    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` cannot rank ratios and are
-    dropped, unless that would leave none.
+    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` cannot
+    rank ratios and are dropped, unless that would leave none.
 
     Parameters
     ----------
@@ -162,22 +203,34 @@ def choose(found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, cei
     if prefix not in ("weight", "neuron"):
         raise OodlibError(f'choose: prefix must be "weight" or "neuron", got {prefix!r}.')
     if 0 not in found.low or 0 not in found.high:
-        raise OodlibError("choose: both grids need the ratio 0: the unpruned network is what the others are measured "
-                          f"by. Got low {found.low.tolist()} and high {found.high.tolist()}.")
+        raise OodlibError(
+            "choose: both grids need the ratio 0: the unpruned network is what the others are "
+            f"measured by. Got low {found.low.tolist()} and high {found.high.tolist()}."
+        )
     none = (int(np.argmin(found.low)), int(np.argmin(found.high)))
     if np.isnan(found.accuracy[none]):
-        raise OodlibError("choose: the ID validation set has no labels, and accuracy bounds the choice. Give labels.")
+        raise OodlibError(
+            "choose: the ID validation set has no labels, and accuracy bounds the choice. Give "
+            "labels."
+        )
     every = found.metric()
     if not every:
-        raise OodlibError("choose: there is no OOD validation set in this sweep. See validation_banks.")
+        raise OodlibError(
+            "choose: there is no OOD validation set in this sweep. See validation_banks."
+        )
     dropped = {name: float(a[none]) for name, a in every.items() if a[none] > ceiling}
     if len(dropped) == len(every):
         dropped = {}
     used = {name: a for name, a in every.items() if name not in dropped}
     mean = np.mean(list(used.values()), axis=0)
     unpruned = float(mean[none]), float(found.accuracy[none])
-    index = _best(mean, found.accuracy, unpruned[1] - tolerance, np.add.outer(found.low, found.high))
-    ratios = {f"{prefix}_low": float(found.low[index[0]]), f"{prefix}_high": float(found.high[index[1]])}
+    index = _best(
+        mean, found.accuracy, unpruned[1] - tolerance, np.add.outer(found.low, found.high)
+    )
+    ratios = {
+        f"{prefix}_low": float(found.low[index[0]]),
+        f"{prefix}_high": float(found.high[index[1]]),
+    }
     return Choice(
         ratios=ratios,
         index=index,
@@ -192,28 +245,48 @@ def choose(found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, cei
 def _best(auroc: NDArray, accuracy: NDArray, floor: float, amount: NDArray) -> tuple[int, int]:
     allowed = ~np.isnan(auroc) & (accuracy >= floor - 1e-12)
     candidates = [tuple(index) for index in np.argwhere(allowed).tolist()]
-    return min(candidates, key=lambda k: (-auroc[k], amount[k], k[1]))          # type: ignore[return-value]
+    return min(candidates, key=lambda k: (-auroc[k], amount[k], k[1]))  # type: ignore[return-value]
 
 
-def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any, weight: Choice, neuron: Choice, *,
-                low: Sequence[float] = LOW, high: Sequence[float] = HIGH, scope: Scope = "global",
-                score: Callable[[Tensor], Tensor] = energy, tolerance: float = 0.01) -> Choice:
-    """Ratios of both: the two single choices and their neighbours on the grid (up to 81 points), by the same rule.
+def choose_both(
+    banks: Mapping[str, FeatureBank],
+    sensitivity: Any,
+    neurons: Any,
+    weight: Choice,
+    neuron: Choice,
+    *,
+    low: Sequence[float] = LOW,
+    high: Sequence[float] = HIGH,
+    scope: Scope = "global",
+    score: Callable[[Tensor], Tensor] = energy,
+    tolerance: float = 0.01,
+) -> Choice:
+    """Ratios of both: the two single choices and their neighbours on the grid (up to 81 points), by
+    the same rule.
 
     Parameters
     ----------
     banks, sensitivity, scope, score : as in `sweep`; ``neurons`` (D,)
     weight, neuron : from `choose`
     """
-    near = {key: _neighbours(high if key.endswith("high") else low, value)
-            for key, value in {**weight.ratios, **neuron.ratios}.items()}
+    near = {
+        key: _neighbours(high if key.endswith("high") else low, value)
+        for key, value in {**weight.ratios, **neuron.ratios}.items()
+    }
     best: Choice | None = None
     for neuron_low in near["neuron_low"]:
         for neuron_high in near["neuron_high"]:
             if neuron_low + neuron_high >= 1:
                 continue
-            found = sweep(banks, sensitivity, low=near["weight_low"], high=near["weight_high"], scope=scope,
-                          keep=kept(neurons, low=neuron_low, high=neuron_high), score=score)
+            found = sweep(
+                banks,
+                sensitivity,
+                low=near["weight_low"],
+                high=near["weight_high"],
+                scope=scope,
+                keep=kept(neurons, low=neuron_low, high=neuron_high),
+                score=score,
+            )
             every = found.metric()
             mean = np.mean([a for name, a in every.items() if name not in weight.dropped], axis=0)
             amount = np.add.outer(found.low, found.high)
@@ -221,8 +294,12 @@ def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any
             if not (found.accuracy >= floor - 1e-12).any():
                 continue
             i, j = _best(mean, found.accuracy, floor, amount)
-            ratios = {"weight_low": float(found.low[i]), "weight_high": float(found.high[j]),
-                      "neuron_low": neuron_low, "neuron_high": neuron_high}
+            ratios = {
+                "weight_low": float(found.low[i]),
+                "weight_high": float(found.high[j]),
+                "neuron_low": neuron_low,
+                "neuron_high": neuron_high,
+            }
             choice = Choice(
                 ratios=ratios,
                 index=None,
@@ -232,9 +309,12 @@ def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any
                 by_set={name: float(a[i, j]) for name, a in every.items()},
                 dropped=weight.dropped,
             )
-            if best is None or (choice.auroc, -sum(ratios.values())) > (best.auroc, -sum(best.ratios.values())):
+            if best is None or (choice.auroc, -sum(ratios.values())) > (
+                best.auroc,
+                -sum(best.ratios.values()),
+            ):
                 best = choice
-    if best is None:                                         # both together cost more accuracy than either alone
+    if best is None:  # both together cost more accuracy than either alone
         single = max(weight, neuron, key=lambda c: c.auroc)
         ratios = dict.fromkeys(near, 0.0) | single.ratios
         return Choice(
@@ -252,8 +332,9 @@ def choose_both(banks: Mapping[str, FeatureBank], sensitivity: Any, neurons: Any
 def _neighbours(grid: Sequence[float], value: float) -> list[float]:
     ordered = sorted(grid)
     if value not in ordered:
-        raise OodlibError(f"choose_both: the chosen ratio {value} is not in the grid {ordered}. Use the grids of the "
-                          "two single choices.")
+        raise OodlibError(
+            f"choose_both: the chosen ratio {value} is not in the grid {ordered}. Use the grids of "
+            "the two single choices."
+        )
     at = ordered.index(value)
-    return ordered[max(0, at - 1):at + 2]
-
+    return ordered[max(0, at - 1) : at + 2]

@@ -13,7 +13,7 @@ from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores.detector import Info, register
 from oodlib.scores.shaper import Shaper, shaped_bank
 
-_VALUES = 2**27                                      # activations that the percentile is taken over, at most
+_VALUES = 2**27  # activations that the percentile is taken over, at most
 
 
 def react(features: Any, threshold: float) -> Any:
@@ -56,8 +56,12 @@ class ReAct(Shaper):
 
     def _learn(self, bank: FeatureBank) -> None:
         if not 0 <= self.percentile <= 100:
-            raise OodlibError(f"react.fit: percentile must lie in 0 .. 100 (per cent), got {self.percentile}.")
-        step = -(-bank.features.size // _VALUES)     # evenly spaced rows of banks that are larger than that
+            raise OodlibError(
+                f"react.fit: percentile must lie in 0 .. 100 (per cent), got {self.percentile}."
+            )
+        step = -(
+            -bank.features.size // _VALUES
+        )  # evenly spaced rows of banks that are larger than that
         self.threshold_ = float(np.percentile(bank.features[::step], self.percentile))
 
     def _shape(self, bank: FeatureBank) -> FeatureBank:

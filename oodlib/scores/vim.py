@@ -1,4 +1,6 @@
-"""Virtual-logit matching: what of the feature the training data's principal space leaves over, beside the energy."""
+"""Virtual-logit matching: what of the feature the training data's principal space leaves over,
+beside the energy.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,19 @@ def vim(features: Any, logits: Any, *, origin: Any, residual: Any, alpha: float)
     Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
     """
     o, r = tensor64(origin), tensor64(residual)
-    return by_rows("vim", lambda h, z: alpha * ((h.cpu() - o) @ r).norm(dim=1).to(h.device) - z.logsumexp(1),
-                   features, logits)
+    return by_rows(
+        "vim",
+        lambda h, z: alpha * ((h.cpu() - o) @ r).norm(dim=1).to(h.device) - z.logsumexp(1),
+        features,
+        logits,
+    )
 
 
 def vim_origin(head: Head) -> NDArray[np.float64]:
     """(D,): o = -W^+ b, the feature whose logits are nearest to zero."""
-    return -np.linalg.pinv(np.asarray(head.weight, dtype=np.float64)) @ np.asarray(head.bias, dtype=np.float64)
+    return -np.linalg.pinv(np.asarray(head.weight, dtype=np.float64)) @ np.asarray(
+        head.bias, dtype=np.float64
+    )
 
 
 def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray[np.float64]:
@@ -54,18 +62,24 @@ def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray
     if dim is None:
         dim = 1000 if size >= 2048 else 512 if size >= 768 else size // 2
     if not 0 < dim < size:
-        raise OodlibError(f"vim.fit: dim must lie in 1 .. {size - 1} (D = {size} features), got {dim}. At least "
-                          "one direction must be left over.")
-    return np.ascontiguousarray(np.linalg.eigh(second)[1][:, :size - dim])             # ascending eigenvalues
+        raise OodlibError(
+            f"vim.fit: dim must lie in 1 .. {size - 1} (D = {size} features), got {dim}. At least "
+            "one direction must be left over."
+        )
+    return np.ascontiguousarray(np.linalg.eigh(second)[1][:, : size - dim])  # ascending eigenvalues
 
 
 def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
     """Mean largest logit / mean residual norm of training features (N, D) with logits (N, C)."""
-    norms = by_rows("vim.fit", lambda h: ((h - tensor64(origin)) @ tensor64(residual)).norm(dim=1), features)
+    norms = by_rows(
+        "vim.fit", lambda h: ((h - tensor64(origin)) @ tensor64(residual)).norm(dim=1), features
+    )
     if not norms.mean() > 0:
         size, left = np.shape(residual)
-        raise OodlibError(f"vim.fit: the training features lie in {size - left} dimensions, nothing is left over. "
-                          "Give a smaller dim.")
+        raise OodlibError(
+            f"vim.fit: the training features lie in {size - left} dimensions, nothing is left "
+            "over. Give a smaller dim."
+        )
     return float(np.asarray(logits, dtype=np.float64).max(1).mean() / norms.mean())
 
 
@@ -78,7 +92,9 @@ def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
         arxiv="2203.10807",
         paper_larger_means="ood",
         needs="features",
-        deviations=("below 768 features half of them are principal (512 would leave little or nothing)",),
+        deviations=(
+            "below 768 features half of them are principal (512 would leave little or nothing)",
+        ),
     )
 )
 @dataclass(kw_only=True, eq=False)
@@ -94,10 +110,16 @@ class ViM(Detector):
         self.origin_ = vim_origin(bank.head)
         second = np.zeros((size, size))
         for i in range(0, len(bank), 8192):
-            x = np.asarray(bank.features[i:i + 8192], dtype=np.float64) - self.origin_
+            x = np.asarray(bank.features[i : i + 8192], dtype=np.float64) - self.origin_
             second += x.T @ x
         self.residual_ = vim_residual(second, self.dim)
         self.alpha_ = vim_alpha(bank.features, bank.logits, self.origin_, self.residual_)
 
     def _score(self, bank: FeatureBank) -> Any:
-        return vim(bank.features, bank.logits, origin=self.origin_, residual=self.residual_, alpha=self.alpha_)
+        return vim(
+            bank.features,
+            bank.logits,
+            origin=self.origin_,
+            residual=self.residual_,
+            alpha=self.alpha_,
+        )

@@ -1,1 +1,3 @@
-"""The machinery of the notebooks: finding, running, verifying, reporting, and the course made of them."""
+"""The machinery of the notebooks: finding, running, verifying, reporting, and the course made of
+them.
+"""

@@ -1,6 +1,8 @@
-"""The commands of the suite: run the notebooks, report, verify, make the course and the pages, check, tidy up.
+"""The commands of the suite: run the notebooks, report, verify, make the course and the pages,
+check, tidy up.
 
-Each takes what the command line parsed and returns its exit code. Heavy imports wait until a command needs them.
+Each takes what the command line parsed and returns its exit code. Heavy imports wait until a
+command needs them.
 """
 
 from __future__ import annotations
@@ -18,12 +20,31 @@ from oodlib.suite.notebooks import find_notebook, list_notebooks
 from oodlib.suite.runner import Options, make_plans, run_all
 from oodlib.workspace import PROFILES, root
 
-__all__ = ["clean", "docs", "doctor", "lab", "lint", "notebook", "report", "reproduce", "student", "test", "verify"]
+__all__ = [
+    "clean",
+    "docs",
+    "doctor",
+    "lab",
+    "lint",
+    "notebook",
+    "report",
+    "reproduce",
+    "student",
+    "test",
+    "verify",
+]
 
 
 def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
-    return Options(profile=given.profile, seed=given.seed, device=given.device, extra=dict(given.parameter or []),
-                   jobs=max(1, given.jobs), force=given.force, output=output)
+    return Options(
+        profile=given.profile,
+        seed=given.seed,
+        device=given.device,
+        extra=dict(given.parameter or []),
+        jobs=max(1, given.jobs),
+        force=given.force,
+        output=output,
+    )
 
 
 def reproduce(given: argparse.Namespace) -> int:
@@ -42,7 +63,10 @@ def reproduce(given: argparse.Namespace) -> int:
         finished = [entry for entry in collect(given.profile) if not entry.reference]
         print("", *verdict_lines(finished), "", f"Report: {path}", sep="\n")
     if failed:
-        print(f"Failed: {', '.join(failed)}. The others are done and will not run again.", file=sys.stderr)
+        print(
+            f"Failed: {', '.join(failed)}. The others are done and will not run again.",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 
@@ -69,7 +93,9 @@ def report(given: argparse.Namespace) -> int:
 
 
 def verify(given: argparse.Namespace) -> int:
-    """Run afresh and compare with the reference results; with ``--update``, make the finished runs the reference."""
+    """Run afresh and compare with the reference results; with ``--update``, make the finished runs
+    the reference.
+    """
     from oodlib.suite.verify import compare_runs, referenced, update_reference
 
     if given.update:
@@ -90,6 +116,7 @@ def verify(given: argparse.Namespace) -> int:
 def student(given: argparse.Namespace) -> int:
     """Write the course copies."""
     from oodlib.suite.course import make_course
+
     target = root() / "build" / "course"
     for name in make_course(target):
         print(name)
@@ -100,6 +127,7 @@ def student(given: argparse.Namespace) -> int:
 def docs(given: argparse.Namespace) -> int:
     """Write the API reference and the generated text of the pages."""
     from oodlib.suite.docs import build_docs
+
     print(f"API reference: {build_docs(root() / 'build' / 'docs')}")
     _update_pages()
     return 0
@@ -125,7 +153,10 @@ def clean(given: argparse.Namespace) -> int:
     folders = [root() / "build", *[root() / "figures" / profile for profile in PROFILES]]
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
-    print("Removed build/ and figures/<profile>/. Data, checkpoints and figures/reference/ are untouched.")
+    print(
+        "Removed build/ and figures/<profile>/. Data, checkpoints and figures/reference/ are "
+        "untouched."
+    )
     return 0
 
 
@@ -146,5 +177,8 @@ def lab(given: argparse.Namespace) -> int:
 
 
 def _python(module: str, *arguments: str, environment: dict[str, str] | None = None) -> int:
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root(),
-                          env={**os.environ, **(environment or {})}).returncode
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=root(),
+        env={**os.environ, **(environment or {})},
+    ).returncode

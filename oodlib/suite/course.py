@@ -1,9 +1,9 @@
 """Student, solution and code-only copies of the notebooks, made from the one solved source.
 
-Marks in a source notebook: ``# BEGIN SOLUTION`` ... ``# END SOLUTION`` around what the student writes, in a cell tagged
-``exercise:<id>``; ``check:<id>`` on the cell that checks it; ``instructor`` on cells no student sees; ``core`` and
-``appendix`` on the rest. The student and code copies hold the core (everything not tagged ``appendix``), the solution
-copy holds all.
+Marks in a source notebook: ``# BEGIN SOLUTION`` ... ``# END SOLUTION`` around what the student
+writes, in a cell tagged ``exercise:<id>``; ``check:<id>`` on the cell that checks it;
+``instructor`` on cells no student sees; ``core`` and ``appendix`` on the rest. The student and code
+copies hold the core (everything not tagged ``appendix``), the solution copy holds all.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.suite.notebooks import list_notebooks
 
-__all__ = ["code_copy", "exercise_of", "make_course", "open_exercise", "signatures", "solution_copy", "solutions",
-           "student_copy"]
+__all__ = [
+    "code_copy",
+    "exercise_of",
+    "make_course",
+    "open_exercise",
+    "signatures",
+    "solution_copy",
+    "solutions",
+    "student_copy",
+]
 
 _BEGIN, _END = re.compile(r"^\s*#+\s*BEGIN SOLUTION\s*$"), re.compile(r"^\s*#+\s*END SOLUTION\s*$")
 Cell = dict[str, Any]
@@ -45,7 +53,9 @@ def _split(text: str, where: str) -> list[tuple[bool, list[str]]]:
     for line in text.split("\n"):
         begin, end = bool(_BEGIN.match(line)), bool(_END.match(line))
         if (begin and runs[-1][0]) or (end and not runs[-1][0]):
-            raise OodlibError(f"{where}: BEGIN and END SOLUTION must alternate; see {line.strip()!r}.")
+            raise OodlibError(
+                f"{where}: BEGIN and END SOLUTION must alternate; see {line.strip()!r}."
+            )
         if begin or end:
             runs.append((begin, [line] if begin else []))
         else:
@@ -56,11 +66,13 @@ def _split(text: str, where: str) -> list[tuple[bool, list[str]]]:
 
 
 def open_exercise(text: str, exercise: str) -> str:
-    """``text`` with each solution region replaced by ``raise NotImplementedError("<exercise>")`` at its indentation."""
+    """``text`` with each solution region replaced by ``raise NotImplementedError("<exercise>")`` at
+    its indentation.
+    """
     lines: list[str] = []
     for inside, part in _split(text, exercise):
         if inside:
-            indent = part[0][:len(part[0]) - len(part[0].lstrip())]
+            indent = part[0][: len(part[0]) - len(part[0].lstrip())]
             lines.append(f'{indent}raise NotImplementedError("{exercise}")')
         else:
             lines += part
@@ -73,7 +85,9 @@ def solutions(text: str, where: str = "cell") -> list[str]:
 
 
 def _without_marks(text: str, where: str) -> str:
-    return "\n".join(line for inside, part in _split(text, where) for line in (part[1:] if inside else part))
+    return "\n".join(
+        line for inside, part in _split(text, where) for line in (part[1:] if inside else part)
+    )
 
 
 def solution_copy(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +97,9 @@ def solution_copy(notebook: dict[str, Any]) -> dict[str, Any]:
 
 def student_copy(notebook: dict[str, Any]) -> dict[str, Any]:
     """The core, exercises open; without instructor and appendix cells."""
-    return _copy(notebook, lambda cell: not {"instructor", "appendix"} & set(_tags(cell)), open_exercise)
+    return _copy(
+        notebook, lambda cell: not {"instructor", "appendix"} & set(_tags(cell)), open_exercise
+    )
 
 
 def code_copy(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +125,10 @@ def _copy(notebook: dict[str, Any], keep: Any, change: Any) -> dict[str, Any]:
         text = _source(cell)
         exercise = exercise_of(cell)
         if "BEGIN SOLUTION" in text and exercise is None:
-            raise OodlibError("A cell with BEGIN SOLUTION needs a tag exercise:<id>. It begins: "
-                              f"{text.splitlines()[0]!r}.")
+            raise OodlibError(
+                "A cell with BEGIN SOLUTION needs a tag exercise:<id>. It begins: "
+                f"{text.splitlines()[0]!r}."
+            )
         cell["source"] = change(text, exercise) if exercise else text
         cell["outputs"], cell["execution_count"] = [], None
     return made
@@ -131,7 +149,9 @@ _COPIES = {"student": student_copy, "solution": solution_copy, "code": code_copy
 
 
 def make_course(target: Path, sources: list[Path] | None = None) -> list[str]:
-    """Write ``target``/{student,solution,code}/<notebook>.ipynb; returns a line per notebook (exercises, cells)."""
+    """Write ``target``/{student,solution,code}/<notebook>.ipynb; returns a line per notebook
+    (exercises, cells).
+    """
     told = []
     for path in sources if sources is not None else list_notebooks():
         notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -140,7 +160,10 @@ def make_course(target: Path, sources: list[Path] | None = None) -> list[str]:
                 made = make(notebook)
             except OodlibError as error:
                 raise OodlibError(f"{path.name}: {error}") from error
-            write_text(target / name / path.name, json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+            write_text(
+                target / name / path.name,
+                json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
+            )
         exercises = {exercise_of(cell) for cell in notebook["cells"]} - {None}
         told.append(f"{path.stem}: {len(exercises)} exercises, {len(notebook['cells'])} cells")
     return told

@@ -14,7 +14,10 @@ def module_names() -> list[str]:
     """Every module of the package that a user may import, in alphabetical order."""
     package = sys.modules["oodlib"]
     found = [module.name for module in pkgutil.walk_packages(package.__path__, "oodlib.")]
-    return ["oodlib", *sorted(name for name in found if not name.rpartition(".")[2].startswith("_"))]
+    return [
+        "oodlib",
+        *sorted(name for name in found if not name.rpartition(".")[2].startswith("_")),
+    ]
 
 
 def build_docs(target: Path) -> Path:
@@ -22,12 +25,16 @@ def build_docs(target: Path) -> Path:
     import pdoc
 
     package = sys.modules["oodlib"]
-    for name in package.__all__:        # the package loads its names on first use; pdoc sees loaded ones only
+    for (
+        name
+    ) in package.__all__:  # the package loads its names on first use; pdoc sees loaded ones only
         setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="numpy", search=True, show_source=True)
     with warnings.catch_warnings():
-        for harmless in ("The module specification .* has already been added",      # a module named like its function
-                         "Error parsing type annotation"):                          # inherited from another module
+        for harmless in (
+            "The module specification .* has already been added",  # a module named like its function
+            "Error parsing type annotation",
+        ):  # inherited from another module
             warnings.filterwarnings("ignore", harmless, UserWarning)
         pdoc.pdoc(*module_names(), output_directory=target)
     return target / "index.html"

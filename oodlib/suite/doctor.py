@@ -32,9 +32,14 @@ def check_env() -> list[str]:
         return [*problems, str(error)]
     for name, (wanted, found) in locked.items():
         if found is None:
-            problems.append(f"{name} {wanted} is in the lock but not installed. pip install -r requirements.lock")
+            problems.append(
+                f"{name} {wanted} is in the lock but not installed. pip install -r "
+                "requirements.lock"
+            )
         elif found.split("+")[0] != wanted:
-            problems.append(f"{name} is {found}, the lock has {wanted}. pip install -r requirements.lock")
+            problems.append(
+                f"{name} is {found}, the lock has {wanted}. pip install -r requirements.lock"
+            )
     return problems
 
 
@@ -47,13 +52,20 @@ def _import_problems() -> list[str]:
         import torchvision
     except (ImportError, OSError, RuntimeError) as error:
         if "torchvision::nms" in str(error):
-            return [f"torch {torch.__version__} and torchvision {_version('torchvision')} do not match (operator "
-                    f"torchvision::nms does not exist): one is a CPU-only build, or from another index. {_REPAIR}"]
+            return [
+                f"torch {torch.__version__} and torchvision {_version('torchvision')} do not match "
+                "(operator torchvision::nms does not exist): one is a CPU-only build, or from "
+                f"another index. {_REPAIR}"
+            ]
         return [f"torchvision cannot be imported ({error}). {_REPAIR}"]
     for requirement in map(Requirement, requires("torchvision") or []):
-        if requirement.name == "torch" and not requirement.specifier.contains(torch.__version__, prereleases=True):
-            return [f"torchvision {torchvision.__version__} needs torch{requirement.specifier}, found "
-                    f"{torch.__version__}. {_REPAIR}"]
+        if requirement.name == "torch" and not requirement.specifier.contains(
+            torch.__version__, prereleases=True
+        ):
+            return [
+                f"torchvision {torchvision.__version__} needs torch{requirement.specifier}, found "
+                f"{torch.__version__}. {_REPAIR}"
+            ]
     return []
 
 
@@ -73,7 +85,10 @@ def _against_lock() -> dict[str, tuple[str, str | None]]:
         if re.match(r"[A-Za-z0-9]", line):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
-                found[requirement.name] = (str(requirement.specifier).removeprefix("=="), _version(requirement.name))
+                found[requirement.name] = (
+                    str(requirement.specifier).removeprefix("=="),
+                    _version(requirement.name),
+                )
     return found
 
 
@@ -86,13 +101,16 @@ def describe() -> tuple[str, list[str]]:
     total, free = memory.total / 2**30, memory.available / 2**30
     rows = [
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
-        ("torch", f"{_version('torch')}, torchvision {_version('torchvision')}, timm {_version('timm')}"),
+        (
+            "torch",
+            f"{_version('torch')}, torchvision {_version('torchvision')}, timm {_version('timm')}",
+        ),
         ("devices", ", ".join(_devices())),
         ("machine", f"{os.cpu_count()} cores, {total:.0f} GB memory ({free:.0f} free)"),
     ]
     try:
         root()
-    except OodlibError:     # the code alone: it is among the problems
+    except OodlibError:  # the code alone: it is among the problems
         pass
     else:
         rows += _repository_rows(total)
@@ -105,12 +123,18 @@ def _repository_rows(memory: float) -> list[tuple[str, str]]:
     """The rows of the screen that read files of the repository."""
     disk = shutil.disk_usage(root()).free / 2**30
     locked = _against_lock()
-    same = sum(found is not None and found.split("+")[0] == wanted for wanted, found in locked.values())
+    same = sum(
+        found is not None and found.split("+")[0] == wanted for wanted, found in locked.values()
+    )
     present, missing = _image_sets()
     return [
         ("disk", f"{disk:.0f} GB free"),
         ("packages", f"{same} of {len(locked)} as in the lock"),
-        ("mirror", os.environ.get("OODLIB_MIRROR") or "none (OODLIB_MIRROR is not set: sets are downloaded)"),
+        (
+            "mirror",
+            os.environ.get("OODLIB_MIRROR")
+            or "none (OODLIB_MIRROR is not set: sets are downloaded)",
+        ),
         ("image sets", _list(present) + (f"; missing: {', '.join(missing)}" if missing else "")),
         ("weights", _list(_weights())),
         *_profiles(missing, memory).items(),
@@ -128,14 +152,18 @@ def _devices() -> list[str]:
         return ["unknown (torch does not import)"]
     found = ["cpu"]
     if torch.cuda.is_available():
-        found += [f"cuda:{at} {torch.cuda.get_device_name(at)}" for at in range(torch.cuda.device_count())]
+        found += [
+            f"cuda:{at} {torch.cuda.get_device_name(at)}" for at in range(torch.cuda.device_count())
+        ]
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
 
 
 def _image_sets() -> tuple[list[str], list[str]]:
-    """Names of the real sets that are prepared or in the mirror ("name/split"), and of those that are not."""
+    """Names of the real sets that are prepared or in the mirror ("name/split"), and of those that
+    are not.
+    """
     from oodlib.data.public.prepare import prepared_info
     from oodlib.data.public.registry import SETS
 
@@ -144,7 +172,9 @@ def _image_sets() -> tuple[list[str], list[str]]:
     missing: list[str] = []
     for name, info in SETS.items():
         for split in info.splits:
-            here = prepared_info(name, split) is not None or (mirror and _in_mirror(info, split, Path(mirror)))
+            here = prepared_info(name, split) is not None or (
+                mirror and _in_mirror(info, split, Path(mirror))
+            )
             (present if here else missing).append(f"{name}/{split}")
     return present, missing
 
@@ -152,9 +182,15 @@ def _image_sets() -> tuple[list[str], list[str]]:
 def _in_mirror(info: SetInfo, split: str, mirror: Path) -> bool:
     """Whether a mirror holds files of this split, by their names alone."""
     entry = info.split(split)
-    shards = any(any((mirror / name).glob(f"{entry.mirror or split}-*.parquet")) for name in info.folders)
+    shards = any(
+        any((mirror / name).glob(f"{entry.mirror or split}-*.parquet")) for name in info.folders
+    )
     folders = [mirror / name / sub for name in info.folders for sub in ("", "raw")]
-    raw = any((folder / file).is_file() for folder in folders for file in (*(entry.idx or ())[:1], *entry.zips))
+    raw = any(
+        (folder / file).is_file()
+        for folder in folders
+        for file in (*(entry.idx or ())[:1], *entry.zips)
+    )
     return bool(shards or raw or (info.archive and (mirror / Path(info.archive[0]).name).is_file()))
 
 
@@ -163,8 +199,12 @@ def _weights() -> list[str]:
     folders = [root() / "data" / "checkpoints", root() / "data" / "weights"]
     if os.environ.get("OODLIB_MIRROR"):
         folders.append(Path(os.environ["OODLIB_MIRROR"]) / "weights")
-    return [path.name for folder in folders for path in sorted(folder.glob("*"))
-            if path.is_dir() or path.suffix in (".safetensors", ".th", ".tar", ".pth", ".npz")]
+    return [
+        path.name
+        for folder in folders
+        for path in sorted(folder.glob("*"))
+        if path.is_dir() or path.suffix in (".safetensors", ".th", ".tar", ".pth", ".npz")
+    ]
 
 
 def _profiles(missing: list[str], memory: float) -> dict[str, str]:
@@ -172,5 +212,9 @@ def _profiles(missing: list[str], memory: float) -> dict[str, str]:
     benchmark = f"needs {', '.join(needs)}: make data PROFILE=benchmark" if needs else "can run"
     if not needs and missing:
         benchmark += f", without {', '.join(missing)}"
-    return {"smoke": "can run", "laptop": "can run" if memory >= 3 else "may run out of memory (3 GB are needed)",
-            "benchmark": benchmark, "paper": "needs your own data and weights: make data PROFILE=paper lists them"}
+    return {
+        "smoke": "can run",
+        "laptop": "can run" if memory >= 3 else "may run out of memory (3 GB are needed)",
+        "benchmark": benchmark,
+        "paper": "needs your own data and weights: make data PROFILE=paper lists them",
+    }

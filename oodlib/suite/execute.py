@@ -20,7 +20,9 @@ __all__ = ["NotebookFailure", "execute"]
 
 
 class NotebookFailure(Exception):
-    """A notebook stopped; the text shows the cell and its traceback, ``executed`` is the notebook so far (JSON)."""
+    """A notebook stopped; the text shows the cell and its traceback, ``executed`` is the notebook
+    so far (JSON).
+    """
 
     def __init__(self, message: str, executed: str) -> None:
         super().__init__(message)
@@ -43,27 +45,43 @@ class _Engine(NBClientEngine):
     """papermill's engine with an environment for the kernel and a progress line."""
 
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, *, environment: dict[str, str],
-                                 progress: _Progress, **options: Any) -> None:
+    def execute_managed_notebook(
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        *,
+        environment: dict[str, str],
+        progress: _Progress,
+        **options: Any,
+    ) -> None:
         cell_start = nb_man.cell_start
-        progress.cells = len(nb_man.nb.cells)       # papermill has added the cell with the parameters
+        progress.cells = len(nb_man.nb.cells)  # papermill has added the cell with the parameters
 
         def start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
             progress.cell(cell_index or 0)
             cell_start(cell, cell_index, **more)
 
         nb_man.cell_start = start
-        client = _Client(nb_man, kernel_name=kernel_name, timeout=None, log_output=False,
-                         extra_arguments=["--IPKernelApp.log_level=50"])    # cells tell their own errors
+        client = _Client(
+            nb_man,
+            kernel_name=kernel_name,
+            timeout=None,
+            log_output=False,
+            extra_arguments=["--IPKernelApp.log_level=50"],
+        )  # cells tell their own errors
         try:
             client.execute(env=environment)
-        except KeyboardInterrupt:       # nobody waits for the cell any more, and asyncio would print its traceback
+        except (
+            KeyboardInterrupt
+        ):  # nobody waits for the cell any more, and asyncio would print its traceback
             logging.getLogger("asyncio").disabled = True
             raise
 
 
 class _Progress:
-    """``01_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s in a log."""
+    """``01_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s
+    in a log.
+    """
 
     def __init__(self, name: str) -> None:
         self.name, self.cells, self.started, self.shown = name, 0, time.monotonic(), -1e9
@@ -82,14 +100,20 @@ class _Progress:
             self.shown = time.monotonic()
 
     def end(self, word: str) -> None:
-        print(f"{chr(13) if self.terminal else ''}{self.name}  {word}  {self.elapsed()}          ".rstrip(), flush=True)
+        print(
+            f"{chr(13) if self.terminal else ''}{self.name}  {word}  {self.elapsed()}          ".rstrip(),
+            flush=True,
+        )
 
 
-def execute(source: Path, target: Path, parameters: dict[str, Any], environment: dict[str, str]) -> None:
-    """Run ``source`` in a fresh kernel of this interpreter and write it, with its outputs, to ``target``.
+def execute(
+    source: Path, target: Path, parameters: dict[str, Any], environment: dict[str, str]
+) -> None:
+    """Run ``source`` in a fresh kernel of this interpreter and write it, with its outputs, to
+    ``target``.
 
-    The kernel starts in the notebook's folder, as in JupyterLab. One that does not start (two kernels drew the same
-    port) is started once more; no other error is tried again.
+    The kernel starts in the notebook's folder, as in JupyterLab. One that does not start (two
+    kernels drew the same port) is started once more; no other error is tried again.
 
     Raises
     ------
@@ -100,9 +124,18 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], environment:
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(
-                str(source), str(target), parameters=parameters, kernel_name="python3", language="python",
-                engine_name="oodlib", progress_bar=False, cwd=str(source.parent), autosave_cell_every=0,
-                environment=environment, progress=progress)
+                str(source),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                engine_name="oodlib",
+                progress_bar=False,
+                cwd=str(source.parent),
+                autosave_cell_every=0,
+                environment=environment,
+                progress=progress,
+            )
         except PapermillExecutionError as error:
             progress.end("FAILED")
             raise NotebookFailure(_explain(source.stem, error), _read(target, source)) from error
@@ -120,7 +153,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], environment:
 
 
 def _read(target: Path, source: Path) -> str:
-    return (target if target.exists() and os.path.getsize(target) else source).read_text(encoding="utf-8")
+    return (target if target.exists() and os.path.getsize(target) else source).read_text(
+        encoding="utf-8"
+    )
 
 
 def _explain(name: str, error: PapermillExecutionError) -> str:

@@ -1,4 +1,6 @@
-"""Where things lie in the repository, and what the four profiles ask of each notebook. No heavy import."""
+"""Where things lie in the repository, and what the four profiles ask of each notebook. No heavy
+import.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from oodlib.workspace import check_profile, root
 
 __all__ = ["Notebook", "check_names", "find_notebook", "list_notebooks", "load_profile"]
 
+
 @dataclass(frozen=True)
 class Notebook:
     """One notebook of the suite: its name ("01_gradnorm"), its file, and its cells as stored."""
@@ -27,16 +30,30 @@ class Notebook:
     def read(cls, path: Path) -> Notebook:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            cells = tuple({"type": cell["cell_type"], "tags": cell.get("metadata", {}).get("tags", []),
-                           "source": "".join(cell["source"])} for cell in content["cells"])
+            cells = tuple(
+                {
+                    "type": cell["cell_type"],
+                    "tags": cell.get("metadata", {}).get("tags", []),
+                    "source": "".join(cell["source"]),
+                }
+                for cell in content["cells"]
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise OodlibError(f"{path.name} is not a version-4 notebook ({error}). Restore it from git.") from error
+            raise OodlibError(
+                f"{path.name} is not a version-4 notebook ({error}). Restore it from git."
+            ) from error
         return cls(path.stem, path, cells)
 
     def code(self) -> list[str]:
         """Sources of the code cells, IPython magics and shell lines blanked."""
-        return ["\n".join("pass" if line.startswith(("%", "!")) else line for line in cell["source"].split("\n"))
-                for cell in self.cells if cell["type"] == "code"]
+        return [
+            "\n".join(
+                "pass" if line.startswith(("%", "!")) else line
+                for line in cell["source"].split("\n")
+            )
+            for cell in self.cells
+            if cell["type"] == "code"
+        ]
 
     def parameters(self) -> dict[str, Any]:
         """Names and default values of the cell tagged ``parameters``; empty where there is none."""
@@ -45,14 +62,22 @@ class Notebook:
             if cell["type"] != "code" or "parameters" not in cell["tags"]:
                 continue
             for node in ast.parse(cell["source"]).body:
-                target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-                if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(target, ast.Name):
+                target = (
+                    node.targets[0]
+                    if isinstance(node, ast.Assign)
+                    else getattr(node, "target", None)
+                )
+                if not isinstance(node, ast.Assign | ast.AnnAssign) or not isinstance(
+                    target, ast.Name
+                ):
                     continue
                 try:
                     found[target.id] = ast.literal_eval(node.value)  # type: ignore[arg-type]
                 except (ValueError, TypeError) as error:
-                    raise OodlibError(f"{self.name}: the parameters cell may hold literals only, "
-                                      f"{target.id} is none. Compute it in the next cell.") from error
+                    raise OodlibError(
+                        f"{self.name}: the parameters cell may hold literals only, "
+                        f"{target.id} is none. Compute it in the next cell."
+                    ) from error
         return found
 
 
@@ -62,32 +87,45 @@ def list_notebooks() -> list[Path]:
 
 
 def find_notebook(name: str) -> Path:
-    """The one notebook called ``name``, in full ("01_gradnorm") or by any word of its name ("gradnorm")."""
+    """The one notebook called ``name``, in full ("01_gradnorm") or by any word of its name
+    ("gradnorm").
+    """
     paths = list_notebooks()
     exact = [path for path in paths if path.stem == name.removesuffix(".ipynb")]
-    found = exact or [path for path in paths if name in path.stem.split("_") or path.stem.split("_", 1)[-1] == name]
+    found = exact or [
+        path
+        for path in paths
+        if name in path.stem.split("_") or path.stem.split("_", 1)[-1] == name
+    ]
     if len(found) != 1:
         known = ", ".join(path.stem for path in paths) or "none"
-        raise OodlibError(f"{len(found) or 'no'} notebook called {name!r} in notebooks/. Known: {known}.")
+        raise OodlibError(
+            f"{len(found) or 'no'} notebook called {name!r} in notebooks/. Known: {known}."
+        )
     return found[0]
 
 
 def load_profile(profile: str, notebooks: list[Notebook]) -> dict[str, dict[str, Any] | str]:
     """Parameters of each notebook in a profile, or the reason (text) why the profile skips it.
 
-    ``notebooks/profiles/<profile>.yaml`` holds a mapping ``common`` (given to every notebook) and one mapping per
-    notebook; ``skip: reason`` leaves a notebook out. A name that the notebook's parameters cell lacks is an error.
+    ``notebooks/profiles/<profile>.yaml`` holds a mapping ``common`` (given to every notebook) and
+    one mapping per notebook; ``skip: reason`` leaves a notebook out. A name that the notebook's
+    parameters cell lacks is an error.
     """
     path = root() / "notebooks" / "profiles" / f"{check_profile(profile)}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise OodlibError(f"Cannot read the profile {path.name}: {error}. Restore it from git.") from error
+        raise OodlibError(
+            f"Cannot read the profile {path.name}: {error}. Restore it from git."
+        ) from error
     every = {path.stem for path in list_notebooks()}
     unknown = sorted(set(content) - every - {"common"})
     if unknown:
-        raise OodlibError(f"{path.name} names {', '.join(unknown)}, which is no notebook. "
-                          f"Known: {', '.join(sorted(every))}.")
+        raise OodlibError(
+            f"{path.name} names {', '.join(unknown)}, which is no notebook. "
+            f"Known: {', '.join(sorted(every))}."
+        )
     plan: dict[str, dict[str, Any] | str] = {}
     for notebook in notebooks:
         own = content.get(notebook.name) or {}
@@ -105,5 +143,7 @@ def check_names(notebook: Notebook, values: dict[str, Any], *, where: str) -> No
     known = notebook.parameters()
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise OodlibError(f"{where}: {notebook.name} has no parameter {', '.join(unknown)}. "
-                          f"Known: {', '.join(known) or 'none'}.")
+        raise OodlibError(
+            f"{where}: {notebook.name} has no parameter {', '.join(unknown)}. "
+            f"Known: {', '.join(known) or 'none'}."
+        )

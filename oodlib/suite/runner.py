@@ -1,8 +1,8 @@
 """Headless, incremental runs of the notebooks.
 
-A run is done when its folder ``figures/<profile>/<notebook>/`` holds the stamp with the right key: a hash of the
-notebook, its parameters, and everything it depends on. The folder appears whole, by a rename, or not at all.
-papermill and torch are imported only where something has to run.
+A run is done when its folder ``figures/<profile>/<notebook>/`` holds the stamp with the right key:
+a hash of the notebook, its parameters, and everything it depends on. The folder appears whole, by a
+rename, or not at all. papermill and torch are imported only where something has to run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _DATA = ("claims", "manifests", "published", "checkpoints")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about a run. ``extra`` holds the ``-p name value`` pairs, values as text."""
+    """What the command line says about a run. ``extra`` holds the ``-p name value`` pairs, values
+    as text.
+    """
 
     profile: str = "laptop"
     seed: int | None = None
@@ -42,12 +44,14 @@ class Options:
     extra: dict[str, str] = field(default_factory=dict)
     jobs: int = 1
     force: bool = False
-    output: Path | None = None      # instead of figures/
+    output: Path | None = None  # instead of figures/
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One notebook to run: its parameters, its output folder, and the key that says whether that is up to date."""
+    """One notebook to run: its parameters, its output folder, and the key that says whether that is
+    up to date.
+    """
 
     notebook: Notebook
     parameters: dict[str, Any]
@@ -56,7 +60,8 @@ class Plan:
 
 
 def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], dict[str, str]]:
-    """Plans for the given notebooks (default: all), and the reasons of those that the profile skips.
+    """Plans for the given notebooks (default: all), and the reasons of those that the profile
+    skips.
 
     Raises
     ------
@@ -66,7 +71,11 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
     wanted = load_profile(options.profile, notebooks)
     extra = {key: yaml.safe_load(value) for key, value in options.extra.items()}
     if extra and notebooks:
-        lacking = [name for name in extra if not any(name in notebook.parameters() for notebook in notebooks)]
+        lacking = [
+            name
+            for name in extra
+            if not any(name in notebook.parameters() for notebook in notebooks)
+        ]
         for notebook in notebooks if lacking else []:
             check_names(notebook, extra, where="-p")
     data = _data_hash()
@@ -77,8 +86,14 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
             skipped[notebook.name] = values
             continue
         given = {**extra, "seed": options.seed, "device": options.device}
-        values = {**values, **{name: value for name, value in given.items()
-                               if value is not None and name in notebook.parameters()}}
+        values = {
+            **values,
+            **{
+                name: value
+                for name, value in given.items()
+                if value is not None and name in notebook.parameters()
+            },
+        }
         folder = (options.output or root() / "figures") / options.profile / notebook.name
         plans.append(Plan(notebook, values, folder, _key(notebook, values, options, data)))
     return plans, skipped
@@ -87,24 +102,43 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
 def _key(notebook: Notebook, values: dict[str, Any], options: Options, data: dict[str, str]) -> str:
     """Hash over everything that can change the run's result."""
     modules = code_closure(*imported_modules("\n".join(notebook.code())))
-    judge = {path: re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-             for path in (root() / "data" / "claims").glob("*.yaml")}
-    own = {f"claims/{path.name}" for path, found in judge.items() if found and found[1] == notebook.name}
-    others = {f"claims/{path.name}" for path in judge} - own if own else set()      # without own claims: may read all
+    judge = {
+        path: re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for path in (root() / "data" / "claims").glob("*.yaml")
+    }
+    own = {
+        f"claims/{path.name}"
+        for path, found in judge.items()
+        if found and found[1] == notebook.name
+    }
+    others = (
+        {f"claims/{path.name}" for path in judge} - own if own else set()
+    )  # without own claims: may read all
     content = {
-        "cells": notebook.cells, "parameters": values, "device": options.device, "seed": options.seed,
+        "cells": notebook.cells,
+        "parameters": values,
+        "device": options.device,
+        "seed": options.seed,
         "modules": {name: sha256(path) for name, path in modules.items()},
         "data": {name: value for name, value in data.items() if name not in others},
-        "mirror": os.environ.get("OODLIB_MIRROR", "") if options.profile in ("benchmark", "paper") else "",
+        "mirror": os.environ.get("OODLIB_MIRROR", "")
+        if options.profile in ("benchmark", "paper")
+        else "",
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _data_hash() -> dict[str, str]:
-    """Hashes of the committed data (claims, manifests, published numbers, checkpoints) and of the pinned lock."""
+    """Hashes of the committed data (claims, manifests, published numbers, checkpoints) and of the
+    pinned lock.
+    """
     base = root() / "data"
-    files = sorted(path for name in _DATA for path in (base / name).rglob("*")
-                   if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path
+        for name in _DATA
+        for path in (base / name).rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
     found = {path.relative_to(base).as_posix(): sha256(path) for path in files}
     lock = root() / "requirements.lock"
     return {**found, "lock": sha256(lock) if lock.exists() else ""}
@@ -117,7 +151,9 @@ def is_done(plan: Plan) -> bool:
 
 
 def run_all(plans: list[Plan], options: Options) -> list[str]:
-    """Run what is not done, ``options.jobs`` at a time; returns the names of the notebooks that failed."""
+    """Run what is not done, ``options.jobs`` at a time; returns the names of the notebooks that
+    failed.
+    """
     todo = [plan for plan in plans if options.force or not is_done(plan)]
     for plan in plans:
         if plan not in todo:
@@ -125,7 +161,9 @@ def run_all(plans: list[Plan], options: Options) -> list[str]:
     if options.jobs == 1 or len(todo) <= 1:
         return [plan.notebook.name for plan in todo if not run_one(plan, options)]
     children: list[subprocess.Popen[bytes]] = []
-    pool = ThreadPoolExecutor(options.jobs)     # one process a notebook, so that each has its own environment
+    pool = ThreadPoolExecutor(
+        options.jobs
+    )  # one process a notebook, so that each has its own environment
     try:
         good = list(pool.map(lambda plan: _run_process(plan, options, children), todo))
     except BaseException:
@@ -137,7 +175,15 @@ def run_all(plans: list[Plan], options: Options) -> list[str]:
 
 
 def _run_process(plan: Plan, options: Options, children: list[subprocess.Popen[bytes]]) -> bool:
-    command = [sys.executable, "-m", "oodlib", "notebook", plan.notebook.name, "--profile", options.profile]
+    command = [
+        sys.executable,
+        "-m",
+        "oodlib",
+        "notebook",
+        plan.notebook.name,
+        "--profile",
+        options.profile,
+    ]
     command += ["--seed", str(options.seed)] if options.seed is not None else []
     command += ["--device", options.device] if options.device else []
     command += ["--force"] if options.force else []
@@ -146,23 +192,32 @@ def _run_process(plan: Plan, options: Options, children: list[subprocess.Popen[b
         if name in plan.notebook.parameters():
             command += ["-p", name, value]
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    child = subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ, "OODLIB_ROOT": str(root())})
+    child = subprocess.Popen(
+        command, env={"OMP_NUM_THREADS": threads, **os.environ, "OODLIB_ROOT": str(root())}
+    )
     children.append(child)
     return child.wait() == 0
 
 
 def run_one(plan: Plan, options: Options) -> bool:
-    """Run one notebook into its folder; False, with the cell and its traceback on stderr, where it fails."""
+    """Run one notebook into its folder; False, with the cell and its traceback on stderr, where it
+    fails.
+    """
     from oodlib.suite.execute import NotebookFailure, execute
 
     name = plan.notebook.name
     with _lock(plan.folder):
         remove_parts(plan.folder)
-        if is_done(plan) and not options.force:     # another process finished it while this one waited
+        if is_done(plan) and not options.force:  # another process finished it while this one waited
             return True
         try:
             with atomic_folder(plan.folder) as folder:
-                execute(plan.notebook.path, folder / f"{name}.ipynb", plan.parameters, _environment(folder, options))
+                execute(
+                    plan.notebook.path,
+                    folder / f"{name}.ipynb",
+                    plan.parameters,
+                    _environment(folder, options),
+                )
                 write_text(folder / STAMP, plan.key + "\n")
         except NotebookFailure as failure:
             kept = root() / "build" / "failed" / options.profile / f"{name}.ipynb"
@@ -174,14 +229,28 @@ def run_one(plan: Plan, options: Options) -> bool:
 
 
 def _environment(folder: Path, options: Options) -> dict[str, str]:
-    """Environment of a kernel: output folder, threads, no network through the hub, fixed hash seed and dates."""
-    places = {name: str(Path(os.environ[name]).resolve()) for name in ("OODLIB_MIRROR", "OODLIB_DATA")
-              if os.environ.get(name)}       # the kernel starts in another folder
-    # passive: a waiting thread gives its core away; spinning made small networks six times slower on a busy machine
-    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(os.cpu_count() or 1), **os.environ, **places,
-            "OODLIB_OUTPUT": str(folder.resolve()), "OODLIB_ROOT": str(root().resolve()),
-            "OODLIB_DEVICE": options.device or os.environ.get("OODLIB_DEVICE", "auto"),
-            "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "315532800"}
+    """Environment of a kernel: output folder, threads, no network through the hub, fixed hash seed
+    and dates.
+    """
+    places = {
+        name: str(Path(os.environ[name]).resolve())
+        for name in ("OODLIB_MIRROR", "OODLIB_DATA")
+        if os.environ.get(name)
+    }  # the kernel starts in another folder
+    # passive: a waiting thread gives its core away; spinning made small networks six times slower
+    # on a busy machine
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        **os.environ,
+        **places,
+        "OODLIB_OUTPUT": str(folder.resolve()),
+        "OODLIB_ROOT": str(root().resolve()),
+        "OODLIB_DEVICE": options.device or os.environ.get("OODLIB_DEVICE", "auto"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+        "SOURCE_DATE_EPOCH": "315532800",
+    }
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""Compare a fresh run with the committed reference results, by the tolerances committed beside them."""
+"""Compare a fresh run with the committed reference results, by the tolerances committed beside
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from oodlib.workspace import STAMP, check_profile, root
 
 __all__ = ["LIMIT_MB", "compare", "compare_runs", "referenced", "update_reference"]
 
-LIMIT_MB = 14.0        # of all references together
-_LARGEST_STEP, _MEAN_STEP = 16, 1.5     # of 255: what no eye sees
+LIMIT_MB = 14.0  # of all references together
+_LARGEST_STEP, _MEAN_STEP = 16, 1.5  # of 255: what no eye sees
 _KEPT = ("results.csv", "claims.json", "contents.json", "provenance.json")
 
 
@@ -28,10 +30,16 @@ def reference_folder() -> Path:
 
 def referenced(profile: str) -> list[str]:
     """Notebooks with reference results in this profile; an OodlibError where there is none."""
-    found = sorted(path.parent.name for path in (reference_folder() / check_profile(profile)).glob("*/results.csv"))
+    found = sorted(
+        path.parent.name
+        for path in (reference_folder() / check_profile(profile)).glob("*/results.csv")
+    )
     if not found:
-        raise OodlibError(f"No reference results under figures/reference/{profile}/. After `make reproduce "
-                          f"PROFILE={profile}`, `python -m oodlib verify --update --profile {profile}` makes them.")
+        raise OodlibError(
+            f"No reference results under figures/reference/{profile}/. After `make reproduce "
+            f"PROFILE={profile}`, `python -m oodlib verify --update --profile {profile}` makes "
+            "them."
+        )
     return found
 
 
@@ -39,34 +47,50 @@ def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
     """Differences of every notebook in ``names`` that has a reference; one sentence each."""
     base = reference_folder() / profile
     known = [name for name in referenced(profile) if name in names]
-    tolerances = yaml.safe_load((reference_folder() / "tolerances.yaml").read_text(encoding="utf-8"))
-    return [f"{name}: {text}" for name in known for text in compare(base / name, fresh / name, tolerances)]
+    tolerances = yaml.safe_load(
+        (reference_folder() / "tolerances.yaml").read_text(encoding="utf-8")
+    )
+    return [
+        f"{name}: {text}"
+        for name in known
+        for text in compare(base / name, fresh / name, tolerances)
+    ]
 
 
 def compare(reference: Path, fresh: Path, tolerances: dict[str, float]) -> list[str]:
     """Differences between two run folders, row for row; one sentence each.
 
-    Told are: another number of rows, missing or extra rows, a key that stands in several rows on either side, values
-    apart by more than the metric's tolerance, and other verdicts. Intervals are not compared. ``tolerances`` maps a
-    metric to an absolute tolerance, with a ``default``.
+    Told are: another number of rows, missing or extra rows, a key that stands in several rows on
+    either side, values apart by more than the metric's tolerance, and other verdicts. Intervals are
+    not compared. ``tolerances`` maps a metric to an absolute tolerance, with a ``default``.
     """
     old, new = _rows(reference / "results.csv"), _rows(fresh / "results.csv")
     counts = [sum(map(len, rows.values())) for rows in (new, old)]
     found = [] if counts[0] == counts[1] else [f"{counts[0]} rows, reference {counts[1]}"]
     for where, rows in (("the reference", old), ("the run", new)):
-        found += [f"{len(values)} rows of {where} have one key: {_name(key)}"
-                  for key, values in rows.items() if len(values) > 1]
+        found += [
+            f"{len(values)} rows of {where} have one key: {_name(key)}"
+            for key, values in rows.items()
+            if len(values) > 1
+        ]
     found += [f"row missing: {_name(key)}" for key in old if key not in new]
     found += [f"row not in the reference: {_name(key)}" for key in new if key not in old]
     for key in [key for key in old if key in new]:
         allowed = float(tolerances.get(key[RESULT_KEY.index("metric")], tolerances["default"]))
-        for before, after in zip(old[key], new[key], strict=False):     # another number of them is told above
+        for before, after in zip(
+            old[key], new[key], strict=False
+        ):  # another number of them is told above
             if not abs(after - before) <= allowed:
-                found.append(f"{_name(key)}: {after:.4f}, reference {before:.4f}, tolerance {allowed:g}")
+                found.append(
+                    f"{_name(key)}: {after:.4f}, reference {before:.4f}, tolerance {allowed:g}"
+                )
     verdicts, now = _verdicts(reference), _verdicts(fresh)
     for claim in sorted({*verdicts, *now}):
         if verdicts.get(claim) != now.get(claim):
-            found.append(f"verdict of {claim}: {now.get(claim, 'none')}, reference {verdicts.get(claim, 'none')}")
+            found.append(
+                f"verdict of {claim}: {now.get(claim, 'none')}, reference "
+                f"{verdicts.get(claim, 'none')}"
+            )
     return found
 
 
@@ -75,7 +99,9 @@ def _rows(path: Path) -> dict[tuple[str, ...], list[float]]:
     found: dict[tuple[str, ...], list[float]] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found.setdefault(tuple(row[column] for column in RESULT_KEY), []).append(float(row["value"]))
+            found.setdefault(tuple(row[column] for column in RESULT_KEY), []).append(
+                float(row["value"])
+            )
     return found
 
 
@@ -89,25 +115,44 @@ def _verdicts(folder: Path) -> dict[str, str]:
 
 
 def update_reference(profile: str) -> list[str]:
-    """Copy the finished runs of a profile to figures/reference/; returns the names of the notebooks.
+    """Copy the finished runs of a profile to figures/reference/; returns the names of the
+    notebooks.
 
     Raises
     ------
     OodlibError : nothing to copy, or the references would exceed ``LIMIT_MB``
     """
     base, target = root() / "figures" / check_profile(profile), reference_folder()
-    folders = [path.parent for path in sorted(base.glob(f"*/{STAMP}")) if (path.parent / "results.csv").exists()]
+    folders = [
+        path.parent
+        for path in sorted(base.glob(f"*/{STAMP}"))
+        if (path.parent / "results.csv").exists()
+    ]
     if not folders:
-        raise OodlibError(f"No finished run under figures/{profile}/. Run `make reproduce PROFILE={profile}` first.")
-    files = {folder.name: [path for path in sorted(folder.iterdir())
-                           if path.name in _KEPT or path.suffix in (".md", ".png")] for folder in folders}
-    others = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()
-                 and not (path.parent.parent.name == profile and path.parent.name in files))
+        raise OodlibError(
+            f"No finished run under figures/{profile}/. Run `make reproduce PROFILE={profile}` "
+            "first."
+        )
+    files = {
+        folder.name: [
+            path
+            for path in sorted(folder.iterdir())
+            if path.name in _KEPT or path.suffix in (".md", ".png")
+        ]
+        for folder in folders
+    }
+    others = sum(
+        path.stat().st_size
+        for path in target.rglob("*")
+        if path.is_file() and not (path.parent.parent.name == profile and path.parent.name in files)
+    )
     content = {path: _content(path) for kept in files.values() for path in kept}
     size = (others + sum(map(len, content.values()))) / 1e6
     if size > LIMIT_MB:
-        raise OodlibError(f"The references would take {size:.1f} MB, the limit is {LIMIT_MB:g}. "
-                          "Save fewer or smaller figures.")
+        raise OodlibError(
+            f"The references would take {size:.1f} MB, the limit is {LIMIT_MB:g}. "
+            "Save fewer or smaller figures."
+        )
     for name, kept in files.items():
         with atomic_folder(target / profile / name) as folder:
             for path in kept:
@@ -116,10 +161,12 @@ def update_reference(profile: str) -> list[str]:
 
 
 def _content(path: Path) -> bytes:
-    """The file's bytes; a PNG is reduced to 256 colours, less than half the size, where the difference is invisible.
+    """The file's bytes; a PNG is reduced to 256 colours, less than half the size, where the
+    difference is invisible.
 
-    Invisible: no channel of any pixel changes by more than ``_LARGEST_STEP`` of 255, and none by more than
-    ``_MEAN_STEP`` on average. Other pictures, such as photographs, keep all their colours.
+    Invisible: no channel of any pixel changes by more than ``_LARGEST_STEP`` of 255, and none by
+    more than ``_MEAN_STEP`` on average. Other pictures, such as photographs, keep all their
+    colours.
     """
     if path.suffix != ".png":
         return path.read_bytes()
@@ -128,8 +175,13 @@ def _content(path: Path) -> bytes:
     out = io.BytesIO()
     with Image.open(path) as picture:
         full = picture.convert("RGB")
-    reduced = full.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3)     # its largest step is the smallest
+    reduced = full.quantize(
+        256, method=Image.Quantize.MAXCOVERAGE, kmeans=3
+    )  # its largest step is the smallest
     step = ImageStat.Stat(ImageChops.difference(full, reduced.convert("RGB")))
-    invisible = max(largest for _, largest in step.extrema) <= _LARGEST_STEP and max(step.mean) <= _MEAN_STEP
+    invisible = (
+        max(largest for _, largest in step.extrema) <= _LARGEST_STEP
+        and max(step.mean) <= _MEAN_STEP
+    )
     (reduced if invisible else full).save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -1,4 +1,6 @@
-"""A user's own network, feature files and labels: what is accepted, what it gives, and every refusal."""
+"""A user's own network, feature files and labels: what is accepted, what it gives, and every
+refusal.
+"""
 
 import csv
 import importlib
@@ -20,7 +22,7 @@ from oodlib.apply.inputs import FeatureFile, open_images
 from oodlib.apply.network import load_network
 from oodlib.metrics import threshold
 
-CODE = '''
+CODE = """
 import numpy as np, torch
 from torch import nn
 def tensor(picture):
@@ -32,7 +34,7 @@ def nothing():
     return nn.Linear(2, 2)
 def broken():
     raise KeyError("weights")
-'''
+"""
 
 
 @pytest.fixture
@@ -45,29 +47,57 @@ def own(tmp_path):
     for folder in ("id", "new"):
         (tmp_path / folder).mkdir()
         for i in range(7):
-            Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(tmp_path / folder / f"{i}.png")
+            Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(
+                tmp_path / folder / f"{i}.png"
+            )
     yield file
-    sys.modules.pop(name, None)                            # of the test that imports it
+    sys.modules.pop(name, None)  # of the test that imports it
 
 
 def run(tmp_path, *arguments):
-    command.main([*map(str, arguments), "--output", str(tmp_path / "s.csv"), "--cache", str(tmp_path / "cache"),
-                  "--device", "cpu", "--workers", "0"])
+    command.main(
+        [
+            *map(str, arguments),
+            "--output",
+            str(tmp_path / "s.csv"),
+            "--cache",
+            str(tmp_path / "cache"),
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
+    )
     with open(tmp_path / "s.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_a_function_in_a_file_is_scored_with_its_own_transform(own, tmp_path):
-    rows = run(tmp_path, "--model", f"{own}:make", "--images", tmp_path / "new", "--id-images", tmp_path / "id",
-               "--detector", "energy")
+    rows = run(
+        tmp_path,
+        "--model",
+        f"{own}:make",
+        "--images",
+        tmp_path / "new",
+        "--id-images",
+        tmp_path / "id",
+        "--detector",
+        "energy",
+    )
     model, transform = load_network(f"{own}:make")
     with torch.no_grad():
-        logits = {name: model(torch.stack([transform(Image.open(tmp_path / name / f"{i}.png")) for i in range(7)]))
-                  for name in ("id", "new")}
+        logits = {
+            name: model(
+                torch.stack([transform(Image.open(tmp_path / name / f"{i}.png")) for i in range(7)])
+            )
+            for name in ("id", "new")
+        }
     scores = {name: -value.logsumexp(1).numpy() for name, value in logits.items()}
     np.testing.assert_allclose([float(row["score"]) for row in rows], scores["new"], rtol=1e-5)
     limit = threshold(scores["id"])
-    assert [row["decision"] for row in rows] == ["OOD" if score > limit else "ID" for score in scores["new"]]
+    assert [row["decision"] for row in rows] == [
+        "OOD" if score > limit else "ID" for score in scores["new"]
+    ]
 
 
 def test_a_function_in_an_importable_module(own, monkeypatch):
@@ -83,13 +113,16 @@ def test_the_transform_is_known_by_the_same_name_in_every_run_until_its_file_cha
     assert repr(load_network(f"{own}:make")[1]) != first
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("{file}:nothing", r"must return \(model, transform\).*got Linear"),
-    ("{file}:broken", "broken failed .*KeyError"),
-    ("{file}:absent", "absent failed .*AttributeError"),
-    ("nowhere.py:make", "there is no file nowhere.py"),
-    ("no_such_package.net:make", "failed .*ModuleNotFoundError"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{file}:nothing", r"must return \(model, transform\).*got Linear"),
+        ("{file}:broken", "broken failed .*KeyError"),
+        ("{file}:absent", "absent failed .*AttributeError"),
+        ("nowhere.py:make", "there is no file nowhere.py"),
+        ("no_such_package.net:make", "failed .*ModuleNotFoundError"),
+    ],
+)
 def test_functions_that_do_not_fit(own, name, message):
     with pytest.raises(OodlibError, match=message):
         load_network(name.format(file=own))
@@ -106,7 +139,7 @@ def test_a_file_named_like_a_known_module_is_no_other_module(own, tmp_path):
     assert sys.modules["csv"] is csv
 
 
-WITH_SIBLINGS = '''
+WITH_SIBLINGS = """
 from torch import nn
 import helper
 class Crop:
@@ -115,20 +148,26 @@ class Crop:
 def make():
     import parts.late
     return nn.Sequential(nn.Flatten(), nn.Linear(parts.late.WIDTH, 3)), {transform}
-'''
+"""
 
 
 @pytest.fixture
 def with_siblings(own, tmp_path):
-    """A user's file that imports what lies beside it; other files there bear names of Python's modules."""
+    """A user's file that imports what lies beside it; other files there bear names of Python's
+    modules.
+    """
+
     def make(transform="Crop()"):
         own.write_text(WITH_SIBLINGS.format(transform=transform))
-        (tmp_path / "helper.py").write_text(CODE + "class Own:\n    __call__ = staticmethod(tensor)\n")
+        (tmp_path / "helper.py").write_text(
+            CODE + "class Own:\n    __call__ = staticmethod(tensor)\n"
+        )
         (tmp_path / "parts").mkdir(exist_ok=True)
         (tmp_path / "parts" / "late.py").write_text("WIDTH = 48\n")
         for name in ("json", "colorsys", "utils"):
             (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')\n")
         return own
+
     return make
 
 
@@ -166,7 +205,11 @@ def test_a_folder_that_is_on_the_path_stays_there(own, monkeypatch, tmp_path):
 def test_a_changed_file_beside_the_model_changes_the_transforms_name(with_siblings, tmp_path):
     file = with_siblings()
     first = repr(load_network(f"{file}:make")[1])
-    assert first == repr(load_network(f"{file}:make")[1]) and file.stem in first and "_own_" not in first
+    assert (
+        first == repr(load_network(f"{file}:make")[1])
+        and file.stem in first
+        and "_own_" not in first
+    )
     with open(tmp_path / "helper.py", "a") as text:
         text.write("more = 1\n")
     assert repr(load_network(f"{file}:make")[1]) != first
@@ -179,7 +222,9 @@ def test_worker_processes_find_the_transform(with_siblings, tmp_path, transform,
         pytest.skip(f"no {start} on this system")
     found = load_network(f"{with_siblings(transform)}:make")[1]
     images = open_images(tmp_path / "new", found)
-    batch, labels = next(iter(DataLoader(images, batch_size=7, num_workers=1, multiprocessing_context=start)))
+    batch, labels = next(
+        iter(DataLoader(images, batch_size=7, num_workers=1, multiprocessing_context=start))
+    )
     expected = torch.stack([found(images.picture(i)) for i in range(7)])
     assert torch.equal(batch, expected) and labels.tolist() == [-1] * 7
 
@@ -201,10 +246,16 @@ def test_a_head_that_is_not_linear_is_one_clear_error(own, tmp_path):
 @pytest.fixture
 def arrays(blobs):
     """Of the blobs: feature file contents of fit, ID and new rows."""
+
     def of(bank):
-        found = {"features": bank.features, "weight": bank.head.weight.astype(np.float32),
-                 "bias": bank.head.bias.astype(np.float32), "logits": bank.logits.astype(np.float32)}
+        found = {
+            "features": bank.features,
+            "weight": bank.head.weight.astype(np.float32),
+            "bias": bank.head.bias.astype(np.float32),
+            "logits": bank.logits.astype(np.float32),
+        }
         return found if bank.labels is None else found | {"labels": bank.labels}
+
     return dict(zip(("fit", "id", "new"), map(of, blobs), strict=True))
 
 
@@ -214,37 +265,61 @@ def test_feature_files_give_the_detectors_scores(blobs, arrays, tmp_path, monkey
     for name, values in arrays.items():
         values = {key: np.ascontiguousarray(value) for key, value in values.items()}
         np.savez(tmp_path / f"{name}.npz", **values) if suffix == ".npz" else save_file(
-            values, tmp_path / f"{name}.safetensors")
+            values, tmp_path / f"{name}.safetensors"
+        )
     new, fit, ids = (tmp_path / f"{name}{suffix}" for name in ("new", "fit", "id"))
-    rows = run(tmp_path, "--images", new, "--fit-images", fit, "--id-images", ids, "--detector", "mahalanobis",
-               "--save-detector", tmp_path / "kept")
+    rows = run(
+        tmp_path,
+        "--images",
+        new,
+        "--fit-images",
+        fit,
+        "--id-images",
+        ids,
+        "--detector",
+        "mahalanobis",
+        "--save-detector",
+        tmp_path / "kept",
+    )
     train, _, ood = blobs
     detector = create("mahalanobis").fit(train)
-    np.testing.assert_allclose([float(row["score"]) for row in rows], detector.score(ood), rtol=1e-6)
+    np.testing.assert_allclose(
+        [float(row["score"]) for row in rows], detector.score(ood), rtol=1e-6
+    )
     assert np.mean([row["decision"] == "OOD" for row in rows]) > 0.5
     assert rows[3]["path"] == f"{new}:3"
     assert run(tmp_path, "--images", new, "--detector-file", tmp_path / "kept") == rows
 
 
 def test_logits_alone_do_for_methods_of_the_logits(arrays, blobs, tmp_path):
-    np.savez(tmp_path / "new.npz", logits=arrays["new"]["logits"], paths=[f"p{i}" for i in range(400)])
+    np.savez(
+        tmp_path / "new.npz", logits=arrays["new"]["logits"], paths=[f"p{i}" for i in range(400)]
+    )
     rows = run(tmp_path, "--images", tmp_path / "new.npz", "--detector", "gen")
-    np.testing.assert_allclose([float(row["score"]) for row in rows], create("gen").score(blobs[2]), rtol=1e-5)
+    np.testing.assert_allclose(
+        [float(row["score"]) for row in rows], create("gen").score(blobs[2]), rtol=1e-5
+    )
     assert [row["path"] for row in rows[:2]] == ["p0", "p1"]
     with pytest.raises(OodlibError, match=r"gradnorm needs features; .* holds logits alone"):
         run(tmp_path, "--images", tmp_path / "new.npz", "--detector", "gradnorm")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"weight": None, "logits": None}, "it needs features and the head's weight"),
-    ({"weight": np.ones((4, 9))}, "need the same D"),
-    ({"logits": np.zeros((400, 4))}, "differs from the logits"),
-    ({"labels": np.zeros(3, int)}, "need equal row counts"),
-    ({"features": np.full((400, 16), np.nan)}, "NaN"),
-    ({"features": np.zeros((0, 16)), "logits": None}, "hold no row"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": None, "logits": None}, "it needs features and the head's weight"),
+        ({"weight": np.ones((4, 9))}, "need the same D"),
+        ({"logits": np.zeros((400, 4))}, "differs from the logits"),
+        ({"labels": np.zeros(3, int)}, "need equal row counts"),
+        ({"features": np.full((400, 16), np.nan)}, "NaN"),
+        ({"features": np.zeros((0, 16)), "logits": None}, "hold no row"),
+    ],
+)
 def test_feature_files_that_do_not_fit(arrays, tmp_path, change, message):
-    np.savez(tmp_path / "x.npz", **{key: value for key, value in (arrays["new"] | change).items() if value is not None})
+    np.savez(
+        tmp_path / "x.npz",
+        **{key: value for key, value in (arrays["new"] | change).items() if value is not None},
+    )
     with pytest.raises(OodlibError, match=message):
         FeatureFile(tmp_path / "x.npz")
 
@@ -260,7 +335,9 @@ def test_files_that_are_none(tmp_path, suffix):
 
 def test_feature_files_of_two_networks_are_refused(arrays, tmp_path):
     np.savez(tmp_path / "new.npz", **arrays["new"])
-    np.savez(tmp_path / "id.npz", features=arrays["id"]["features"], weight=arrays["id"]["weight"][::-1])
+    np.savez(
+        tmp_path / "id.npz", features=arrays["id"]["features"], weight=arrays["id"]["weight"][::-1]
+    )
     with pytest.raises(OodlibError, match="the heads of two networks"):
         run(tmp_path, "--images", tmp_path / "new.npz", "--id-images", tmp_path / "id.npz")
 
@@ -268,7 +345,11 @@ def test_feature_files_of_two_networks_are_refused(arrays, tmp_path):
 def test_a_detector_of_other_features_is_refused(arrays, tmp_path):
     np.savez(tmp_path / "new.npz", **arrays["new"])
     run(tmp_path, "--images", tmp_path / "new.npz", "--save-detector", tmp_path / "kept")
-    np.savez(tmp_path / "other.npz", features=arrays["new"]["features"], weight=arrays["new"]["weight"][::-1])
+    np.savez(
+        tmp_path / "other.npz",
+        features=arrays["new"]["features"],
+        weight=arrays["new"]["weight"][::-1],
+    )
     with pytest.raises(OodlibError, match="fitted on a network with weights"):
         run(tmp_path, "--images", tmp_path / "other.npz", "--detector-file", tmp_path / "kept")
 
@@ -282,18 +363,26 @@ def test_features_and_images_do_not_mix(own, arrays, tmp_path):
 
 
 def relabelled(bank, labels):
-    return FeatureBank.from_arrays(bank.features, weight=bank.head.weight, bias=bank.head.bias, labels=labels)
+    return FeatureBank.from_arrays(
+        bank.features, weight=bank.head.weight, bias=bank.head.bias, labels=labels
+    )
 
 
 def test_right_order_has_no_hint(blobs):
     check = check_classes(blobs[1])
-    assert check.accuracy == check.best > 0.9 and check.hint == "" and check.order.tolist() == [0, 1, 2, 3]
+    assert (
+        check.accuracy == check.best > 0.9
+        and check.hint == ""
+        and check.order.tolist() == [0, 1, 2, 3]
+    )
 
 
 def test_wrong_order_is_told_from_wrong_answers(blobs):
     test = blobs[1]
     swapped = check_classes(relabelled(test, np.array([0, 2, 3, 1])[test.labels]))
-    assert swapped.accuracy < 0.3 < 0.9 < swapped.best and "label 1 are called class 3" in swapped.hint
+    assert (
+        swapped.accuracy < 0.3 < 0.9 < swapped.best and "label 1 are called class 3" in swapped.hint
+    )
     noise = check_classes(relabelled(test, np.random.default_rng(0).permutation(test.labels)))
     assert "near chance" in noise.hint
 
@@ -307,11 +396,18 @@ def test_unknown_labels_are_left_out_and_counted(blobs, arrays, tmp_path, capsys
     test = blobs[1]
     labels = np.where(np.arange(len(test)) % 8 == 0, -1, test.labels)
     check, known = check_classes(relabelled(test, labels)), test.subset(labels >= 0)
-    assert check.accuracy == check_classes(known).accuracy > 0.9 and check.order.tolist() == [0, 1, 2, 3]
+    assert check.accuracy == check_classes(known).accuracy > 0.9 and check.order.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert (check.n, check.unknown) == (350, 50)
     np.savez(tmp_path / "id.npz", **arrays["id"] | {"labels": labels})
     run(tmp_path, "--images", tmp_path / "id.npz", "--id-images", tmp_path / "id.npz")
-    assert f"accuracy {known.accuracy:.1%} (50 of unknown label left out)" in capsys.readouterr().out
+    assert (
+        f"accuracy {known.accuracy:.1%} (50 of unknown label left out)" in capsys.readouterr().out
+    )
 
 
 def test_wrong_order_is_a_warning_on_the_command_line(arrays, tmp_path, capsys):
@@ -325,7 +421,11 @@ def test_wrong_order_is_a_warning_on_the_command_line(arrays, tmp_path, capsys):
 
 
 def test_conv_heads_count_as_linear(own, tmp_path):
-    own.write_text(CODE.format(seed=0).replace("nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 3)",
-                                               "nn.Conv2d(3, 6, 4), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.Flatten()"))
+    own.write_text(
+        CODE.format(seed=0).replace(
+            "nn.Flatten(), nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 3)",
+            "nn.Conv2d(3, 6, 4), nn.ReLU(), nn.Conv2d(6, 3, 1), nn.Flatten()",
+        )
+    )
     assert len(run(tmp_path, "--model", f"{own}:make", "--images", tmp_path / "new")) == 7
     assert isinstance(load_network(f"{own}:make")[0], nn.Module)

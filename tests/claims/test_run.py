@@ -11,9 +11,21 @@ from oodlib.claims.run import RESULT_COLUMNS, RESULT_KEY
 from oodlib.errors import OodlibError
 from oodlib.workspace import root
 
-ROW: dict[str, Any] = {"model": "net", "id": "a", "ood": "b", "group": "near", "method": "msp", "variant": "x",
-                       "metric": "fpr95", "positive": "id", "value": 0.5, "low": 0.4, "high": 0.6, "n_id": 7,
-                       "n_ood": 8}
+ROW: dict[str, Any] = {
+    "model": "net",
+    "id": "a",
+    "ood": "b",
+    "group": "near",
+    "method": "msp",
+    "variant": "x",
+    "metric": "fpr95",
+    "positive": "id",
+    "value": 0.5,
+    "low": 0.4,
+    "high": 0.6,
+    "n_id": 7,
+    "n_ood": 8,
+}
 
 
 @pytest.fixture
@@ -33,7 +45,9 @@ def test_a_row_holds_what_was_handed_over(run: Run) -> None:
 @pytest.mark.parametrize("change", [{}, {"value": 0.7}, {"seed": 3}, {"low": None, "n_id": None}])
 def test_a_second_result_under_one_key_is_refused(run: Run, change: dict[str, Any]) -> None:
     run.result(**ROW)
-    with pytest.raises(OodlibError, match=r"a result of model 'net', seed '3', id 'a', .*variant 'x'.* already"):
+    with pytest.raises(
+        OodlibError, match=r"a result of model 'net', seed '3', id 'a', .*variant 'x'.* already"
+    ):
         run.result(**{**ROW, **change})
     assert len(run.results()) == 1
 
@@ -45,8 +59,11 @@ def test_each_column_of_the_key_tells_results_apart(run: Run, column: str) -> No
     assert len(run.results()) == 2
 
 
-@pytest.mark.parametrize("path", sorted((root() / "figures" / "reference").glob("*/*/results.csv")),
-                         ids=lambda path: "/".join(path.parts[-3:-1]))
+@pytest.mark.parametrize(
+    "path",
+    sorted((root() / "figures" / "reference").glob("*/*/results.csv")),
+    ids=lambda path: "/".join(path.parts[-3:-1]),
+)
 def test_no_committed_result_stands_twice(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
         keys = [tuple(row[column] for column in RESULT_KEY) for row in csv.DictReader(file)]

@@ -11,7 +11,9 @@ from oodlib.data.cifar import cifar_protocol, split_test, tiny_imagenet_classes,
 from oodlib.data.images import ImageSet, assert_disjoint
 from oodlib.data.public.registry import SETS
 
-needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
+needs_mirror = pytest.mark.skipif(
+    "OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set"
+)
 
 
 def pixels(n, shape=(3, 8, 8)):
@@ -21,18 +23,36 @@ def pixels(n, shape=(3, 8, 8)):
 def test_excluded_tiny_imagenet_classes():
     classes = tiny_imagenet_classes()
     excluded = {c.words.split(",")[0]: c.cifar10_class for c in classes if c.cifar10_class}
-    assert len(classes) == 200 and len(excluded) == 26 and [c.wnid for c in classes] == sorted(c.wnid for c in classes)
-    assert excluded["bullfrog"] == "frog" and excluded["limousine"] == "automobile" and excluded["tractor"] == "truck"
+    assert (
+        len(classes) == 200
+        and len(excluded) == 26
+        and [c.wnid for c in classes] == sorted(c.wnid for c in classes)
+    )
+    assert (
+        excluded["bullfrog"] == "frog"
+        and excluded["limousine"] == "automobile"
+        and excluded["tractor"] == "truck"
+    )
     assert "lion" not in excluded and "gazelle" not in excluded
     assert set(excluded.values()) <= set(SETS["cifar10"].class_names)
     wide = {c.words.split(",")[0]: c.cifar100_class for c in classes if c.cifar100_class}
-    assert len(wide) == 48 and wide["lampshade"] == "lamp" and wide["school bus"] == "bus" and "abacus" not in wide
+    assert (
+        len(wide) == 48
+        and wide["lampshade"] == "lamp"
+        and wide["school bus"] == "bus"
+        and "abacus" not in wide
+    )
 
 
 def tiny_like(per_class=2):
     labels = np.repeat(np.arange(200), per_class)
-    return ImageSet("tiny-imagenet", "valid", pixels(len(labels), (3, 4, 4)), labels,
-                    tuple(c.wnid for c in tiny_imagenet_classes()))
+    return ImageSet(
+        "tiny-imagenet",
+        "valid",
+        pixels(len(labels), (3, 4, 4)),
+        labels,
+        tuple(c.wnid for c in tiny_imagenet_classes()),
+    )
 
 
 def test_near_and_validation_classes_are_disjoint():
@@ -72,9 +92,13 @@ def test_uneven_validation_is_refused():
 def test_cifar_protocol_on_the_mirror(tmp_path):
     p = cifar_protocol(download=False, data_dir=tmp_path)
     assert (len(p.id_fit), len(p.id_val), len(p.id_test)) == (10_000, 1_000, 9_000)
-    assert (np.bincount(p.id_fit.labels) == 1000).all() and (np.bincount(p.id_test.labels) == 900).all()
+    assert (np.bincount(p.id_fit.labels) == 1000).all() and (
+        np.bincount(p.id_test.labels) == 900
+    ).all()
     ood = {**p.near, **p.far}
     assert all(s.images.shape[1:] == (3, 32, 32) for s in ood.values())
     assert_disjoint(p.id_fit, p.id_val, p.id_test, *p.ood_val.values(), *ood.values())
-    assert "notmnist" in p.ood_val and p.leaks == {"tiny-imagenet-incomplete-val": "tiny-imagenet-incomplete"}
+    assert "notmnist" in p.ood_val and p.leaks == {
+        "tiny-imagenet-incomplete-val": "tiny-imagenet-incomplete"
+    }
     assert all(name in p.notes for name in ood if name.endswith("-incomplete"))

@@ -1,6 +1,5 @@
 """Image lists and folders of the paper profile, on a miniature tree."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +7,13 @@ from helpers import refuses
 from PIL import Image
 
 from oodlib.data.folders import ImageList, image_loader, read_list
-from oodlib.data.imagenet import PAPER_SETS, class_remap, describe_paper_sets, open_paper_set, paper_set_status
+from oodlib.data.imagenet import (
+    PAPER_SETS,
+    class_remap,
+    describe_paper_sets,
+    open_paper_set,
+    paper_set_status,
+)
 
 
 def to_tensor(picture):
@@ -17,7 +22,9 @@ def to_tensor(picture):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes of three images below images_largescale/imagenet_1k/val; grey value = position in the list."""
+    """Two classes of three images below images_largescale/imagenet_1k/val; grey value = position in
+    the list.
+    """
     root = tmp_path / "images_largescale" / "imagenet_1k" / "val"
     for i in range(6):
         path = root / f"n0{i // 3}" / f"image {i}.png"
@@ -33,7 +40,10 @@ def write_list(path, text):
 
 
 def test_list_is_split_at_the_first_space_only(tmp_path):
-    assert read_list(write_list(tmp_path / "a.txt", "x/a.png 3\n\ny.jpg -1\n")) == [("x/a.png", 3), ("y.jpg", -1)]
+    assert read_list(write_list(tmp_path / "a.txt", "x/a.png 3\n\ny.jpg -1\n")) == [
+        ("x/a.png", 3),
+        ("y.jpg", -1),
+    ]
     with refuses("b.txt, line 1", "integer label"):
         read_list(write_list(tmp_path / "b.txt", "x/a b.png 3\n"))
 
@@ -114,20 +124,28 @@ def test_description_covers_every_set_and_says_what_is_present(tree):
     text, status = describe_paper_sets(tree), paper_set_status(tree)
     for name, entry in PAPER_SETS.items():
         assert f"{name}: " in text and entry.tree in text and entry.source in text
-    assert status["imagenet-1k"] == "6 images, which no known protocol has" and status["sun"] == "absent"
+    assert (
+        status["imagenet-1k"] == "6 images, which no known protocol has"
+        and status["sun"] == "absent"
+    )
 
 
 def test_damaged_set_is_told_from_an_absent_one(tree):
-    write_list(tree / "benchmark_imglist/imagenet/test_imagenet.txt", "imagenet_1k/val/n00/gone.png 0\n")
+    write_list(
+        tree / "benchmark_imglist/imagenet/test_imagenet.txt", "imagenet_1k/val/n00/gone.png 0\n"
+    )
     assert paper_set_status(tree)["imagenet-1k"].startswith("damaged: ")
 
 
 def test_class_remap(tmp_path):
-    theirs = write_list(tmp_path / "imagenet2012_val_list.txt", "val/a.jpg 2\nval/b.jpg 0\nval/c.jpg 1\nval/d.jpg 2\n")
+    theirs = write_list(
+        tmp_path / "imagenet2012_val_list.txt",
+        "val/a.jpg 2\nval/b.jpg 0\nval/c.jpg 1\nval/d.jpg 2\n",
+    )
     reference = [("n0/a.jpg", 0), ("n1/b.jpg", 1), ("n2/c.jpg", 2), ("n0/d.jpg", 0)]
     remap = class_remap(theirs, reference)
     assert remap.tolist() == [1, 2, 0]
-    logits = np.eye(3)[[2, 0, 1, 2]]                       # right for every image, in the checkpoint's order
+    logits = np.eye(3)[[2, 0, 1, 2]]  # right for every image, in the checkpoint's order
     assert logits[:, np.argsort(remap)].argmax(1).tolist() == [label for _, label in reference]
 
 

@@ -1,4 +1,6 @@
-"""Splits of the ImageNet models on a miniature tree: labels of OOD classes, unit tests at native size, loaders."""
+"""Splits of the ImageNet models on a miniature tree: labels of OOD classes, unit tests at native
+size, loaders.
+"""
 
 import shutil
 
@@ -67,7 +69,7 @@ def test_ninco_has_the_same_classes_by_openood_s_list_and_by_folder(tree, tmp_pa
     by_folder = imagenet_split("ninco", root)
     rows = [f"ninco/{path} -1\n" for path in reversed(by_folder.paths)]
     (root / "benchmark_imglist/imagenet/test_ninco.txt").write_text("".join(rows))
-    assert open_paper_set("ninco", root).labels.tolist() == [-1] * 4           # what OpenOOD's list says
+    assert open_paper_set("ninco", root).labels.tolist() == [-1] * 4  # what OpenOOD's list says
     by_list = imagenet_split("ninco", root)
     assert by_list.labels.tolist() == [1, 1, 0, 0] and by_folder.labels.tolist() == [0, 0, 1, 1]
 
@@ -78,9 +80,15 @@ def test_images_of_one_folder_are_one_class(tree):
 
 
 def test_split_is_cut_by_a_seeded_draw(tree):
-    whole, five, again, other = (imagenet_split("fit", tree, n=n, seed=seed)
-                                 for n, seed in ((None, 0), (5, 0), (5, 0), (5, 1)))
-    assert five.paths == again.paths != other.paths and len(five) == 5 and set(five.paths) < set(whole.paths)
+    whole, five, again, other = (
+        imagenet_split("fit", tree, n=n, seed=seed)
+        for n, seed in ((None, 0), (5, 0), (5, 0), (5, 1))
+    )
+    assert (
+        five.paths == again.paths != other.paths
+        and len(five) == 5
+        and set(five.paths) < set(whole.paths)
+    )
     labels = dict(zip(whole.paths, whole.labels, strict=True))
     assert five.labels.tolist() == [labels[path] for path in five.paths]
     assert len(imagenet_split("fit", tree, n=99)) == 16
@@ -95,6 +103,7 @@ def test_unknown_split_and_missing_images(tree, tmp_path):
 
 # The unit tests
 
+
 def test_unit_tests_are_all_17_at_native_size(ids):
     loader = unit_test_loader(original, ids, n=1, batch_size=17, workers=0)
     x, y = next(iter(loader))
@@ -102,19 +111,28 @@ def test_unit_tests_are_all_17_at_native_size(ids):
 
 
 def test_unit_tests_are_those_of_the_other_pools(ids):
-    """Each row is the picture that `unit_test` draws; shuffled ones from the validation image that the row names."""
+    """Each row is the picture that `unit_test` draws; shuffled ones from the validation image that
+    the row names.
+    """
     drawn = UnitTests(ids, n=3, canvas=(24, 32))
-    sources = np.stack([np.asarray(ImageList.picture(drawn, i)) for i in range(3)]).transpose(0, 3, 1, 2)
+    sources = np.stack([np.asarray(ImageList.picture(drawn, i)) for i in range(3)]).transpose(
+        0, 3, 1, 2
+    )
     shuffled = ImageSet("id", "val", sources, np.zeros(3, np.int64))
     for label, name in enumerate(UNIT_TESTS):
         rows = np.flatnonzero(drawn.labels == label)
-        wanted = unit_test(name, n=3, size=None, canvas=(24, 32), id_images=shuffled).images.transpose(0, 2, 3, 1)
+        wanted = unit_test(
+            name, n=3, size=None, canvas=(24, 32), id_images=shuffled
+        ).images.transpose(0, 2, 3, 1)
         np.testing.assert_array_equal([np.asarray(drawn[i][0]) for i in rows], wanted, err_msg=name)
 
 
 def test_validation_images_are_drawn_without_replacement(ids):
     drawn = UnitTests(ids, n=len(ids))
-    assert sorted(drawn.paths[:len(ids)]) == sorted(ids.paths) and drawn.paths[:len(ids)] != ids.paths
+    assert (
+        sorted(drawn.paths[: len(ids)]) == sorted(ids.paths)
+        and drawn.paths[: len(ids)] != ids.paths
+    )
 
 
 def test_fewer_pictures_are_the_first_ones(ids):
@@ -127,7 +145,9 @@ def test_fewer_pictures_are_the_first_ones(ids):
 
 def test_fingerprint_follows_seed_canvas_number_and_transform(ids):
     variants = [{}, {"seed": 1}, {"canvas": (24, 32)}, {"n": 3}, {"transform": small}]
-    assert len({UnitTests(ids, **{"n": 2, **options}).fingerprint for options in variants}) == len(variants)
+    assert len({UnitTests(ids, **{"n": 2, **options}).fingerprint for options in variants}) == len(
+        variants
+    )
 
 
 def test_too_few_validation_images(ids):

@@ -17,7 +17,7 @@ def test_every_patch_is_kept_whole(images):
     mixed = patch_shuffled(images, patches=2).images
 
     def corners(x):
-        return sorted(x[:, i:i + 4, j:j + 4].tobytes() for i in (0, 4) for j in (0, 4))
+        return sorted(x[:, i : i + 4, j : j + 4].tobytes() for i in (0, 4) for j in (0, 4))
 
     assert all(corners(a) == corners(b) for a, b in zip(images.images, mixed, strict=True))
     assert not np.array_equal(images.images, mixed)

@@ -16,7 +16,9 @@ def latin():
 
 def canvas(name, n=40, shape=(48, 48), latin=None):
     """Undiluted canvases as (n, h, w, 3) uint8."""
-    return unit_test(name, n=n, size=None, canvas=shape, id_images=latin).images.transpose(0, 2, 3, 1)
+    return unit_test(name, n=n, size=None, canvas=shape, id_images=latin).images.transpose(
+        0, 2, 3, 1
+    )
 
 
 def test_there_are_seventeen():
@@ -42,8 +44,11 @@ def test_constants():
 
 def test_noise_distributions():
     uniform = canvas("uni")
-    assert abs(uniform.mean() - 127) < 1 and abs(uniform.std() - 255 / 12 ** 0.5) < 1
-    assert set(np.unique(canvas("Rademacher"))) == {0, 255} and abs((canvas("Rademacher") > 0).mean() - 0.5) < 0.01
+    assert abs(uniform.mean() - 127) < 1 and abs(uniform.std() - 255 / 12**0.5) < 1
+    assert (
+        set(np.unique(canvas("Rademacher"))) == {0, 255}
+        and abs((canvas("Rademacher") > 0).mean() - 0.5) < 0.01
+    )
     deviation = canvas("Gaussian", n=200).std((1, 2, 3)) / 255
     allowed = np.array([0.05, 0.075, 0.1, 0.15, 0.2])
     unclipped = deviation[deviation < 0.22]
@@ -56,9 +61,11 @@ def test_pixel_perm_keeps_the_pixels(latin):
 
     shuffled = canvas("pixel_perm", n=5, latin=latin)
     for image, source in zip(shuffled, latin.images, strict=False):
-        resized = np.asarray(Image.fromarray(source.transpose(1, 2, 0)).resize((48, 48), Image.Resampling.BICUBIC))
+        resized = np.asarray(
+            Image.fromarray(source.transpose(1, 2, 0)).resize((48, 48), Image.Resampling.BICUBIC)
+        )
         got, want = (np.sort(x.reshape(-1, 3).astype(int), axis=0) for x in (image, resized))
-        assert np.abs(got - want).max() <= 1                       # value/255*255, truncated
+        assert np.abs(got - want).max() <= 1  # value/255*255, truncated
 
 
 def test_low_freq_pixel_perm_is_smoother(latin):
@@ -78,8 +85,10 @@ def test_tricolour(name):
 
 
 @pytest.mark.parametrize(("name", "axis"), [("horizontal_stripes", 0), ("vertical_stripes", 1)])
-@pytest.mark.parametrize(("shape", "counts"), [((48, 48), {4, 5, 7, 10, 15}), ((42, 42), {4, 5, 7, 10}),
-                                               ((375, 500), {4, 5, 7, 10, 15, 20})])
+@pytest.mark.parametrize(
+    ("shape", "counts"),
+    [((48, 48), {4, 5, 7, 10, 15}), ((42, 42), {4, 5, 7, 10}), ((375, 500), {4, 5, 7, 10, 15, 20})],
+)
 def test_stripe_counts(name, axis, shape, counts):
     seen = set()
     for image in canvas(name, n=60, shape=shape):
@@ -98,13 +107,18 @@ def test_low_freq_scales():
 
 
 def test_low_freq_blur_wraps_and_follows_the_canvas():
-    """Neighbours across the border are as alike as inside, and structures keep their share of the picture."""
+    """Neighbours across the border are as alike as inside, and structures keep their share of the
+    picture.
+    """
     for shape in ((48, 48), (96, 96)):
         images = canvas("low_freq", n=60, shape=shape).astype(float)
         inside = np.abs(images[:, 1:] - images[:, :-1]).mean()
         assert abs(np.abs(images[:, 0] - images[:, -1]).mean() / inside - 1) < 0.1
         step = shape[0] // 16
-        alike = [np.corrcoef(i[:, ::step].ravel(), np.roll(i, step, 1)[:, ::step].ravel())[0, 1] for i in images]
+        alike = [
+            np.corrcoef(i[:, ::step].ravel(), np.roll(i, step, 1)[:, ::step].ravel())[0, 1]
+            for i in images
+        ]
         assert 0.6 < np.mean(alike) < 0.9
 
 
@@ -121,7 +135,9 @@ def test_blobs_are_black_or_bright():
 
 
 def test_contrast_after_shrinking_is_that_of_the_note(latin):
-    """Standard deviations after the shrink, native / 48 -> 32: uni .155 / .157, Rademacher .254 / .258."""
+    """Standard deviations after the shrink, native / 48 -> 32: uni .155 / .157, Rademacher .254 /
+    .258.
+    """
     assert abs(unit_test("uni", n=50).images.std() / 255 - 0.157) < 0.003
     assert abs(unit_test("Rademacher", n=50).images.std() / 255 - 0.258) < 0.005
 
@@ -133,13 +149,20 @@ def test_blur_reaches_four_sigma():
 
     blurred = _blur(spike, 2)
     assert blurred[24, 16, 0] > 0 == blurred[24, 15, 0]
-    np.testing.assert_allclose(blurred[..., 1], gaussian_filter(spike[..., 1], 2, mode="wrap", truncate=4))
+    np.testing.assert_allclose(
+        blurred[..., 1], gaussian_filter(spike[..., 1], 2, mode="wrap", truncate=4)
+    )
 
 
 @pytest.mark.parametrize("size", [28, 64])
 def test_other_sizes(size, latin):
     assert unit_test("low_freq", n=2, size=size).images.shape == (2, 3, size, size)
-    assert unit_test("pixel_perm", n=2, size=size, id_images=latin).images.shape == (2, 3, size, size)
+    assert unit_test("pixel_perm", n=2, size=size, id_images=latin).images.shape == (
+        2,
+        3,
+        size,
+        size,
+    )
 
 
 def test_native_canvas():
@@ -151,14 +174,24 @@ def test_pooled_set_takes_the_tests_in_turn():
     assert pooled.class_names == UNIT_TESTS
     assert np.array_equal(pooled.labels, np.arange(34) % 17)
     for name in ("blobs", "pixel_perm"):
-        assert np.array_equal(pooled.images[pooled.labels == UNIT_TESTS.index(name)], embedded(name, n=2).images)
+        assert np.array_equal(
+            pooled.images[pooled.labels == UNIT_TESTS.index(name)], embedded(name, n=2).images
+        )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"name": "plasma"}, "unknown name 'plasma'"), ({"name": "uni", "size": None}, "give size, or canvas"),
-    ({"name": "uni", "n": 0}, "n >= 1"), ({"name": "uni", "size": 4}, "at least 12 x 12"),
-    *(({"name": name}, "give id_images with at least 400 images, got 0") for name in NEEDS_ID_IMAGES),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "plasma"}, "unknown name 'plasma'"),
+        ({"name": "uni", "size": None}, "give size, or canvas"),
+        ({"name": "uni", "n": 0}, "n >= 1"),
+        ({"name": "uni", "size": 4}, "at least 12 x 12"),
+        *(
+            ({"name": name}, "give id_images with at least 400 images, got 0")
+            for name in NEEDS_ID_IMAGES
+        ),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(OodlibError, match=message):
         unit_test(**arguments)

@@ -22,7 +22,9 @@ from oodlib.data.public import readers
 from oodlib.data.public.prepare import load, pixel_checksum, prepare, prepared_info
 from oodlib.data.public.registry import SETS, SetInfo, Split
 
-needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
+needs_mirror = pytest.mark.skipif(
+    "OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set"
+)
 N = 12
 
 
@@ -38,9 +40,19 @@ def encode(image, suffix="PNG"):
 
 def write_parquet(path, blobs, labels):
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"image": [{"bytes": blob, "path": f"{i}.png"} for i, blob in enumerate(blobs)], "label": list(labels)}
-    table = pa.table(rows, schema=pa.schema([
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())]))
+    rows = {
+        "image": [{"bytes": blob, "path": f"{i}.png"} for i, blob in enumerate(blobs)],
+        "label": list(labels),
+    }
+    table = pa.table(
+        rows,
+        schema=pa.schema(
+            [
+                ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+                ("label", pa.int64()),
+            ]
+        ),
+    )
     pq.write_table(table.replace_schema_metadata({"class_names": json.dumps(["a", "b"])}), path)
 
 
@@ -101,11 +113,18 @@ def redefine(monkeypatch, name="toy", **changes):
 
 # What is prepared
 
+
 def test_parquet_gives_the_pixels_in_an_order_of_their_own(toy):
     loaded = load("toy", "test")
-    assert isinstance(loaded.images, np.memmap) and loaded.class_names == ("a", "b") and loaded.name == "toy"
+    assert (
+        isinstance(loaded.images, np.memmap)
+        and loaded.class_names == ("a", "b")
+        and loaded.name == "toy"
+    )
     original = {p.tobytes(): i % 2 for i, p in enumerate(pixels())}
-    assert {i.tobytes(): label for i, label in zip(loaded.images, loaded.labels, strict=True)} == original
+    assert {
+        i.tobytes(): label for i, label in zip(loaded.images, loaded.labels, strict=True)
+    } == original
 
 
 def test_order_of_the_source_does_not_matter(toy, tmp_path):
@@ -113,7 +132,10 @@ def test_order_of_the_source_does_not_matter(toy, tmp_path):
     write_parquet(toy, [encode(p) for p in pixels()[::-1]], (np.arange(N) % 2)[::-1])
     second = load("toy", "test", data_dir=tmp_path / "other")
     assert first.fingerprint == second.fingerprint
-    assert pixel_checksum(first.images[::-1], first.labels[::-1]) == prepared_info("toy", "test")["checksum"]
+    assert (
+        pixel_checksum(first.images[::-1], first.labels[::-1])
+        == prepared_info("toy", "test")["checksum"]
+    )
 
 
 def test_other_sizes_and_modes_are_brought_to_the_set_s(toy):
@@ -132,8 +154,11 @@ def test_idx_files(toy_idx):
 def test_several_shards(toy):
     toy.unlink()
     for part, rows in enumerate((slice(0, 5), slice(5, N))):
-        write_parquet(toy.with_name(f"test-0000{part}-of-00002.parquet"), [encode(p) for p in pixels()[rows]],
-                      (np.arange(N) % 2)[rows])
+        write_parquet(
+            toy.with_name(f"test-0000{part}-of-00002.parquet"),
+            [encode(p) for p in pixels()[rows]],
+            (np.arange(N) % 2)[rows],
+        )
     assert len(load("toy", "test")) == N
 
 
@@ -145,7 +170,9 @@ def test_second_load_does_not_read_the_mirror(toy):
 
 def test_smaller_copy_is_named_incomplete(toy, monkeypatch):
     redefine(monkeypatch, count=N + 1)
-    monkeypatch.setitem(SETS, "toy", dataclasses.replace(SETS["toy"], partial=True, note="half of it"))
+    monkeypatch.setitem(
+        SETS, "toy", dataclasses.replace(SETS["toy"], partial=True, note="half of it")
+    )
     assert load("toy", "test").name == "toy-incomplete"
     assert prepared_info("toy", "test")["note"] == "half of it"
 
@@ -177,7 +204,10 @@ def test_tiny_imagenet_archive(tmp_path, monkeypatch):
     root, archive = "tiny-imagenet-200", tmp_path / "tiny-imagenet-200.zip"
     with zipfile.ZipFile(archive, "w") as out:
         out.writestr(f"{root}/wnids.txt", "n2\nn1\n")
-        out.writestr(f"{root}/val/val_annotations.txt", "val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\n")
+        out.writestr(
+            f"{root}/val/val_annotations.txt",
+            "val_0.JPEG\tn2\t0\t0\t1\t1\nval_1.JPEG\tn1\t0\t0\t1\t1\n",
+        )
         for i, image in enumerate(pixels(2, (3, 64, 64))):
             out.writestr(f"{root}/val/images/val_{i}.JPEG", encode(image, "JPEG"))
             out.writestr(f"{root}/train/n{i + 1}/images/n{i + 1}_0.JPEG", encode(image, "JPEG"))
@@ -185,8 +215,12 @@ def test_tiny_imagenet_archive(tmp_path, monkeypatch):
     monkeypatch.setenv("OODLIB_DATA", str(tmp_path / "data"))
     valid, train = load("tiny-imagenet", "valid"), load("tiny-imagenet", "train")
     assert valid.class_names == ("n1", "n2") and sorted(valid.labels) == [0, 1]
-    by_pixels = {image.tobytes(): label for image, label in zip(train.images, train.labels, strict=True)}
-    assert [by_pixels[image.tobytes()] for image in valid.images] == [1 - label for label in valid.labels]
+    by_pixels = {
+        image.tobytes(): label for image, label in zip(train.images, train.labels, strict=True)
+    }
+    assert [by_pixels[image.tobytes()] for image in valid.images] == [
+        1 - label for label in valid.labels
+    ]
     archive.write_bytes(archive.read_bytes()[:-200])
     with refuses(archive, "not a readable Tiny-ImageNet archive"):
         prepare("tiny-imagenet", "valid")
@@ -194,8 +228,11 @@ def test_tiny_imagenet_archive(tmp_path, monkeypatch):
 
 def drawings():
     """Six drawings of three characters: file names within a zip, pixels 105x105."""
-    names = [f"{character}/{i}.png" for character in ("Greek/character02", "Greek/character01", "Latin/character01")
-             for i in range(2)]
+    names = [
+        f"{character}/{i}.png"
+        for character in ("Greek/character02", "Greek/character01", "Latin/character01")
+        for i in range(2)
+    ]
     return dict(zip(names, pixels(6, (1, 105, 105)), strict=True))
 
 
@@ -217,20 +254,28 @@ def omniglot(tmp_path, monkeypatch):
 def test_zips_of_class_folders_are_merged(omniglot):
     files = list(drawings().items())
     write_zip(omniglot / "images_background_small1.zip", dict(files[:4]))
-    write_zip(omniglot / "images_background_small2.zip", dict(files[2:]))       # two drawings are in both
+    write_zip(
+        omniglot / "images_background_small2.zip", dict(files[2:])
+    )  # two drawings are in both
     loaded = load("omniglot", "background", download=False)
     assert loaded.name == "omniglot-incomplete" and len(loaded) == 6
     assert loaded.class_names == ("Greek/character01", "Greek/character02", "Latin/character01")
-    small = ImageSet("x", "", np.stack(list(drawings().values())), np.array([1, 1, 0, 0, 2, 2])).resized(28, channels=1)
-    expected = {image.tobytes(): label for image, label in zip(small.images, small.labels, strict=True)}
-    assert {i.tobytes(): label for i, label in zip(loaded.images, loaded.labels, strict=True)} == expected
+    small = ImageSet(
+        "x", "", np.stack(list(drawings().values())), np.array([1, 1, 0, 0, 2, 2])
+    ).resized(28, channels=1)
+    expected = {
+        image.tobytes(): label for image, label in zip(small.images, small.labels, strict=True)
+    }
+    assert {
+        i.tobytes(): label for i, label in zip(loaded.images, loaded.labels, strict=True)
+    } == expected
 
 
 def test_complete_zip_alone_is_the_whole_set(omniglot, monkeypatch):
     redefine(monkeypatch, "omniglot", count=6)
     write_zip(omniglot / "images_evaluation.zip", drawings())
     assert load("omniglot", "evaluation", download=False).name == "omniglot"
-    with refuses("omniglot/background is not at hand", "downloads are off"):
+    with refuses("omniglot/background is not available", "downloads are off"):
         load("omniglot", "background", download=False)
 
 
@@ -242,6 +287,7 @@ def test_zip_is_downloaded_with_its_md5(omniglot, tmp_path, monkeypatch):
         calls.append((address, known_hash))
         write_zip(tmp_path / "images_evaluation.zip", drawings())
         return str(tmp_path / "images_evaluation.zip")
+
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     monkeypatch.delenv("OODLIB_MIRROR")
     redefine(monkeypatch, "omniglot", count=6)
@@ -250,7 +296,9 @@ def test_zip_is_downloaded_with_its_md5(omniglot, tmp_path, monkeypatch):
     assert len(loaded) == 6 and calls == [(address, f"md5:{md5}")]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-30], lambda data: data.replace(b"IDAT", b"IDAX")])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-30], lambda data: data.replace(b"IDAT", b"IDAX")]
+)
 def test_damaged_zip(omniglot, damage):
     path = omniglot / "images_evaluation.zip"
     write_zip(path, drawings())
@@ -306,16 +354,25 @@ def celeba_files(raw, monkeypatch, shape):
     """Two pictures a split, of persons 70 to 75; returns the pictures."""
     import torchvision
 
-    monkeypatch.setattr(torchvision.datasets.CelebA, "file_list", [])           # made files have other MD5s
+    monkeypatch.setattr(torchvision.datasets.CelebA, "file_list", [])  # made files have other MD5s
     folder, images = raw / "celeba", pixels(6, shape)
     (folder / "img_align_celeba").mkdir(parents=True)
     for i, image in enumerate(images):
-        (folder / "img_align_celeba" / f"{i + 1:06d}.jpg").write_bytes(encode(image))   # PNG: nothing is lost
-    rows = {"list_eval_partition": "{split}", "identity_CelebA": "{person}", "list_bbox_celeba": "1 2 3 4",
-            "list_landmarks_align_celeba": "1 2", "list_attr_celeba": "-1 1"}
+        (folder / "img_align_celeba" / f"{i + 1:06d}.jpg").write_bytes(
+            encode(image)
+        )  # PNG: nothing is lost
+    rows = {
+        "list_eval_partition": "{split}",
+        "identity_CelebA": "{person}",
+        "list_bbox_celeba": "1 2 3 4",
+        "list_landmarks_align_celeba": "1 2",
+        "list_attr_celeba": "-1 1",
+    }
     for name, row in rows.items():
         lines = [f"{i + 1:06d}.jpg " + row.format(split=i // 2, person=70 + i) for i in range(6)]
-        (folder / f"{name}.txt").write_text("\n".join(lines if "{" in row else ["6", "a b", *lines]) + "\n")
+        (folder / f"{name}.txt").write_text(
+            "\n".join(lines if "{" in row else ["6", "a b", *lines]) + "\n"
+        )
     return images
 
 
@@ -337,12 +394,15 @@ def test_pictures_too_small_for_the_crop_box(raw, monkeypatch):
 
 def test_mirror_of_prepared_pictures_is_not_cropped_again(tmp_path, monkeypatch):
     redefine(monkeypatch, "celeba", count=2)
-    write_parquet(tmp_path / "celeba" / "test-0.parquet", [encode(p) for p in pixels(2, (3, 32, 32))], [0, 1])
+    write_parquet(
+        tmp_path / "celeba" / "test-0.parquet", [encode(p) for p in pixels(2, (3, 32, 32))], [0, 1]
+    )
     loaded = by_label(load("celeba", "test", mirror=tmp_path, data_dir=tmp_path / "data"))
     np.testing.assert_array_equal(np.stack([loaded[0], loaded[1]]), pixels(2, (3, 32, 32)))
 
 
 # Bad input: the file is named, and what was prepared before stays
+
 
 def test_truncated_parquet(toy):
     before = load("toy", "test").fingerprint
@@ -392,7 +452,9 @@ def test_idx_file_cut_before_compression(toy_idx):
 
 def test_wrong_md5_of_a_publisher_s_file(toy_idx, monkeypatch):
     path = sorted(toy_idx.iterdir())[0]
-    monkeypatch.setitem(SETS, "toy-idx", dataclasses.replace(SETS["toy-idx"], raw_md5={path.name: "0" * 32}))
+    monkeypatch.setitem(
+        SETS, "toy-idx", dataclasses.replace(SETS["toy-idx"], raw_md5={path.name: "0" * 32})
+    )
     with refuses(path, "MD5 is", "0" * 32):
         load("toy-idx", "test")
 
@@ -434,16 +496,19 @@ def test_undecodable_image(toy):
 
 def test_missing_split_names_what_to_do(toy):
     toy.unlink()
-    with refuses("toy/test is not at hand", "downloads are off", "toy/test-*.parquet under OODLIB_MIRROR"):
+    with refuses(
+        "toy/test is not available", "downloads are off", "toy/test-*.parquet under OODLIB_MIRROR"
+    ):
         load("toy", "test", download=False)
 
 
 def test_failed_download_says_why(toy, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no route to host")
+
     toy.unlink()
     monkeypatch.setattr(prepare_module, "from_torchvision", fail)
-    with refuses("toy/test is not at hand", "no route to host"):
+    with refuses("toy/test is not available", "no route to host"):
         load("toy", "test")
 
 
@@ -464,12 +529,15 @@ def test_failed_write_leaves_the_earlier_data(toy, tmp_path, monkeypatch):
 
     def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "write_json", disk_full)
         with refuses("could not be written", "No space left", "OODLIB_DATA"):
             prepare("toy", "test")
     assert load("toy", "test").fingerprint == before
-    assert sorted(p.name for p in (tmp_path / "data/prepared/toy").iterdir() if "lock" not in p.name) == ["test"]
+    assert sorted(
+        p.name for p in (tmp_path / "data/prepared/toy").iterdir() if "lock" not in p.name
+    ) == ["test"]
 
 
 def test_prepared_pixels_that_changed_are_noticed(toy, tmp_path):
@@ -491,15 +559,18 @@ def test_truncated_prepared_data_is_noticed(toy, tmp_path):
 
 
 def test_set_that_only_a_mirror_holds(tmp_path):
-    with refuses("notmnist/test is not at hand", "no library downloads it", "under notmnist/"):
+    with refuses("notmnist/test is not available", "no library downloads it", "under notmnist/"):
         load("notmnist", "test", mirror=tmp_path, data_dir=tmp_path)
 
 
 # The real mirror
 
+
 @pytest.mark.mirror
 @needs_mirror
-@pytest.mark.parametrize("name, split", [("mnist", "test"), ("fashion-mnist", "test"), ("cifar100", "test")])
+@pytest.mark.parametrize(
+    "name, split", [("mnist", "test"), ("fashion-mnist", "test"), ("cifar100", "test")]
+)
 def test_official_sets_on_the_mirror_have_the_registered_checksum(name, split, tmp_path):
     loaded = load(name, split, download=False, data_dir=tmp_path)
     assert pixel_checksum(loaded.images, loaded.labels) == SETS[name].splits[split].checksum
@@ -512,37 +583,46 @@ def test_omniglot_on_the_mirror(tmp_path):
     loaded = load("omniglot", "background", download=False, data_dir=tmp_path)
     assert loaded.name == "omniglot-incomplete" and loaded.images.shape == (4_840, 1, 28, 28)
     assert len(loaded.class_names) == 242 and (np.bincount(loaded.labels) == 20).all()
-    assert loaded.images.mean() > 200                      # black on white
+    assert loaded.images.mean() > 200  # black on white
 
 
 def test_parallel_decoding_keeps_labels_with_their_images(toy, monkeypatch):
-    monkeypatch.setattr(readers, "_CHUNK", 5)          # several batches
+    monkeypatch.setattr(readers, "_CHUNK", 5)  # several batches
     blobs = [encode(np.full((3, 8, 8), i, np.uint8)) for i in range(N)]
     write_parquet(toy, blobs, np.arange(N))
     loaded = load("toy", "test")
     assert (loaded.images[:, 0, 0, 0] == loaded.labels).all()
 
 
-# --- pooled ------------------------------------------------------------------------------------------------------
+# --- pooled
+# ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("side", [16, 28, 32, 48, 64])
 def test_pooled_pixels_are_means_over_their_area(side):
     images = np.random.default_rng(0).integers(0, 256, (3, 3, side, side)).astype(np.uint8)
-    fine = 16 * side // np.gcd(16, side)                            # pixels of both sizes are whole numbers of these
-    blocks = images.repeat(fine // side, 2).repeat(fine // side, 3).reshape(3, 3, 16, fine // 16, 16, -1)
+    fine = 16 * side // np.gcd(16, side)  # pixels of both sizes are whole numbers of these
+    blocks = (
+        images.repeat(fine // side, 2).repeat(fine // side, 3).reshape(3, 3, 16, fine // 16, 16, -1)
+    )
     pooled = ImageSet("x", "", images, np.zeros(3)).pooled(16).images
     np.testing.assert_array_equal(pooled, np.floor(blocks.mean((3, 5)).round(6) + 0.5))
-    np.testing.assert_array_equal(ImageSet("x", "", images[:, :1], np.zeros(3)).pooled(16).images,
-                                  pooled[:, [0, 0, 0]])
+    np.testing.assert_array_equal(
+        ImageSet("x", "", images[:, :1], np.zeros(3)).pooled(16).images, pooled[:, [0, 0, 0]]
+    )
 
 
 def test_pooled_grey_is_pillows():
     images = np.random.default_rng(0).integers(0, 256, (1, 3, 20, 20)).astype(np.uint8)
     grey = ImageSet("x", "", images, np.zeros(1)).pooled(20, channels=1).images[0, 0]
-    np.testing.assert_array_equal(grey, np.asarray(Image.fromarray(images[0].transpose(1, 2, 0)).convert("L")))
+    np.testing.assert_array_equal(
+        grey, np.asarray(Image.fromarray(images[0].transpose(1, 2, 0)).convert("L"))
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (20, 24)])
 def test_pooled_needs_square_images_that_are_large_enough(shape):
-    with refuses(f"square images of at least 16 pixels, got {shape[0]} x {shape[1]}", "use resized"):
+    with refuses(
+        f"square images of at least 16 pixels, got {shape[0]} x {shape[1]}", "use resized"
+    ):
         ImageSet("x", "", np.zeros((1, 1, *shape), np.uint8), np.zeros(1)).pooled(16)

@@ -1,4 +1,6 @@
-"""The embedded corpus: real glyphs, look-alikes removed, disjoint splits, the same bytes for the same seed."""
+"""The embedded corpus: real glyphs, look-alikes removed, disjoint splits, the same bytes for the
+same seed.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +9,15 @@ import numpy as np
 import pytest
 
 from oodlib.data import EMBEDDED, assert_disjoint, embedded, same_fonts
-from oodlib.data.builtin.alphabets import CONFUSABLE, LATIN, LOOKALIKE, OOD_SCRIPTS, alphabet, removed, similarity
+from oodlib.data.builtin.alphabets import (
+    CONFUSABLE,
+    LATIN,
+    LOOKALIKE,
+    OOD_SCRIPTS,
+    alphabet,
+    removed,
+    similarity,
+)
 from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
 from oodlib.data.builtin.ninco_tests import UNIT_TESTS
 from oodlib.data.builtin.render import MIN_CONTRAST, _colours, luminance, raw_stream
@@ -25,8 +35,10 @@ def test_bytes_are_those_stored():
 
 
 def test_changed_bytes_name_the_set_and_the_library(tmp_path):
-    stored = {"versions": {**library_versions(), "freetype": "0.0"},
-              "sets": {**embedded_fingerprints(), "latin/plain": "0"}}
+    stored = {
+        "versions": {**library_versions(), "freetype": "0.0"},
+        "sets": {**embedded_fingerprints(), "latin/plain": "0"},
+    }
     (tmp_path / "embedded.json").write_text(json.dumps(stored))
     with pytest.raises(OodlibError, match=r"latin/plain.*freetype .*stored: 0\.0"):
         check_bytes(tmp_path / "embedded.json")
@@ -40,8 +52,8 @@ def test_every_font_draws_every_character_differently(name):
 
 
 def test_placeholders_are_no_glyphs():
-    assert not has_real_glyph("STIXGeneral", ord("א"))                 # not in the font
-    assert not has_real_glyph("DejaVuSans", ord(" "))                  # mapped, but empty
+    assert not has_real_glyph("STIXGeneral", ord("א"))  # not in the font
+    assert not has_real_glyph("DejaVuSans", ord(" "))  # mapped, but empty
     assert fonts_with(0xE0FFF) == ()
     with pytest.raises(OodlibError, match="no real glyph for U\\+05D0; fonts that do: DejaVuSans"):
         glyph_mask("STIXGeneral", ord("א"))
@@ -64,16 +76,30 @@ def test_no_look_alike_of_a_latin_letter_is_left(name):
 
 
 def test_the_rendering_rule_finds_the_obvious_ones_by_itself():
-    for name, characters in {"greek": "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧο", "cyrillic": "АВЕКМНОРСТХаеорсух", "math": "∣∨∪"}.items():
+    for name, characters in {
+        "greek": "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧο",
+        "cyrillic": "АВЕКМНОРСТХаеорсух",
+        "math": "∣∨∪",
+    }.items():
         reasons = removed(name)
         assert all(reasons[c].startswith("looks like Latin") for c in characters)
     assert {"0", "1"} <= set(removed("digits_rendered"))
 
 
 def test_scripts_keep_enough_classes():
-    least = {"greek": 10, "cyrillic": 15, "armenian": 30, "georgian": 50, "hebrew": 15, "math": 150, "arabic": 50,
-             "unicode": 600}
-    assert {name: EMBEDDED[name].classes >= n for name, n in least.items()} == dict.fromkeys(least, True)
+    least = {
+        "greek": 10,
+        "cyrillic": 15,
+        "armenian": 30,
+        "georgian": 50,
+        "hebrew": 15,
+        "math": 150,
+        "arabic": 50,
+        "unicode": 600,
+    }
+    assert {name: EMBEDDED[name].classes >= n for name, n in least.items()} == dict.fromkeys(
+        least, True
+    )
 
 
 def test_pretraining_set_holds_no_ood_character_and_every_id_class():
@@ -93,7 +119,10 @@ def test_splits_and_seeds_share_no_image():
 
 
 def test_digit_drawings_belong_to_one_split():
-    sources = [set(embedded("digits_all", split, n=2000).meta["source"]) for split in ("train", "val", "test")]
+    sources = [
+        set(embedded("digits_all", split, n=2000).meta["source"])
+        for split in ("train", "val", "test")
+    ]
     assert len(set.union(*sources)) == sum(map(len, sources)) == 1797
     assert set(embedded("digits", n=40).class_names) == set(map(chr, alphabet("digits_rendered")))
 
@@ -121,9 +150,14 @@ def test_labels_are_balanced(name):
 
 def test_glyph_meta_is_true():
     images = embedded("hebrew", n=100)
-    assert all(has_real_glyph(f, int(c)) for f, c in zip(images.meta["font"], images.meta["codepoint"], strict=True))
-    assert all(images.class_names[label] == chr(c)
-               for label, c in zip(images.labels, images.meta["codepoint"], strict=True))
+    assert all(
+        has_real_glyph(f, int(c))
+        for f, c in zip(images.meta["font"], images.meta["codepoint"], strict=True)
+    )
+    assert all(
+        images.class_names[label] == chr(c)
+        for label, c in zip(images.labels, images.meta["codepoint"], strict=True)
+    )
 
 
 def test_same_fonts_keeps_only_shared_typefaces():
@@ -162,10 +196,16 @@ def test_records_are_complete():
         assert info.kind in {"id", "near", "far", "unit_test", "pretraining", "validation"}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"name": "klingon"}, "unknown set 'klingon'; known: latin"), ({"split": "dev"}, "split must be one of train"),
-    ({"style": "neon"}, "style must be"), ({"n": 0}, "n >= 1"), ({"size": 4}, "16 to 512"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "klingon"}, "unknown set 'klingon'; known: latin"),
+        ({"split": "dev"}, "split must be one of train"),
+        ({"style": "neon"}, "style must be"),
+        ({"n": 0}, "n >= 1"),
+        ({"size": 4}, "16 to 512"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     with pytest.raises(OodlibError, match=message):
         embedded(**{"name": "latin", **arguments})

@@ -1,4 +1,6 @@
-"""One forward pass: the head is found, rows keep their order, the cache is keyed, an interrupted pass resumes."""
+"""One forward pass: the head is found, rows keep their order, the cache is keyed, an interrupted
+pass resumes.
+"""
 
 import importlib.util
 import json
@@ -23,7 +25,12 @@ STATS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 @pytest.fixture(scope="module")
 def images() -> ImageSet:
     rng = np.random.default_rng(0)
-    return ImageSet("noise", "test", rng.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8), rng.integers(0, 4, 30))
+    return ImageSet(
+        "noise",
+        "test",
+        rng.integers(0, 256, (30, 3, 32, 32), dtype=np.uint8),
+        rng.integers(0, 4, 30),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def test_bank_holds_what_the_model_computes(model, images):
 
 def test_every_part_of_the_model_keeps_its_mode(images):
     model = FastConvNet(4, widths=(8, 8, 8)).train()
-    model.blocks.eval()                                     # frozen batch statistics
+    model.blocks.eval()  # frozen batch statistics
     before = [module.training for module in model.modules()]
     extract(model, images, **STATS, device="cpu")
     assert [module.training for module in model.modules()] == before
@@ -67,7 +74,10 @@ def test_timm_models_are_split(name):
 
 def test_torchvision_resnet_is_split():
     torchvision = pytest.importorskip("torchvision")
-    assert find_head(torchvision.models.resnet18(num_classes=3).eval(), torch.randn(2, 3, 32, 32)) == "fc"
+    assert (
+        find_head(torchvision.models.resnet18(num_classes=3).eval(), torch.randn(2, 3, 32, 32))
+        == "fc"
+    )
 
 
 def test_one_by_one_convolution_is_a_head():
@@ -90,7 +100,10 @@ def test_squeezenet_is_refused():
 
 def test_named_layers_are_pooled(model, images):
     bank = extract(model, images, **STATS, layers=["blocks.0", "blocks.1"], device="cpu")
-    assert {k: v.shape for k, v in bank.layers.items()} == {"blocks.0": (30, 8), "blocks.1": (30, 8)}
+    assert {k: v.shape for k, v in bank.layers.items()} == {
+        "blocks.0": (30, 8),
+        "blocks.1": (30, 8),
+    }
 
 
 def test_unknown_layer_is_named(model, images):
@@ -113,10 +126,18 @@ def test_shuffled_loader_is_refused(model):
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_loader_that_gives_more_rows_than_its_dataset_holds_is_refused(model, tmp_path, on_disk):
-    loader = DataLoader(TensorDataset(torch.zeros(3, 3, 32, 32), torch.zeros(3)), batch_sampler=[[0, 1], [2, 0]])
+    loader = DataLoader(
+        TensorDataset(torch.zeros(3, 3, 32, 32), torch.zeros(3)), batch_sampler=[[0, 1], [2, 0]]
+    )
     with pytest.raises(OodlibError, match="more rows than the 3 of its dataset"):
-        extract(model, loader, device="cpu", cache=tmp_path if on_disk else None, model_name="net",
-                fingerprint="made")
+        extract(
+            model,
+            loader,
+            device="cpu",
+            cache=tmp_path if on_disk else None,
+            model_name="net",
+            fingerprint="made",
+        )
 
 
 def test_device_that_is_not_there_is_refused(model, images):
@@ -159,7 +180,7 @@ def test_interrupted_pass_resumes_at_the_last_shard(tmp_path, images):
         extract(Counting(fail_after=25), images, **options)
     resumed = Counting()
     bank = extract(resumed, images, **options)
-    assert resumed.rows <= 30 - 20 + 2                    # two rows look for the head
+    assert resumed.rows <= 30 - 20 + 2  # two rows look for the head
     whole = extract(Counting(), images, **STATS, device="cpu")
     np.testing.assert_array_equal(bank.features, whole.features)
     assert not list(tmp_path.glob("*.part"))
@@ -190,17 +211,26 @@ def fresh_hashes():
 
 
 @pytest.mark.parametrize("change", ["the network's file", "a file that the pass reaches", "timm"])
-def test_edited_code_or_another_timm_gives_a_new_bank(tmp_path, images, model, monkeypatch, fresh_hashes, change):
+def test_edited_code_or_another_timm_gives_a_new_bank(
+    tmp_path, images, model, monkeypatch, fresh_hashes, change
+):
     options = {**STATS, "cache": tmp_path, "device": "cpu"}
     first = extract(model, images, **options).meta
     fresh_hashes()
     assert extract(model, images, **options).meta == first
     sha256, version = workspace.sha256, workspace.version
-    file = {"the network's file": "fast_convnet.py", "a file that the pass reaches": "augment.py"}.get(change)
+    file = {
+        "the network's file": "fast_convnet.py",
+        "a file that the pass reaches": "augment.py",
+    }.get(change)
     if file:
-        monkeypatch.setattr(workspace, "sha256", lambda path: "edited" if path.name == file else sha256(path))
+        monkeypatch.setattr(
+            workspace, "sha256", lambda path: "edited" if path.name == file else sha256(path)
+        )
     else:
-        monkeypatch.setattr(workspace, "version", lambda name: "0.0" if name == "timm" else version(name))
+        monkeypatch.setattr(
+            workspace, "version", lambda name: "0.0" if name == "timm" else version(name)
+        )
     fresh_hashes()
     other = extract(model, images, **options).meta
     assert {name for name in first if first[name] != other[name]} == {"code"}
@@ -208,9 +238,11 @@ def test_edited_code_or_another_timm_gives_a_new_bank(tmp_path, images, model, m
 
 
 def test_an_edited_class_of_the_users_gives_a_new_bank(tmp_path, images):
-    code = ("import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            "        self.head = torch.nn.Linear(3, 2)\n    def forward(self, x):\n"
-            "        return self.head(x.{}((2, 3)))\n")
+    code = (
+        "import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.head = torch.nn.Linear(3, 2)\n    def forward(self, x):\n"
+        "        return self.head(x.{}((2, 3)))\n"
+    )
     banks = []
     for name in ("mean", "amax", "mean"):
         (tmp_path / "net.py").write_text(code.format(name))
@@ -244,19 +276,27 @@ def test_save_and_load_round_trip(tmp_path, model, images):
     bank = extract(model, images, **STATS, layers=["blocks.0"], device="cpu")
     bank.save(tmp_path / "bank")
     loaded = FeatureBank.load(tmp_path / "bank")
-    for a, b in [(bank.features, loaded.features), (bank.logits, loaded.logits), (bank.labels, loaded.labels),
-                 (bank.head.weight, loaded.head.weight), (bank.layers["blocks.0"], loaded.layers["blocks.0"])]:
+    for a, b in [
+        (bank.features, loaded.features),
+        (bank.logits, loaded.logits),
+        (bank.labels, loaded.labels),
+        (bank.head.weight, loaded.head.weight),
+        (bank.layers["blocks.0"], loaded.layers["blocks.0"]),
+    ]:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"weight": np.ones((2, 4))}, "same D"),
-    ({"bias": np.ones(3)}, "bias must be"),
-    ({"labels": np.zeros(9)}, "labels must be"),
-    ({"features": np.full((10, 3), np.nan)}, "NaN"),
-    ({"features": np.ones((0, 3))}, "no row"),
-    ({"logits": np.ones((10, 2))}, "differs from the logits"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": np.ones((2, 4))}, "same D"),
+        ({"bias": np.ones(3)}, "bias must be"),
+        ({"labels": np.zeros(9)}, "labels must be"),
+        ({"features": np.full((10, 3), np.nan)}, "NaN"),
+        ({"features": np.ones((0, 3))}, "no row"),
+        ({"logits": np.ones((10, 2))}, "differs from the logits"),
+    ],
+)
 def test_bank_refuses_arrays_that_do_not_fit(change, message):
     arrays = {"features": np.eye(10, 3), "weight": np.ones((2, 3)), "bias": np.ones(2)} | change
     with pytest.raises(OodlibError, match=message):
@@ -264,13 +304,17 @@ def test_bank_refuses_arrays_that_do_not_fit(change, message):
 
 
 def test_unknown_labels_count_neither_as_right_nor_as_wrong():
-    bank = FeatureBank.from_arrays(np.eye(4, 2), weight=np.eye(2), labels=[0, 0, -1, -1])        # answers 0, 1, 0, 0
+    bank = FeatureBank.from_arrays(
+        np.eye(4, 2), weight=np.eye(2), labels=[0, 0, -1, -1]
+    )  # answers 0, 1, 0, 0
     assert bank.accuracy == 0.5 and bank.unknown == 2 and "2 labels unknown" in repr(bank)
     assert bank.require_accuracy(0.5) == 0.5 and "unknown" not in repr(bank.subset(slice(0, 2)))
-    with pytest.raises(OodlibError, match=r"accuracy 50\.0% on 2 ID images \(2 of unknown label left out\)"):
+    with pytest.raises(
+        OodlibError, match=r"accuracy 50\.0% on 2 ID images \(2 of unknown label left out\)"
+    ):
         bank.require_accuracy(0.6)
     with pytest.raises(OodlibError, match=r"no labels\. All are -1"):
-        bank.subset(slice(2, 4)).accuracy   # noqa: B018
+        bank.subset(slice(2, 4)).accuracy  # noqa: B018
 
 
 def test_weights_hash_sees_one_changed_value(model):
@@ -293,31 +337,64 @@ class ChannelsLast(nn.Module):
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (6, 5)])
 def test_layers_of_channels_last_networks_are_averaged_over_positions(size):
-    bank = extract(ChannelsLast(), [(torch.randn(4, 3, *size), torch.zeros(4).long())], layers=["stem"], device="cpu")
+    bank = extract(
+        ChannelsLast(),
+        [(torch.randn(4, 3, *size), torch.zeros(4).long())],
+        layers=["stem"],
+        device="cpu",
+    )
     np.testing.assert_allclose(bank.layers["stem"], bank.features, rtol=1e-5, atol=1e-6)
 
 
 def test_timm_swin_stages_have_their_widths():
     timm = pytest.importorskip("timm")
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, img_size=64, window_size=2, embed_dim=12,
-                              depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-    bank = extract(model, [(torch.randn(2, 3, 64, 64), torch.arange(2))], layers=["layers.0", "layers.3"], device="cpu")
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=3,
+        img_size=64,
+        window_size=2,
+        embed_dim=12,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 1, 1),
+    )
+    bank = extract(
+        model,
+        [(torch.randn(2, 3, 64, 64), torch.arange(2))],
+        layers=["layers.0", "layers.3"],
+        device="cpu",
+    )
     assert [bank.layers[name].shape[1] for name in ("layers.0", "layers.3")] == [12, 96]
 
 
 def test_stream_gives_the_same_rows_in_banks_of_bounded_size(model, images):
     whole = extract(model, images, **STATS, batch_size=4, device="cpu")
-    parts = list(stream(model, images, **STATS, batch_size=4, shard_rows=8, start=2, device="cpu", progress=False))
+    parts = list(
+        stream(
+            model,
+            images,
+            **STATS,
+            batch_size=4,
+            shard_rows=8,
+            start=2,
+            device="cpu",
+            progress=False,
+        )
+    )
     assert [len(part) for part in parts] == [8, 8, 8, 4]
-    np.testing.assert_allclose(np.concatenate([part.features for part in parts]), whole.features[2:], rtol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([part.features for part in parts]), whole.features[2:], rtol=1e-5
+    )
 
 
 def test_another_architecture_with_the_same_weights_is_another_bank(tmp_path):
     def net(activation):
         torch.manual_seed(0)
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 5), activation, nn.Linear(5, 2))
+
     data = [(torch.randn(4, 3, 2, 2), torch.zeros(4).long())]
-    banks = [extract(net(activation), data, cache=tmp_path, fingerprint="x", device="cpu")
-             for activation in (nn.ReLU(), nn.Tanh(), nn.ReLU())]
+    banks = [
+        extract(net(activation), data, cache=tmp_path, fingerprint="x", device="cpu")
+        for activation in (nn.ReLU(), nn.Tanh(), nn.ReLU())
+    ]
     assert banks[0].meta["weights"] == banks[1].meta["weights"] and banks[0].meta == banks[2].meta
     assert not np.allclose(banks[0].features, banks[1].features)

@@ -24,7 +24,9 @@ def net():
 def test_last_layer_equals_the_closed_form(net):
     model, x = net
     for norm in (0.5, 1, 2, math.inf):
-        by_layer = gradnorm_by_layer(model, x, groups={"head": ["head.weight"]}, temperature=2.0, norm=norm)
+        by_layer = gradnorm_by_layer(
+            model, x, groups={"head": ["head.weight"]}, temperature=2.0, norm=norm
+        )
         closed = gradnorm(model.features(x), model(x), temperature=2.0, norm=norm)
         close(by_layer["head"], closed, rtol=1e-4, atol=0)
 
@@ -40,7 +42,7 @@ def test_groups_equal_a_loop_of_backward_passes(net, norm):
         p.requires_grad_(True)
     for i in range(len(x)):
         model.zero_grad()
-        (-model(x[i:i + 1]).log_softmax(1).mean()).backward()
+        (-model(x[i : i + 1]).log_softmax(1).mean()).backward()
         for group, members in names.items():
             g = torch.cat([model.get_parameter(n).grad.flatten() for n in members]).double()
             close(-result[group][i], torch.linalg.vector_norm(g, norm), rtol=1e-4, atol=0)
@@ -54,8 +56,12 @@ def test_every_parameter_is_a_group_by_default(net):
 def test_chunked_equals_whole(net):
     model, x = net
     groups = {"last": ["blocks.2.*", "head.weight"]}
-    close(gradnorm_by_layer(model, x, groups=groups, chunk_size=1)["last"],
-          gradnorm_by_layer(model, x, groups=groups, chunk_size=5)["last"], rtol=1e-4, atol=0)
+    close(
+        gradnorm_by_layer(model, x, groups=groups, chunk_size=1)["last"],
+        gradnorm_by_layer(model, x, groups=groups, chunk_size=5)["last"],
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 def test_model_is_left_as_it_was(net):
@@ -76,19 +82,27 @@ def test_torchvision_resnet():
     torch.manual_seed(0)
     model = models.resnet18(num_classes=6).eval()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    result = gradnorm_by_layer(model, x, groups={"last": ["fc.weight"], "stage 4": ["layer4.*"]}, chunk_size=2)
+    result = gradnorm_by_layer(
+        model, x, groups={"last": ["fc.weight"], "stage 4": ["layer4.*"]}, chunk_size=2
+    )
     taps = {}
     model.avgpool.register_forward_hook(lambda _, __, out: taps.update(h=out.flatten(1)))
     close(result["last"], gradnorm(*reversed((model(x), taps["h"]))), rtol=1e-4, atol=0)
     assert (result["stage 4"] < 0).all()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"groups": {"last": ["fc.weight"]}}, "'fc.weight' of group 'last' matches no parameter. Known: whiten.weight"),
-    ({"norm": 0}, "norm q must lie in"),
-    ({"temperature": -1}, "temperature must be positive"),
-    ({"chunk_size": 0}, "chunk_size >= 1"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"groups": {"last": ["fc.weight"]}},
+            "'fc.weight' of group 'last' matches no parameter. Known: whiten.weight",
+        ),
+        ({"norm": 0}, "norm q must lie in"),
+        ({"temperature": -1}, "temperature must be positive"),
+        ({"chunk_size": 0}, "chunk_size >= 1"),
+    ],
+)
 def test_refusals(net, options, message):
     with pytest.raises(OodlibError, match=message):
         gradnorm_by_layer(*net, **options)

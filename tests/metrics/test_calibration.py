@@ -1,4 +1,6 @@
-"""Calibration: by hand, against scikit-learn and torch, and what it says of a network that is calibrated."""
+"""Calibration: by hand, against scikit-learn and torch, and what it says of a network that is
+calibrated.
+"""
 
 import numpy as np
 import pytest
@@ -6,7 +8,15 @@ import torch
 from sklearn.metrics import log_loss
 
 from oodlib import OodlibError
-from oodlib.metrics.calibration import brier, confidence, ece, fit_temperature, nll, reliability, simulated_null
+from oodlib.metrics.calibration import (
+    brier,
+    confidence,
+    ece,
+    fit_temperature,
+    nll,
+    reliability,
+    simulated_null,
+)
 
 
 @pytest.fixture
@@ -19,10 +29,13 @@ def calibrated():
 
 
 def test_ece_by_hand():
-    # two bins hold images: (0.61, 0.65) with 1 of 2 right, and 0.95 with 1 of 1 right: (2 |0.63 - 0.5| + 0.05) / 3
+    # two bins hold images: (0.61, 0.65) with 1 of 2 right, and 0.95 with 1 of 1 right: (2 |0.63 -
+    # 0.5| + 0.05) / 3
     assert ece([0.61, 0.65, 0.95], [1, 0, 1], bins=10) == pytest.approx((2 * 0.13 + 0.05) / 3)
     # two bins of 2 and 1 images: the same grouping here
-    assert ece([0.61, 0.65, 0.95], [1, 0, 1], bins=2, equal="mass") == pytest.approx((2 * 0.13 + 0.05) / 3)
+    assert ece([0.61, 0.65, 0.95], [1, 0, 1], bins=2, equal="mass") == pytest.approx(
+        (2 * 0.13 + 0.05) / 3
+    )
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
@@ -56,7 +69,9 @@ def test_proper_scores_equal_other_implementations(calibrated):
 def test_temperature_scaling_finds_the_factor_the_logits_were_multiplied_by(calibrated):
     z, y = calibrated
     t = fit_temperature(z, y)
-    assert t == pytest.approx(1, abs=0.1) and fit_temperature(3 * z, y) == pytest.approx(3 * t, rel=1e-3)
+    assert t == pytest.approx(1, abs=0.1) and fit_temperature(3 * z, y) == pytest.approx(
+        3 * t, rel=1e-3
+    )
     assert nll(3 * z, y, temperature=3 * t) < nll(3 * z, y)
 
 
@@ -72,18 +87,21 @@ def test_the_null_shrinks_with_more_images(calibrated):
     assert simulated_null(c[:200]).mean() > 2 * simulated_null(c).mean() > 0
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: ece([], []), r"needs confidences in \[0, 1\]"),
-    (lambda: ece([0.5], [1, 0]), "of the same images"),
-    (lambda: ece([3.0], [1]), "Give probabilities, not logits"),
-    (lambda: ece([0.5], [1], bins=0), "bins must be at least 1"),
-    (lambda: ece([0.5], [1], equal="size"), 'equal "width" or "mass"'),
-    (lambda: nll(np.ones((2, 3)), [0]), r"needs logits \(N, C\) and labels \(N,\)"),
-    (lambda: nll(np.ones((2, 3)), [0, -1]), "labels must lie in 0 .. 2, got -1 .. 0"),
-    (lambda: nll(np.ones((2, 3)), [0, 0.5]), "They are whole numbers"),
-    (lambda: nll([[np.nan, 1.0]], [0]), "logits hold NaN"),
-    (lambda: brier(np.ones((1, 3)), [0], temperature=0), "temperature must be positive"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ece([], []), r"needs confidences in \[0, 1\]"),
+        (lambda: ece([0.5], [1, 0]), "of the same images"),
+        (lambda: ece([3.0], [1]), "Give probabilities, not logits"),
+        (lambda: ece([0.5], [1], bins=0), "bins must be at least 1"),
+        (lambda: ece([0.5], [1], equal="size"), 'equal "width" or "mass"'),
+        (lambda: nll(np.ones((2, 3)), [0]), r"needs logits \(N, C\) and labels \(N,\)"),
+        (lambda: nll(np.ones((2, 3)), [0, -1]), "labels must lie in 0 .. 2, got -1 .. 0"),
+        (lambda: nll(np.ones((2, 3)), [0, 0.5]), "They are whole numbers"),
+        (lambda: nll([[np.nan, 1.0]], [0]), "logits hold NaN"),
+        (lambda: brier(np.ones((1, 3)), [0], temperature=0), "temperature must be positive"),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(OodlibError, match=message):
         call()

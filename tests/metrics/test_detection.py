@@ -36,12 +36,16 @@ def test_equal_to_scikit_learn(kind):
         for tpr in (0.5, 0.95, 1.0):
             fpr, hits, _ = roc_curve(label, sign * s, drop_intermediate=False)
             assert m.fpr_at_tpr(ids, oods, tpr=tpr, positive=positive) == pytest.approx(
-                fpr[np.argmax(hits >= tpr)], abs=1e-12)
+                fpr[np.argmax(hits >= tpr)], abs=1e-12
+            )
 
 
 def test_fpr_differs_between_the_positive_classes():
     rng = np.random.default_rng(0)
-    ids, oods = -rng.normal(2, 1, 200_000), -rng.normal(0, 2, 200_000)     # ID N(2, 1), OOD N(0, 2) in confidence
+    ids, oods = (
+        -rng.normal(2, 1, 200_000),
+        -rng.normal(0, 2, 200_000),
+    )  # ID N(2, 1), OOD N(0, 2) in confidence
     assert m.fpr_at_tpr(ids, oods, positive="ood") == pytest.approx(0.9014, abs=0.005)
     assert m.fpr_at_tpr(ids, oods, positive="id") == pytest.approx(0.4295, abs=0.005)
 
@@ -49,8 +53,8 @@ def test_fpr_differs_between_the_positive_classes():
 def test_by_hand():
     ids, oods = [0.0, 1, 2, 3], [2.0, 4]
     assert m.auroc(ids, oods) == (2.5 + 4) / 8
-    assert m.fpr_at_tpr(ids, oods, positive="ood") == 0.5              # 2 and 3 are flagged when both OOD are
-    assert m.fpr_at_tpr(ids, oods, positive="id") == 0.5               # the 2 is accepted when all ID are
+    assert m.fpr_at_tpr(ids, oods, positive="ood") == 0.5  # 2 and 3 are flagged when both OOD are
+    assert m.fpr_at_tpr(ids, oods, positive="id") == 0.5  # the 2 is accepted when all ID are
 
 
 def test_infinite_scores_rank_last_and_first():
@@ -62,27 +66,36 @@ def test_infinite_scores_rank_last_and_first():
 def test_threshold_gives_the_fpr():
     ids, oods = scores(1, "ties")
     t = m.threshold(ids)
-    assert (ids <= t).mean() >= 0.95 and (oods <= t).mean() == m.fpr_at_tpr(ids, oods, positive="id")
+    assert (ids <= t).mean() >= 0.95 and (oods <= t).mean() == m.fpr_at_tpr(
+        ids, oods, positive="id"
+    )
 
 
 @pytest.mark.parametrize("metric", [m.auroc, FPR_ID, AUPR_OOD])
 def test_bootstrap_fast_path_equals_plain_loop(metric):
     ids, oods = scores(2, "ties")
     assert m.bootstrap(metric, ids, oods, n=50) == pytest.approx(
-        m.bootstrap(lambda a, b: metric(a, b), ids, oods, n=50), abs=1e-12)
+        m.bootstrap(lambda a, b: metric(a, b), ids, oods, n=50), abs=1e-12
+    )
 
 
 def test_bootstrap_interval_has_the_right_width():
     rng = np.random.default_rng(0)
     value, low, high = m.bootstrap(m.auroc, rng.normal(size=1000), rng.normal(1.5, 1, 1000), n=400)
     assert low < value < high
-    assert (high - low) / 3.92 == pytest.approx(0.0084, rel=0.25)      # Hanley-McNeil at AUROC 0.86, n = 1000 a side
+    assert (high - low) / 3.92 == pytest.approx(
+        0.0084, rel=0.25
+    )  # Hanley-McNeil at AUROC 0.86, n = 1000 a side
 
 
 def test_bootstrap_repeats_with_its_seed():
     ids, oods = scores(3, "normal")
-    assert m.bootstrap(m.auroc, ids, oods, n=20, seed=1) == m.bootstrap(m.auroc, ids, oods, n=20, seed=1)
-    assert m.bootstrap(m.auroc, ids, oods, n=20, seed=1) != m.bootstrap(m.auroc, ids, oods, n=20, seed=2)
+    assert m.bootstrap(m.auroc, ids, oods, n=20, seed=1) == m.bootstrap(
+        m.auroc, ids, oods, n=20, seed=1
+    )
+    assert m.bootstrap(m.auroc, ids, oods, n=20, seed=1) != m.bootstrap(
+        m.auroc, ids, oods, n=20, seed=2
+    )
 
 
 def test_paired_bootstrap_is_narrower_than_unpaired():
@@ -97,7 +110,11 @@ def test_paired_bootstrap_is_narrower_than_unpaired():
 
 def test_a_method_against_itself_differs_by_zero():
     ids, oods = scores(4, "normal")
-    assert m.paired_bootstrap(m.auroc, ids, [oods, oods[:9]], ids, [oods, oods[:9]], n=20) == (0, 0, 0)
+    assert m.paired_bootstrap(m.auroc, ids, [oods, oods[:9]], ids, [oods, oods[:9]], n=20) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_macro_mean_over_ood_sets():
@@ -115,19 +132,22 @@ def test_bootstrap_of_ten_thousand_is_fast(metric):
     assert time.perf_counter() - start < 5
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: m.auroc([0, np.nan], [1.0]), "1 NaN of 2"),
-    (lambda: m.auroc([], [1.0]), "id_scores is empty"),
-    (lambda: m.auroc([0.0], []), "ood_scores is empty"),
-    (lambda: m.auroc([[0.0]], [1.0]), "one number per image"),
-    (lambda: m.fpr_at_tpr([0.0], [1.0], positive=None), "positive must be"),
-    (lambda: m.aupr([0.0], [1.0], positive="out"), "positive must be"),
-    (lambda: m.fpr_at_tpr([0.0], [1.0], tpr=95, positive="id"), "not per cent"),
-    (lambda: m.threshold([0.0], tpr=0), "tpr must lie in"),
-    (lambda: m.bootstrap(m.auroc, [0.0], [1.0], n=0), "n must be at least 1"),
-    (lambda: m.bootstrap(partial(m.aupr, positive="x"), [0.0], [1.0]), "positive must be"),
-    (lambda: m.paired_bootstrap(m.auroc, [0.0], [1.0], [0.0, 1], [1.0]), "need equal sizes"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: m.auroc([0, np.nan], [1.0]), "1 NaN of 2"),
+        (lambda: m.auroc([], [1.0]), "id_scores is empty"),
+        (lambda: m.auroc([0.0], []), "ood_scores is empty"),
+        (lambda: m.auroc([[0.0]], [1.0]), "one number per image"),
+        (lambda: m.fpr_at_tpr([0.0], [1.0], positive=None), "positive must be"),
+        (lambda: m.aupr([0.0], [1.0], positive="out"), "positive must be"),
+        (lambda: m.fpr_at_tpr([0.0], [1.0], tpr=95, positive="id"), "not per cent"),
+        (lambda: m.threshold([0.0], tpr=0), "tpr must lie in"),
+        (lambda: m.bootstrap(m.auroc, [0.0], [1.0], n=0), "n must be at least 1"),
+        (lambda: m.bootstrap(partial(m.aupr, positive="x"), [0.0], [1.0]), "positive must be"),
+        (lambda: m.paired_bootstrap(m.auroc, [0.0], [1.0], [0.0, 1], [1.0]), "need equal sizes"),
+    ],
+)
 def test_refusals(call, message):
     with pytest.raises(OodlibError, match=message):
         call()

@@ -1,4 +1,6 @@
-"""Families of small classifiers: linear head on non-negative features, size, what each family is made of."""
+"""Families of small classifiers: linear head on non-negative features, size, what each family is
+made of.
+"""
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ def test_logits_are_a_linear_head_of_non_negative_features(name, bias, x):
     features = model.features(x)
     assert features.min() >= 0 and features.shape == (4, model.head.in_features)
     assert (model.head.bias is not None) == bias
-    torch.testing.assert_close(model(x), features @ model.head.weight.T + (model.head.bias if bias else 0))
+    torch.testing.assert_close(
+        model(x), features @ model.head.weight.T + (model.head.bias if bias else 0)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

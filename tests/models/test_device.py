@@ -17,7 +17,9 @@ def cards(monkeypatch):
     return generators
 
 
-@pytest.mark.parametrize(("device", "used"), [("cpu", ()), ("cuda", (1,)), ("cuda:0", (0,)), ("cuda:1", (1,))])
+@pytest.mark.parametrize(
+    ("device", "used"), [("cpu", ()), ("cuda", (1,)), ("cuda:0", (0,)), ("cuda:1", (1,))]
+)
 def test_the_device_in_use_is_seeded_and_given_back(cards, device, used):
     generators = (torch.default_generator, *cards)
     before = [generator.get_state() for generator in generators]
@@ -29,7 +31,9 @@ def test_the_device_in_use_is_seeded_and_given_back(cards, device, used):
     assert [torch.equal(values, expected) for values in drawn] == [True, 0 in used, 1 in used]
     inside = {0, *(number + 1 for number in used)}
     for number, (generator, state) in enumerate(zip(generators, before, strict=True)):
-        assert torch.equal(generator.get_state(), state) == (number in inside)      # drawn from, and not given back
+        assert torch.equal(generator.get_state(), state) == (
+            number in inside
+        )  # drawn from, and not given back
 
 
 def test_seeded_weights_leave_the_devices_alone(monkeypatch):

@@ -1,4 +1,6 @@
-"""Public checkpoints, OpenOOD's ResNet-18 and timm models with a user's weights; made files, random weights."""
+"""Public checkpoints, OpenOOD's ResNet-18 and timm models with a user's weights; made files, random
+weights.
+"""
 
 import hashlib
 import os
@@ -15,9 +17,18 @@ from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.images import ImageSet
 from oodlib.models import cifar_nets, pretrained
 from oodlib.models.cifar_nets import DenseNetBC, ResNetA
-from oodlib.models.pretrained import PUBLIC, ModelInfo, assert_accuracy, paper_model, public_model, resnet18_32x32
+from oodlib.models.pretrained import (
+    PUBLIC,
+    ModelInfo,
+    assert_accuracy,
+    paper_model,
+    public_model,
+    resnet18_32x32,
+)
 
-needs_mirror = pytest.mark.skipif("OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set")
+needs_mirror = pytest.mark.skipif(
+    "OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set"
+)
 
 
 def last_module(model):
@@ -31,7 +42,13 @@ def toy(monkeypatch, tmp_path):
     model = ResNetA(1)
     path = tmp_path / "mirror" / "weights" / "toy.th"
     path.parent.mkdir(parents=True)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "best_prec1": 10.0}, path)
+    torch.save(
+        {
+            "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+            "best_prec1": 10.0,
+        },
+        path,
+    )
     info = ModelInfo(
         name="toy",
         num_classes=10,
@@ -55,7 +72,9 @@ def test_checkpoint_from_the_mirror(toy):
     model, info = public_model("toy")
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(x), toy[1](x))
-    assert not model.training and info.num_classes == 10 and isinstance(last_module(model), nn.Linear)
+    assert (
+        not model.training and info.num_classes == 10 and isinstance(last_module(model), nn.Linear)
+    )
 
 
 def test_wrong_hash(toy):
@@ -66,21 +85,23 @@ def test_wrong_hash(toy):
 
 def test_download_is_checked_and_kept(toy, tmp_path, monkeypatch):
     import pooch
+
     monkeypatch.delenv("OODLIB_MIRROR")
 
     def retrieve(url, known_hash, fname, path):
         assert url == toy[0].as_uri() and known_hash.startswith("sha256:")
         path.mkdir(parents=True)
         return str((path / fname).write_bytes(toy[0].read_bytes()) and path / fname)
+
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     public_model("toy")
-    monkeypatch.delattr(pooch, "retrieve")                 # the second time needs no download
+    monkeypatch.delattr(pooch, "retrieve")  # the second time needs no download
     public_model("toy", download=True)
 
 
 def test_no_file_and_no_download(toy):
     toy[0].unlink()
-    with refuses("toy.th is not at hand", "downloads are off", "OODLIB_MIRROR"):
+    with refuses("toy.th is not available", "downloads are off", "OODLIB_MIRROR"):
         public_model("toy", download=False)
 
 
@@ -104,8 +125,10 @@ def test_pickled_code_is_never_run(toy, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("model, features, parameters", [
-    (ResNetA(3), 64, 269_722), (ResNetA(9), 64, 853_018), (DenseNetBC(10), 342, 769_162)])
+@pytest.mark.parametrize(
+    "model, features, parameters",
+    [(ResNetA(3), 64, 269_722), (ResNetA(9), 64, 853_018), (DenseNetBC(10), 342, 769_162)],
+)
 def test_networks_have_the_published_size(model, features, parameters):
     assert last_module(model).in_features == features
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -151,6 +174,7 @@ def test_accuracy_is_asserted():
 
 # timm models of the paper profile
 
+
 @pytest.fixture
 def timm():
     return pytest.importorskip("timm")
@@ -166,7 +190,10 @@ def test_paper_path_on_a_miniature_tree(timm, tmp_path):
 
 def test_paper_model_with_a_user_s_file(timm, tmp_path):
     source, _ = paper_model("test_resnet", pretrained=False)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "w.pth.tar")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}},
+        tmp_path / "w.pth.tar",
+    )
     model, _ = paper_model("test_resnet", tmp_path / "w.pth.tar")
     x = torch.randn(1, 3, 160, 160)
     torch.testing.assert_close(model(x), source(x))
@@ -174,6 +201,7 @@ def test_paper_model_with_a_user_s_file(timm, tmp_path):
 
 def test_paper_model_with_a_safetensors_file(timm, tmp_path):
     from safetensors.torch import save_file
+
     source, _ = paper_model("test_resnet.r160_in1k", pretrained=False)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     model, _ = paper_model("test_resnet.r160_in1k", tmp_path / "w.safetensors")
@@ -195,11 +223,19 @@ def test_gradnorm_preprocessing_is_480_without_crop(timm):
 
 
 def test_gradnorm_checkpoint_names_cover_timm_s_bit():
-    """Names as the paper's code builds them (root, body.blockB.unitUU, before_head, head) give exactly timm's."""
+    """Names as the paper's code builds them (root, body.blockB.unitUU, before_head, head) give
+    exactly timm's.
+    """
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         wanted = set(timm.create_model("resnetv2_101x1_bit").state_dict())
-    names = ["root.conv.weight", "before_head.gn.weight", "before_head.gn.bias", "head.conv.weight", "head.conv.bias"]
+    names = [
+        "root.conv.weight",
+        "before_head.gn.weight",
+        "before_head.gn.bias",
+        "head.conv.weight",
+        "head.conv.bias",
+    ]
     for block, units in enumerate((3, 4, 23, 3), 1):
         names.append(f"body.block{block}.unit01.downsample.weight")
         for unit in range(1, units + 1):
@@ -224,12 +260,21 @@ def test_weights_of_another_network(timm, tmp_path):
 
 # The real mirror
 
+
 @pytest.mark.mirror
 @pytest.mark.slow
 @needs_mirror
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_public_accuracy_on_the_mirror(name, tmp_path):
     from oodlib.data.public.prepare import load
+
     model, info = public_model(name, download=False)
     images = load(info.id_set, "test", download=False, data_dir=tmp_path).subset(slice(0, 200))
-    assert_accuracy(model, images, expected=info.measured_accuracy[0], tolerance=0.08, mean=info.mean, std=info.std)
+    assert_accuracy(
+        model,
+        images,
+        expected=info.measured_accuracy[0],
+        tolerance=0.08,
+        mean=info.mean,
+        std=info.std,
+    )

@@ -1,4 +1,6 @@
-"""Training to a shipped file: resume gives the same bytes, provenance fits, tampering shows, snapshots load."""
+"""Training to a shipped file: resume gives the same bytes, provenance fits, tampering shows,
+snapshots load.
+"""
 
 import json
 
@@ -14,8 +16,17 @@ from oodlib.models.shipped import Spec, load_or_train, load_trained, train_and_s
 from oodlib.models.training.classifier import Recipe, evaluate
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-RECIPE = Recipe(epochs=3, batch_size=16, lr=0.5, schedule="triangle", warmup=0.2, whiten_bias_epochs=1, lookahead=True,
-                flip="alternating", shift=1)
+RECIPE = Recipe(
+    epochs=3,
+    batch_size=16,
+    lr=0.5,
+    schedule="triangle",
+    warmup=0.2,
+    whiten_bias_epochs=1,
+    lookahead=True,
+    flip="alternating",
+    shift=1,
+)
 
 
 def data(split: str) -> ImageSet:
@@ -32,7 +43,9 @@ class Stopped(Exception):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Recipe "tiny" below a root of its own; gives a function that registers it, with snapshots where asked for."""
+    """Recipe "tiny" below a root of its own; gives a function that registers it, with snapshots
+    where asked for.
+    """
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
 
     def register(snapshots=(), recipe=RECIPE):
@@ -47,6 +60,7 @@ def tiny(monkeypatch, tmp_path):
             snapshots=snapshots,
         )
         monkeypatch.setitem(shipped.SPECS, "tiny", spec)
+
     register()
     return register
 
@@ -60,7 +74,9 @@ def stop_after(monkeypatch, epochs):
             on_epoch(epoch, model)
             if epoch == epochs:
                 raise Stopped
+
         return real(*arguments, on_epoch=stop, **options)
+
     monkeypatch.setattr(shipped, "train", train)
 
 
@@ -69,7 +85,9 @@ def test_interrupted_run_ends_in_the_same_file(tiny, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
         train_and_save("tiny", device="cpu", output=tmp_path / "resumed")
-    assert not list((tmp_path / "resumed").glob("*")) and list((tmp_path / "data" / "training").iterdir())
+    assert not list((tmp_path / "resumed").glob("*")) and list(
+        (tmp_path / "data" / "training").iterdir()
+    )
     resumed = train_and_save("tiny", device="cpu", output=tmp_path / "resumed")
     assert resumed.read_bytes() == whole.read_bytes()
     assert not list((tmp_path / "data" / "training").iterdir())
@@ -81,8 +99,13 @@ def test_resumed_run_does_not_train_finished_epochs_again(tiny, monkeypatch, tmp
         train_and_save("tiny", device="cpu")
     seen = []
     real = shipped.train
-    monkeypatch.setattr(shipped, "train", lambda *a, on_epoch, **o: real(
-        *a, on_epoch=lambda epoch, model: (seen.append(epoch), on_epoch(epoch, model)), **o))
+    monkeypatch.setattr(
+        shipped,
+        "train",
+        lambda *a, on_epoch, **o: real(
+            *a, on_epoch=lambda epoch, model: (seen.append(epoch), on_epoch(epoch, model)), **o
+        ),
+    )
     train_and_save("tiny", device="cpu")
     assert seen == [3]
 
@@ -91,7 +114,12 @@ def test_provenance_describes_the_file(tiny):
     path = train_and_save("tiny", seed=4, device="cpu")
     record = json.loads(path.with_suffix(".json").read_text())
     assert path.name == "tiny_s4.safetensors" and record["sha256"] == sha256(path)
-    assert (record["seed"], record["n_train"], record["n_test"], record["dtype"]) == (4, 64, 64, "float16")
+    assert (record["seed"], record["n_train"], record["n_test"], record["dtype"]) == (
+        4,
+        64,
+        64,
+        "float16",
+    )
     assert record["train_fingerprint"] == data("train").fingerprint
     assert record["test_fingerprint"] == data("test").fingerprint
     assert [row["epoch"] for row in record["history"]] == [1, 2, 3]
@@ -110,15 +138,22 @@ def test_the_code_is_on_record_and_compared_for_live_networks_only(tiny, monkeyp
 def test_stated_accuracy_is_that_of_the_file_as_loaded(tiny):
     train_and_save("tiny", device="cpu")
     trained, test = load_trained("tiny"), data("test")
-    accuracy = evaluate(trained.model, torch.from_numpy(test.images), torch.from_numpy(test.labels),
-                        torch.tensor(trained.mean), torch.tensor(trained.std))
+    accuracy = evaluate(
+        trained.model,
+        torch.from_numpy(test.images),
+        torch.from_numpy(test.labels),
+        torch.tensor(trained.mean),
+        torch.tensor(trained.std),
+    )
     assert trained.provenance["accuracy"] == accuracy > 0.6
     assert trained.provenance["expected"] == 0.5 and not trained.model.training
 
 
 def test_seed_decides_the_network(tiny, tmp_path):
-    files = [train_and_save("tiny", seed=seed, device="cpu", output=tmp_path / folder).read_bytes()
-             for seed, folder in ((0, "a"), (0, "b"), (1, "c"))]
+    files = [
+        train_and_save("tiny", seed=seed, device="cpu", output=tmp_path / folder).read_bytes()
+        for seed, folder in ((0, "a"), (0, "b"), (1, "c"))
+    ]
     assert files[0] == files[1] != files[2]
 
 
@@ -134,7 +169,11 @@ def test_tampered_file_is_refused(tiny):
 def test_snapshots_load_and_the_last_is_the_network(tiny):
     tiny(snapshots=(0, 1, 3))
     train_and_save("tiny", device="cpu")
-    first, last, whole = load_trained("tiny", epoch=0), load_trained("tiny", epoch=3), load_trained("tiny")
+    first, last, whole = (
+        load_trained("tiny", epoch=0),
+        load_trained("tiny", epoch=3),
+        load_trained("tiny"),
+    )
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(last.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
     assert not torch.equal(first.model.head.weight, last.model.head.weight)

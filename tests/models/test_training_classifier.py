@@ -26,8 +26,14 @@ def bright():
 def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                             nn.Linear(4, 2))
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        )
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -38,13 +44,17 @@ def run(bright, *, seed=0, model=None, **recipe):
     model = model or network()
     options = {key: recipe.pop(key) for key in ("checkpoint", "on_epoch") if key in recipe}
     recipe = {"epochs": 2, "batch_size": 16, "lr": 0.2, "shift": 1} | recipe
-    history = train(model, *bright, Recipe(**recipe), seed=seed, mean=MEAN, std=STD, progress=False, **options)
+    history = train(
+        model, *bright, Recipe(**recipe), seed=seed, mean=MEAN, std=STD, progress=False, **options
+    )
     return model, history
 
 
 def test_triangle_rises_to_one_and_falls_to_the_end():
     recipe = Recipe(schedule="triangle", warmup=0.25, final_lr=0.1)
-    assert [recipe.factor(t) for t in (0, 0.125, 0.25, 0.625, 1)] == pytest.approx([0.2, 0.6, 1, 0.55, 0.1])
+    assert [recipe.factor(t) for t in (0, 0.125, 0.25, 0.625, 1)] == pytest.approx(
+        [0.2, 0.6, 1, 0.55, 0.1]
+    )
 
 
 def test_cosine_rises_from_zero_and_falls_to_the_end():
@@ -83,6 +93,7 @@ def test_resumed_run_equals_the_whole_run(bright, tmp_path, lookahead):
     def stop(epoch, _):
         if epoch == 2:
             raise KeyboardInterrupt
+
     options = {"epochs": 4, "lookahead": lookahead, "flip": "alternating"}
     with pytest.raises(KeyboardInterrupt):
         run(bright, checkpoint=tmp_path / "a.pt", on_epoch=stop, **options)
@@ -93,15 +104,18 @@ def test_resumed_run_equals_the_whole_run(bright, tmp_path, lookahead):
 
 
 @pytest.mark.parametrize("step", [2, 5, 6, 11])
-def test_a_run_stopped_within_an_epoch_goes_on_from_its_last_step(bright, tmp_path, monkeypatch, step):
-    options = {"epochs": 11 / 3, "lookahead": True, "flip": "alternating"}                    # three steps an epoch
-    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)                              # a state after every step
+def test_a_run_stopped_within_an_epoch_goes_on_from_its_last_step(
+    bright, tmp_path, monkeypatch, step
+):
+    options = {"epochs": 11 / 3, "lookahead": True, "flip": "alternating"}  # three steps an epoch
+    monkeypatch.setattr(training, "SAVE_EVERY", -1.0)  # a state after every step
     steps = []
 
     def stop(*_):
         steps.append(1)
         if len(steps) == step:
             raise KeyboardInterrupt
+
     handle = register_optimizer_step_pre_hook(stop)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -110,9 +124,11 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_its_last_step(bright, tmp_pa
     finally:
         handle.remove()
     whole, expected = run(bright, **options)
-    assert len(steps) == 12                                                        # one step was begun twice
+    assert len(steps) == 12  # one step was begun twice
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
-    assert [(row["step"], row["loss"]) for row in history] == [(row["step"], row["loss"]) for row in expected]
+    assert [(row["step"], row["loss"]) for row in history] == [
+        (row["step"], row["loss"]) for row in expected
+    ]
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"seed": 1}])
@@ -150,21 +166,30 @@ def test_look_ahead_moves_both_to_the_weighted_mean():
 
 def test_normalise_is_per_channel_in_units_of_one():
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1)
-    assert normalise(pixels, torch.tensor([0.5, 0.0]), torch.tensor([0.5, 2.0])).flatten().tolist() == [-1.0, 0.5]
+    assert normalise(
+        pixels, torch.tensor([0.5, 0.0]), torch.tensor([0.5, 2.0])
+    ).flatten().tolist() == [-1.0, 0.5]
 
 
 def test_alternating_flip_shows_each_image_both_ways():
     x, keys = torch.arange(8.0).view(2, 1, 1, 4), torch.tensor([0, 1])
-    first, second = (augment(x, Recipe(flip="alternating"), epoch, keys, torch.Generator()) for epoch in (0, 1))
+    first, second = (
+        augment(x, Recipe(flip="alternating"), epoch, keys, torch.Generator()) for epoch in (0, 1)
+    )
     torch.testing.assert_close(first, torch.stack([x[0], x[1].flip(2)]))
     torch.testing.assert_close(second, first.flip(3))
 
 
 def test_shift_keeps_shape_and_takes_pixels_from_the_image():
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    moved = augment(x, Recipe(flip="none", shift=2), 0, torch.zeros(6), torch.Generator().manual_seed(0))
+    moved = augment(
+        x, Recipe(flip="none", shift=2), 0, torch.zeros(6), torch.Generator().manual_seed(0)
+    )
     assert moved.shape == x.shape and not torch.equal(moved, x)
-    assert all(set(a.flatten().tolist()) <= set(b.flatten().tolist()) for a, b in zip(moved, x, strict=True))
+    assert all(
+        set(a.flatten().tolist()) <= set(b.flatten().tolist())
+        for a, b in zip(moved, x, strict=True)
+    )
 
 
 def test_epochs_and_seeds_have_generators_of_their_own():

@@ -27,7 +27,7 @@ def test_a_file_of_torch_alone_is_a_state(tmp_path):
 
 def flipped(data: bytes) -> bytes:
     middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 def of(value: object) -> bytes:
@@ -37,12 +37,25 @@ def of(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("checksum", [False, True])
-@pytest.mark.parametrize("damage", [flipped, lambda d: d[:-1], lambda d: d[:len(d) // 2], lambda d: d[:40],
-                                    lambda d: b"", lambda d: b"PK" + d, lambda d: of([1]), lambda d: of({"step": 3})],
-                         ids=["flipped", "one byte short", "half", "40 bytes", "empty", "foreign", "list", "no key"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        lambda d: d[:-1],
+        lambda d: d[: len(d) // 2],
+        lambda d: d[:40],
+        lambda d: b"",
+        lambda d: b"PK" + d,
+        lambda d: of([1]),
+        lambda d: of({"step": 3}),
+    ],
+    ids=["flipped", "one byte short", "half", "40 bytes", "empty", "foreign", "list", "no key"],
+)
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path, checksum, damage):
     path = tmp_path / "a.pt"
     save_state(path, STATE, checksum=checksum)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(OodlibError, match=r"a\.pt is damaged \(\w+: .*Delete it; the training then starts afresh"):
+    with pytest.raises(
+        OodlibError, match=r"a\.pt is damaged \(\w+: .*Delete it; the training then starts afresh"
+    ):
         load_state(path)

@@ -9,7 +9,9 @@ from PIL import Image, features
 from oodlib.errors import OodlibError
 from oodlib.scores.complexity import _CODECS, compressed_bits
 
-needs_jpeg2000 = pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+needs_jpeg2000 = pytest.mark.skipif(
+    not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000"
+)
 CODECS = ["png", pytest.param("jpeg2000", marks=needs_jpeg2000)]
 
 
@@ -42,7 +44,9 @@ def test_png_length_is_that_of_pillow_s_file(tmp_path):
     images = noise(2)
     for i, image in enumerate(images):
         picture(image).save(tmp_path / f"{i}.png", optimize=True)
-    assert compressed_bits(images).tolist() == [8 * (tmp_path / f"{i}.png").stat().st_size for i in range(2)]
+    assert compressed_bits(images).tolist() == [
+        8 * (tmp_path / f"{i}.png").stat().st_size for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -60,8 +64,10 @@ def test_rows_are_independent():
     np.testing.assert_array_equal(compressed_bits(images)[::-1], compressed_bits(images[::-1]))
 
 
-@pytest.mark.parametrize("images", [noise().astype(np.float32), noise()[0], noise(2, (2, 8, 8)), noise(0),
-                                    noise(2, (3, 0, 4))])
+@pytest.mark.parametrize(
+    "images",
+    [noise().astype(np.float32), noise()[0], noise(2, (2, 8, 8)), noise(0), noise(2, (3, 0, 4))],
+)
 def test_bad_images_are_refused(images):
     with pytest.raises(OodlibError, match=r"uint8 of shape \(n, 1 or 3, h, w\).*got.*8-bit"):
         compressed_bits(images)

@@ -1,4 +1,6 @@
-"""GradNorm's closed form: equal to autograd for every norm, temperature and target; its invariances and its limits."""
+"""GradNorm's closed form: equal to autograd for every norm, temperature and target; its invariances
+and its limits.
+"""
 
 import math
 
@@ -37,12 +39,26 @@ def test_closed_form_equals_autograd(batch, temperature, norm):
 def test_targets_equal_autograd(batch, norm):
     h, w, b, z = batch
     one_hot = torch.eye(5, dtype=torch.float64)
-    each = torch.stack([torch.stack([autograd(x, w, b, 2.0, norm, t) for t in one_hot]) for x in h])    # (n, C)
+    each = torch.stack(
+        [torch.stack([autograd(x, w, b, 2.0, norm, t) for t in one_hot]) for x in h]
+    )  # (n, C)
     predicted = gradnorm(h, z, temperature=2.0, norm=norm, target="predicted")
     close(-predicted, each.gather(1, z.argmax(1, keepdim=True))[:, 0], rtol=1e-10, atol=0)
-    close(-gradnorm(h, z, temperature=2.0, norm=norm, target="label_mean"), each.mean(1), rtol=1e-10, atol=0)
+    close(
+        -gradnorm(h, z, temperature=2.0, norm=norm, target="label_mean"),
+        each.mean(1),
+        rtol=1e-10,
+        atol=0,
+    )
     labels = torch.randint(5, (20, 1), generator=torch.Generator().manual_seed(3))
-    random = gradnorm(h, z, temperature=2.0, norm=norm, target="random", generator=torch.Generator().manual_seed(3))
+    random = gradnorm(
+        h,
+        z,
+        temperature=2.0,
+        norm=norm,
+        target="random",
+        generator=torch.Generator().manual_seed(3),
+    )
     close(-random, each.gather(1, labels)[:, 0], rtol=1e-10, atol=0)
 
 
@@ -80,7 +96,9 @@ def test_a_column_of_ones_includes_the_bias(batch):
 def test_batch_equals_one_by_one_and_commutes_with_permutation(batch):
     h, _, _, z = batch
     s = gradnorm(h, z)
-    close(torch.cat([gradnorm(h[i:i + 1], z[i:i + 1]) for i in range(20)]), s, rtol=1e-13, atol=0)
+    close(
+        torch.cat([gradnorm(h[i : i + 1], z[i : i + 1]) for i in range(20)]), s, rtol=1e-13, atol=0
+    )
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     close(gradnorm(h[order], z[order]), s[order], rtol=0, atol=0)
 
@@ -130,13 +148,19 @@ def test_v_of_a_distribution_uniform_over_k_classes(k):
 
 def test_label_mean_is_the_feature_norm_alone(batch):
     h, _, _, z = batch
-    close(-gradnorm(h, z, temperature=2.0, target="label_mean"), h.abs().sum(1) * 2 * (1 - 1 / 5) / 2)
+    close(
+        -gradnorm(h, z, temperature=2.0, target="label_mean"), h.abs().sum(1) * 2 * (1 - 1 / 5) / 2
+    )
 
 
 def test_random_target_has_the_label_mean_as_expectation(batch):
     h, _, _, z = batch
     g = torch.Generator().manual_seed(0)
-    mean = gradnorm(h.repeat(4000, 1), z.repeat(4000, 1), target="random", generator=g).reshape(4000, 20).mean(0)
+    mean = (
+        gradnorm(h.repeat(4000, 1), z.repeat(4000, 1), target="random", generator=g)
+        .reshape(4000, 20)
+        .mean(0)
+    )
     close(mean, gradnorm(h, z, target="label_mean"), rtol=0.05, atol=0)
 
 
@@ -159,6 +183,7 @@ def test_temperature_limit():
 def test_stable_at_high_temperature(temperature):
     """V in float64 against 50-digit decimals, where the plain difference C p - 1 cancels."""
     from decimal import Decimal, localcontext
+
     z = (5 * np.random.default_rng(0).normal(size=10)).tolist()
     with localcontext(prec=50):
         e = [(Decimal(x) / Decimal(temperature)).exp() for x in z]
@@ -184,7 +209,7 @@ def test_kinds_and_dtypes(batch):
     assert single.dtype == torch.float64
     close(single, s, rtol=1e-5, atol=0)
     frozen = h.numpy()
-    frozen.setflags(write=False)                              # as a memory-mapped bank is
+    frozen.setflags(write=False)  # as a memory-mapped bank is
     np.testing.assert_array_equal(gradnorm(frozen, z.numpy()), from_numpy)
 
 
@@ -196,41 +221,61 @@ def test_memory_is_bounded_by_the_block(batch, monkeypatch):
 
 
 def test_documented_example():
-    close(gradnorm(torch.tensor([[1., 2.]]), torch.tensor([[3., 1.]]).log()), torch.tensor([-1.5], dtype=torch.float64))
+    close(
+        gradnorm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]).log()),
+        torch.tensor([-1.5], dtype=torch.float64),
+    )
 
 
 def test_sign_and_fit_is_a_no_op(blobs):
     train, test, ood = blobs
     detector = oodlib.create("gradnorm")
     before = detector.score(test)
-    assert before.mean() < detector.score(ood).mean()         # the paper's S is larger for ID; ours is negated
+    assert (
+        before.mean() < detector.score(ood).mean()
+    )  # the paper's S is larger for ID; ours is negated
     np.testing.assert_array_equal(detector.fit(train).score(test), before)
 
 
 def test_detector_options_reach_the_function(blobs):
     test = blobs[1]
     s = oodlib.create("gradnorm", temperature=2, norm=2, target="predicted").score(test)
-    np.testing.assert_array_equal(s, gradnorm(test.features, test.logits, temperature=2, norm=2, target="predicted"))
+    np.testing.assert_array_equal(
+        s, gradnorm(test.features, test.logits, temperature=2, norm=2, target="predicted")
+    )
 
 
 def test_non_linear_head_is_refused(batch):
     h, w, b, z = batch
-    with pytest.raises(OodlibError, match="not the input of this head, or something follows the head"):
-        FeatureBank.from_arrays(h, weight=w, bias=b, logits=z.relu())        # SqueezeNet: ReLU after the classifier
+    with pytest.raises(
+        OodlibError, match="not the input of this head, or something follows the head"
+    ):
+        FeatureBank.from_arrays(
+            h, weight=w, bias=b, logits=z.relu()
+        )  # SqueezeNet: ReLU after the classifier
     with pytest.raises(OodlibError, match="pooled to"):
-        gradnorm(h.reshape(20, 2, 2, 2), z)                                  # feature maps
+        gradnorm(h.reshape(20, 2, 2, 2), z)  # feature maps
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda h, z: gradnorm(h[:3], z), r"equal row count, got \(3, 8\) and \(20, 5\)"),
-    (lambda h, z: gradnorm(h, z[:, 0]), "needs non-empty arrays"),
-    (lambda h, z: gradnorm(h, z, norm=0), r"norm q must lie in \(0, inf\], got 0"),
-    (lambda h, z: gradnorm_limit(h, z, norm=-1), r"norm q must lie in \(0, inf\]"),
-    (lambda h, z: gradnorm(h, z, temperature=0), "temperature must be positive"),
-    (lambda h, z: gradnorm_factors(h, z, temperature=math.inf), "temperature must be positive and finite"),
-    (lambda h, z: gradnorm(h, z, target="mean"), "target must be one of uniform, predicted, label_mean, random"),
-    (lambda h, z: gradnorm(h, z, target="random"), "needs generator="),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h, z: gradnorm(h[:3], z), r"equal row count, got \(3, 8\) and \(20, 5\)"),
+        (lambda h, z: gradnorm(h, z[:, 0]), "needs non-empty arrays"),
+        (lambda h, z: gradnorm(h, z, norm=0), r"norm q must lie in \(0, inf\], got 0"),
+        (lambda h, z: gradnorm_limit(h, z, norm=-1), r"norm q must lie in \(0, inf\]"),
+        (lambda h, z: gradnorm(h, z, temperature=0), "temperature must be positive"),
+        (
+            lambda h, z: gradnorm_factors(h, z, temperature=math.inf),
+            "temperature must be positive and finite",
+        ),
+        (
+            lambda h, z: gradnorm(h, z, target="mean"),
+            "target must be one of uniform, predicted, label_mean, random",
+        ),
+        (lambda h, z: gradnorm(h, z, target="random"), "needs generator="),
+    ],
+)
 def test_refusals(batch, call, message):
     with pytest.raises(OodlibError, match=message):
         call(batch[0], batch[3])

@@ -1,4 +1,6 @@
-"""KL matching: templates and divergences against pytorch-ood and SciPy, certain outputs, and bad shapes."""
+"""KL matching: templates and divergences against pytorch-ood and SciPy, certain outputs, and bad
+shapes.
+"""
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ def test_pytorch_ood_gives_the_same(blobs):
     train, test, _ = blobs
     theirs = detectors.KLMatching(None).fit_logits(torch.from_numpy(train.logits))
     expected = theirs.predict_logits(torch.from_numpy(test.logits)).numpy()
-    np.testing.assert_allclose(oodlib.create("kl_matching").fit(train).score(test), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        oodlib.create("kl_matching").fit(train).score(test), expected, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_by_loops(blobs):
@@ -25,7 +29,9 @@ def test_by_loops(blobs):
     p, q = softmax(train.logits.astype(float), 1), softmax(ood.logits.astype(float), 1)
     templates = [p[p.argmax(1) == k].mean(0) for k in range(4)]
     expected = [min(entropy(row, template) for template in templates) for row in q]
-    np.testing.assert_allclose(oodlib.create("kl_matching").fit(train).score(ood), expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        oodlib.create("kl_matching").fit(train).score(ood), expected, rtol=1e-6, atol=1e-9
+    )
 
 
 def test_a_class_that_is_never_predicted_has_no_template(blobs):
@@ -38,8 +44,11 @@ def test_certain_outputs_stay_finite():
     """Probabilities of exactly 0 in float64, in the templates and in the scored images."""
     features = np.array([[2000.0, 0], [0, 2000.0]])
     bank = FeatureBank.from_arrays(features, weight=np.eye(2))
-    scores = oodlib.create("kl_matching").fit(bank).score(FeatureBank.from_arrays([[2000.0, 0.0], [0.0, 0.0]],
-                                                                                  weight=np.eye(2)))
+    scores = (
+        oodlib.create("kl_matching")
+        .fit(bank)
+        .score(FeatureBank.from_arrays([[2000.0, 0.0], [0.0, 0.0]], weight=np.eye(2)))
+    )
     np.testing.assert_allclose(scores, [0, 1000 - np.log(2)], rtol=1e-12, atol=1e-12)
 
 

@@ -1,4 +1,6 @@
-"""Layer-wise density, typicality, complexity, naive norm: definitions, invariances, zeros, overflow, bad input."""
+"""Layer-wise density, typicality, complexity, naive norm: definitions, invariances, zeros,
+overflow, bad input.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from oodlib.metrics import auroc
 from oodlib.scores.layerwise import LayerwiseDensity, input_complexity, naive_norm, typicality
 
 RNG = np.random.default_rng(0)
-SCALES = np.exp(RNG.normal(0, 4, 6))                       # tensors differ by orders of magnitude
+SCALES = np.exp(RNG.normal(0, 4, 6))  # tensors differ by orders of magnitude
 FIT = SCALES * np.exp(RNG.normal(0, 0.5, (40, 6)))
 NEW = SCALES * np.exp(RNG.normal(0, 1, (15, 6)))
 
@@ -28,7 +30,9 @@ def three_se(n: int, m: int) -> float:
     return 3 * np.sqrt((n + m + 1) / (12 * n * m))
 
 
-# --- the density -------------------------------------------------------------------------------------------------
+# --- the density
+# -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3])
@@ -57,13 +61,17 @@ def test_terms_add_up_to_the_score():
 def test_score_rises_when_a_log_norm_moves_either_way(tensor, direction):
     density = fitted()
     rows = np.tile(np.exp(density.mean_), (6, 1))
-    rows[:, tensor] *= np.exp(direction * np.array([0, 0.3, 1, 5, 30, 200]))    # far beyond the smallest fitted value
+    rows[:, tensor] *= np.exp(
+        direction * np.array([0, 0.3, 1, 5, 30, 200])
+    )  # far beyond the smallest fitted value
     assert (np.diff(density.score(rows)) > 0).all()
 
 
 @pytest.mark.parametrize("factor", [1e-8, (3072 * np.log(2)) ** -2, 1e8])
 def test_the_unit_of_the_objective_does_not_matter_without_epsilon(factor):
-    np.testing.assert_allclose(fitted(factor * FIT).score(factor * NEW), fitted().score(NEW), rtol=1e-9)
+    np.testing.assert_allclose(
+        fitted(factor * FIT).score(factor * NEW), fitted().score(NEW), rtol=1e-9
+    )
 
 
 def test_the_unit_of_the_objective_matters_with_epsilon():
@@ -72,12 +80,16 @@ def test_the_unit_of_the_objective_matters_with_epsilon():
     assert np.abs(score - fitted(FIT / SCALES, epsilon=1e-10).score(NEW / SCALES)).max() > 0.1
 
 
-@pytest.mark.parametrize("column", [0.0, 3.0, np.r_[0.0, np.ones(39)]], ids=["zero", "constant", "zero for one row"])
+@pytest.mark.parametrize(
+    "column", [0.0, 3.0, np.r_[0.0, np.ones(39)]], ids=["zero", "constant", "zero for one row"]
+)
 def test_a_tensor_without_variation_or_with_a_zero_is_left_out(column):
     density = fitted(with_column(column))
     assert density.kept_.tolist() == [True] * 6 + [False]
     for value in (0.0, 1.0, 1e9):
-        np.testing.assert_allclose(density.score(with_column(value, NEW)), fitted().score(NEW), rtol=1e-12)
+        np.testing.assert_allclose(
+            density.score(with_column(value, NEW)), fitted().score(NEW), rtol=1e-12
+        )
     assert np.isnan(density.log_norms(with_column(1.0, NEW))[:, 6]).all()
 
 
@@ -138,19 +150,30 @@ def test_a_leaky_fit_on_few_groups_tells_them_apart():
     assert np.mean(values) > 0.5 + three_se(16, 16) / np.sqrt(20)
 
 
-@pytest.mark.parametrize("norms", [FIT[0], FIT[:0], FIT[:, :0], np.where(FIT > 0, np.nan, 0), -FIT],
-                         ids=["one axis", "no row", "no tensor", "NaN", "negative"])
-@pytest.mark.parametrize("call", [fitted, lambda norms: fitted().score(norms), naive_norm],
-                         ids=["fit", "score", "naive_norm"])
+@pytest.mark.parametrize(
+    "norms",
+    [FIT[0], FIT[:0], FIT[:, :0], np.where(FIT > 0, np.nan, 0), -FIT],
+    ids=["one axis", "no row", "no tensor", "NaN", "negative"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [fitted, lambda norms: fitted().score(norms), naive_norm],
+    ids=["fit", "score", "naive_norm"],
+)
 def test_norms_that_are_none_are_refused(call, norms):
     with pytest.raises(OodlibError, match="needs squared norms"):
         call(norms)
 
 
-@pytest.mark.parametrize("norms", [FIT[:1], np.concatenate([FIT[:1], np.full((5, 6), np.inf)])],
-                         ids=["one row", "one finite row"])
+@pytest.mark.parametrize(
+    "norms",
+    [FIT[:1], np.concatenate([FIT[:1], np.full((5, 6), np.inf)])],
+    ids=["one row", "one finite row"],
+)
 def test_one_row_is_not_enough_to_fit(norms):
-    with pytest.raises(OodlibError, match=rf"at least 2 rows of finite norms, got 1 \({len(norms) - 1} overflowed"):
+    with pytest.raises(
+        OodlibError, match=rf"at least 2 rows of finite norms, got 1 \({len(norms) - 1} overflowed"
+    ):
         fitted(norms)
 
 
@@ -176,7 +199,9 @@ def test_epsilon_out_of_range_is_refused(epsilon):
         LayerwiseDensity(epsilon=epsilon)
 
 
-# --- the baselines -----------------------------------------------------------------------------------------------
+# --- the baselines
+# -----------------------------------------------------------------------------------------------
+
 
 def test_naive_norm_is_the_log_of_the_whole_squared_norm():
     np.testing.assert_allclose(naive_norm(NEW), [np.log(sum(row)) for row in NEW], rtol=1e-12)
@@ -187,7 +212,12 @@ def test_naive_norm_of_zeros_and_of_an_overflow():
 
 
 def test_typicality_is_the_distance_from_the_mean_on_either_side():
-    assert typicality([1.0, 4.0, 9.0, np.inf], [2.0, 6.0, np.inf]).tolist() == [3.0, 0.0, 5.0, np.inf]
+    assert typicality([1.0, 4.0, 9.0, np.inf], [2.0, 6.0, np.inf]).tolist() == [
+        3.0,
+        0.0,
+        5.0,
+        np.inf,
+    ]
 
 
 def test_typicality_without_a_finite_likelihood_is_refused():
@@ -205,12 +235,21 @@ def test_input_complexity_needs_a_code_length_of_each_image(code):
         input_complexity([1.0, 2.0], code)
 
 
-@pytest.mark.parametrize("values", [[], [1.0, np.nan], [1.0, -np.inf], [[1.0]]],
-                         ids=["none", "NaN", "-infinity", "two axes"])
-@pytest.mark.parametrize("call", [lambda v: typicality(v, [1.0]), lambda v: typicality([1.0], v),
-                                  lambda v: input_complexity(v, [1.0] * len(v)),
-                                  lambda v: input_complexity([1.0] * len(v), v)],
-                         ids=["typicality", "typicality fit", "complexity", "complexity code"])
+@pytest.mark.parametrize(
+    "values",
+    [[], [1.0, np.nan], [1.0, -np.inf], [[1.0]]],
+    ids=["none", "NaN", "-infinity", "two axes"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda v: typicality(v, [1.0]),
+        lambda v: typicality([1.0], v),
+        lambda v: input_complexity(v, [1.0] * len(v)),
+        lambda v: input_complexity([1.0] * len(v), v),
+    ],
+    ids=["typicality", "typicality fit", "complexity", "complexity code"],
+)
 def test_values_that_are_no_likelihoods_are_refused(call, values):
     with pytest.raises(OodlibError, match="none NaN or -inf"):
         call(values)

@@ -1,4 +1,6 @@
-"""Nearest neighbours of vectors e^l u: exact where promised, at any size; approximate indexes and their traps."""
+"""Nearest neighbours of vectors e^l u: exact where promised, at any size; approximate indexes and
+their traps.
+"""
 
 import sys
 
@@ -28,7 +30,9 @@ def brute(query, bank, k=1):
 @pytest.mark.parametrize("k", [1, 5, 700])
 def test_flat_is_brute_force(k):
     query, bank = polar(90, seed=1), polar(700)
-    np.testing.assert_allclose(search(bank)(*query, k), brute(query, bank, k), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        search(bank)(*query, k), brute(query, bank, k), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_flat_needs_no_faiss(monkeypatch):
@@ -49,18 +53,21 @@ def test_a_wide_spread_of_norms_hides_no_neighbour():
     (l, u), (lb, ub) = polar(60, seed=1, spread=200), polar(500, spread=200)
     result = search((lb, ub))(l, u)
     a, t = np.maximum(l[:, None], lb), np.exp(-np.abs(l[:, None] - lb))
-    expected = (a + 0.5 * np.log((1 - t)**2 + 2 * t * (1 - u @ ub.T))).min(1)
+    expected = (a + 0.5 * np.log((1 - t) ** 2 + 2 * t * (1 - u @ ub.T))).min(1)
     np.testing.assert_allclose(result, expected, rtol=1e-9)
 
 
 def test_near_duplicates_beyond_float32_are_told_apart():
     l, u = polar(400, spread=0.0)
-    bank = np.repeat(u[:1], 400, 0) + 1e-9 * u                 # float32 sees 400 equal vectors
+    bank = np.repeat(u[:1], 400, 0) + 1e-9 * u  # float32 sees 400 equal vectors
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     query = bank[7:8] + 1e-12 * u[5]
     query /= np.linalg.norm(query)
-    np.testing.assert_allclose(search((l, bank))(l[:1], query), np.log(np.linalg.norm(query - bank, axis=1).min()),
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        search((l, bank))(l[:1], query),
+        np.log(np.linalg.norm(query - bank, axis=1).min()),
+        rtol=1e-6,
+    )
 
 
 def test_a_member_is_at_distance_zero():
@@ -81,7 +88,9 @@ def test_result_does_not_depend_on_the_number_of_queries_at_a_time():
     for index in ("flat", "ivf"):
         found = search(bank, index=index)
         whole = found(*query)
-        single = np.concatenate([found(query[0][i:i + 1], query[1][i:i + 1]) for i in range(30)])
+        single = np.concatenate(
+            [found(query[0][i : i + 1], query[1][i : i + 1]) for i in range(30)]
+        )
         np.testing.assert_allclose(single, whole[:30], rtol=1e-12, err_msg=index)
 
 
@@ -111,23 +120,30 @@ def test_approximate_distances_are_never_too_small_and_repeat(index):
 def test_short_lists_are_searched_on():
     pytest.importorskip("faiss")
     rng = np.random.default_rng(0)
-    u = np.vstack([np.eye(12)[0] + 1e-3 * rng.normal(size=(97, 12)), np.eye(12)[1:4]])      # three lists of one vector
+    u = np.vstack(
+        [np.eye(12)[0] + 1e-3 * rng.normal(size=(97, 12)), np.eye(12)[1:4]]
+    )  # three lists of one vector
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     bank = np.zeros(100), u
     found = search(bank, index="ivf", nlist=4, nprobe=1)
     short = found.index.search(u[-1:].astype(np.float32), 10)[1]
-    assert (short < 0).any()                                                # the trap: label -1
-    np.testing.assert_allclose(found(np.zeros(1), u[-1:], 10), search(bank)(np.zeros(1), u[-1:], 10), rtol=1e-6)
+    assert (short < 0).any()  # the trap: label -1
+    np.testing.assert_allclose(
+        found(np.zeros(1), u[-1:], 10), search(bank)(np.zeros(1), u[-1:], 10), rtol=1e-6
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*clustering")
-@pytest.mark.parametrize(("options", "message"), [
-    ({"index": "ball"}, "index must be one of flat, ivf, hnsw, ivfpq, got 'ball'"),
-    ({"index": "ivf", "nlist": 101}, "nprobe <= nlist <= 100 .*got nprobe 4 and nlist 101"),
-    ({"index": "ivf", "nlist": 3}, "got nprobe 4 and nlist 3"),
-    ({"index": "ivf", "nlist": 8, "nprobe": 0}, "got nprobe 0 and nlist 8"),
-    ({"index": "ivfpq", "nlist": 4}, "needs at least 624 vectors to train its code, got 100"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"index": "ball"}, "index must be one of flat, ivf, hnsw, ivfpq, got 'ball'"),
+        ({"index": "ivf", "nlist": 101}, "nprobe <= nlist <= 100 .*got nprobe 4 and nlist 101"),
+        ({"index": "ivf", "nlist": 3}, "got nprobe 4 and nlist 3"),
+        ({"index": "ivf", "nlist": 8, "nprobe": 0}, "got nprobe 0 and nlist 8"),
+        ({"index": "ivfpq", "nlist": 4}, "needs at least 624 vectors to train its code, got 100"),
+    ],
+)
 def test_refusals(options, message):
     pytest.importorskip("faiss")
     with pytest.raises(OodlibError, match=message):

@@ -34,8 +34,13 @@ def made_notebook() -> dict[str, Any]:
 
 
 def notebooks() -> list[Any]:
-    return [pytest.param(made_notebook(), id="made"), *[
-        pytest.param(json.loads(path.read_text(encoding="utf-8")), id=path.stem) for path in list_notebooks()]]
+    return [
+        pytest.param(made_notebook(), id="made"),
+        *[
+            pytest.param(json.loads(path.read_text(encoding="utf-8")), id=path.stem)
+            for path in list_notebooks()
+        ],
+    ]
 
 
 def source(cell: dict[str, Any]) -> str:
@@ -68,7 +73,10 @@ def test_what_each_copy_holds() -> None:
     def code(notebook: dict[str, Any]) -> str:
         return "\n".join(source(cell) for cell in notebook["cells"])
 
-    student, solution = code(course.student_copy(made_notebook())), code(course.solution_copy(made_notebook()))
+    student, solution = (
+        code(course.student_copy(made_notebook())),
+        code(course.solution_copy(made_notebook())),
+    )
     lecture = code(course.code_copy(made_notebook()))
     assert "teacher" in solution and "math.pi" in solution and "secret" in solution
     for text in (student, lecture):
@@ -87,29 +95,40 @@ def test_no_solution_leaks(notebook: dict[str, Any]) -> None:
             opened = exercises(make(notebook)).get(name)
             for solution in course.solutions(cell):
                 assert opened is None or solution.strip() not in opened
-                if len(solution.strip()) > 40:      # shorter ones may well occur elsewhere
+                if len(solution.strip()) > 40:  # shorter ones may well occur elsewhere
                     assert json.dumps(solution.strip(), ensure_ascii=False)[1:-1] not in text
 
 
 @pytest.mark.parametrize("notebook", notebooks())
 def test_solutions_pasted_back_give_the_solved_copy(notebook: dict[str, Any]) -> None:
-    solved, student = exercises(course.solution_copy(notebook)), exercises(course.student_copy(notebook))
+    solved, student = (
+        exercises(course.solution_copy(notebook)),
+        exercises(course.student_copy(notebook)),
+    )
     for name, text in exercises(notebook).items():
-        if name not in student:         # an exercise of the appendix
+        if name not in student:  # an exercise of the appendix
             continue
         lines, answers = [], course.solutions(text)
         for line in student[name].split("\n"):
-            lines.append(answers.pop(0) if line.strip() == f'raise NotImplementedError("{name}")' else line)
+            lines.append(
+                answers.pop(0) if line.strip() == f'raise NotImplementedError("{name}")' else line
+            )
         assert "\n".join(lines) == solved[name] and not answers
 
 
 @pytest.mark.parametrize("notebook", notebooks())
 def test_signatures_are_equal(notebook: dict[str, Any]) -> None:
-    solved, student = exercises(course.solution_copy(notebook)), exercises(course.student_copy(notebook))
+    solved, student = (
+        exercises(course.solution_copy(notebook)),
+        exercises(course.student_copy(notebook)),
+    )
     for name, text in student.items():
         outer = course.signatures(text)
         assert set(outer) <= set(course.signatures(solved[name]))
-        assert f'NotImplementedError("{name}")' in text or "BEGIN SOLUTION" not in exercises(notebook)[name]
+        assert (
+            f'NotImplementedError("{name}")' in text
+            or "BEGIN SOLUTION" not in exercises(notebook)[name]
+        )
 
 
 @pytest.mark.parametrize("notebook", notebooks())
@@ -131,11 +150,14 @@ def test_make_course_writes_valid_notebooks(tmp_path: Path) -> None:
         nbformat.validate(nbformat.read(tmp_path / "course" / kind / "01_toy.ipynb", as_version=4))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("# BEGIN SOLUTION\nx = 1", "without its END"),
-    ("# END SOLUTION", "must alternate"),
-    ("# BEGIN SOLUTION\n# BEGIN SOLUTION\n# END SOLUTION", "must alternate"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# BEGIN SOLUTION\nx = 1", "without its END"),
+        ("# END SOLUTION", "must alternate"),
+        ("# BEGIN SOLUTION\n# BEGIN SOLUTION\n# END SOLUTION", "must alternate"),
+    ],
+)
 def test_unbalanced_marks_are_refused(text: str, message: str) -> None:
     with pytest.raises(OodlibError, match=message):
         course.open_exercise(text, "x")

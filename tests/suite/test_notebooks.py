@@ -1,4 +1,6 @@
-"""Every notebook runs: the solved copy as a whole, the student copy up to its open exercises and no further."""
+"""Every notebook runs: the solved copy as a whole, the student copy up to its open exercises and no
+further.
+"""
 
 import json
 import os
@@ -35,59 +37,97 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_notebook_runs_headless_in_the_smoke_profile(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_notebook_runs_headless_in_the_smoke_profile(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OODLIB_ROOT", str(project))
-    options = Options(profile="smoke", seed=0, device="cpu", extra={}, jobs=1, force=False, output=None)
+    options = Options(
+        profile="smoke", seed=0, device="cpu", extra={}, jobs=1, force=False, output=None
+    )
     plans, _ = make_plans(None, options)
     assert run_all(plans, options) == []
     for plan in plans:
-        assert {"results.csv", "claims.json", "provenance.json"} <= {p.name for p in plan.folder.iterdir()}
+        assert {"results.csv", "claims.json", "provenance.json"} <= {
+            p.name for p in plan.folder.iterdir()
+        }
 
 
 # notebooks of the paper profile, and which of their verdicts a random network may earn: identities
-PAPER = {"01_gradnorm": {"gradnorm/C9", "gradnorm/C10"}, "02_opnp": {"opnp/C8", "opnp/C10"},
-         "03_grood": {"grood/I1", "grood/I2"}, "06_scoreboard": set()}
+PAPER = {
+    "01_gradnorm": {"gradnorm/C9", "gradnorm/C10"},
+    "02_opnp": {"opnp/C8", "opnp/C10"},
+    "03_grood": {"grood/I1", "grood/I2"},
+    "06_scoreboard": set(),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
-def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(name: str, project: Path, tree: Path, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(
+    name: str, project: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm = pytest.importorskip("timm")
-    classes = {} if name == "01_gradnorm" else {"num_classes": "2"}      # those the tree has: some methods need each
-    network = timm.create_model("test_resnet.r160_in1k", num_classes=int(classes.get("num_classes", 1000)))
+    classes = (
+        {} if name == "01_gradnorm" else {"num_classes": "2"}
+    )  # those the tree has: some methods need each
+    network = timm.create_model(
+        "test_resnet.r160_in1k", num_classes=int(classes.get("num_classes", 1000))
+    )
     torch.save(network.state_dict(), tmp_path / "random.pth")
     monkeypatch.setenv("OODLIB_ROOT", str(project))
-    extra = {"networks": "[test_resnet.r160_in1k]", "data_root": str(tree), "weights": str(tmp_path / "random.pth"),
-             "expected_accuracy": "0.0", "n_boot": "20", **classes}
-    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    extra = {
+        "networks": "[test_resnet.r160_in1k]",
+        "data_root": str(tree),
+        "weights": str(tmp_path / "random.pth"),
+        "expected_accuracy": "0.0",
+        "n_boot": "20",
+        **classes,
+    }
+    options = Options(
+        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
+    )
     plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == name], options)
     assert run_all(plans, options) == []
-    verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
+    verdicts = {
+        c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())
+    }
     assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == PAPER[name]
 
 
 @pytest.mark.slow
 def test_the_paper_profile_of_flows_runs_and_small_flows_reproduce_only_identities(
-        project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OODLIB_ROOT", str(project))
-    extra = {"networks": "[latin_glow:0, textures_glow:0]", "n_boot": "10", "n_layers": "30", "n_samples": "30"}
-    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    extra = {
+        "networks": "[latin_glow:0, textures_glow:0]",
+        "n_boot": "10",
+        "n_layers": "30",
+        "n_samples": "30",
+    }
+    options = Options(
+        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
+    )
     plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "05_immature_glow"], options)
     assert run_all(plans, options) == []
-    verdicts = {c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())}
-    assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == {"immature_glow/C10"}
+    verdicts = {
+        c["id"]: c["verdict"] for c in json.loads((plans[0].folder / "claims.json").read_text())
+    }
+    assert {claim for claim, verdict in verdicts.items() if verdict == "reproduced"} == {
+        "immature_glow/C10"
+    }
 
 
 @pytest.mark.slow
-def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(project: Path, tree: Path, tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(
+    project: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timm = pytest.importorskip("timm")
     data = tmp_path / "data"
     shutil.copytree(tree, data)
     train = data / "images_largescale" / "imagenet_1k" / "train"
     picture = next(train.rglob("*.JPEG"))
-    for label in range(2, 1000):                          # the covariance needs an image of every class
+    for label in range(2, 1000):  # the covariance needs an image of every class
         (train / f"n{label:04d}").mkdir()
         shutil.copy(picture, train / f"n{label:04d}" / "0.JPEG")
     pool = [
@@ -107,10 +147,19 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(project: Path, 
         save_file(timm.create_model(row.network).state_dict(), tmp_path / row.weights)
     write_pool(tmp_path / "two.csv", pool)
     monkeypatch.setenv("OODLIB_ROOT", str(project))
-    extra = {"networks": f"[{tmp_path / 'two.csv'}]", "data_root": str(data), "weights": str(tmp_path), "n_boot": "20",
-             "sweep": str(tmp_path / "sweep")}
-    options = Options(profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
-    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "04_vit_training_study"], options)
+    extra = {
+        "networks": f"[{tmp_path / 'two.csv'}]",
+        "data_root": str(data),
+        "weights": str(tmp_path),
+        "n_boot": "20",
+        "sweep": str(tmp_path / "sweep"),
+    }
+    options = Options(
+        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
+    )
+    plans, _ = make_plans(
+        [path for path in NOTEBOOKS if path.stem == "04_vit_training_study"], options
+    )
     assert run_all(plans, options) == []
     claims = json.loads((plans[0].folder / "claims.json").read_text())
     assert not [c["id"] for c in claims if c["verdict"].endswith("reproduced")]
@@ -118,22 +167,28 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(project: Path, 
 
 
 @pytest.mark.slow
-def test_your_own_model_needs_no_more_than_unknown_images(project: Path, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_own_model_needs_no_more_than_unknown_images(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OODLIB_ROOT", str(project))
     for i, image in enumerate(embedded("greek", n=12).images):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
     extra = {"model": "latin_fast", "unknown_folder": str(tmp_path)}
-    options = Options(profile="smoke", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None)
+    options = Options(
+        profile="smoke", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
+    )
     plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == "07_your_model"], options)
     assert run_all(plans, options) == []
-    assert (plans[0].folder / "extremes.png").exists() and not (plans[0].folder / "class_order.md").exists()
+    assert (plans[0].folder / "extremes.png").exists() and not (
+        plans[0].folder / "class_order.md"
+    ).exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_the_student_copy_fails_only_where_an_exercise_is_open(path: Path, project: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_student_copy_fails_only_where_an_exercise_is_open(
+    path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OODLIB_ROOT", str(project))
     monkeypatch.delenv("OODLIB_OUTPUT", raising=False)
     notebook = nbformat.from_dict(student_copy(nbformat.read(path, as_version=4)))
@@ -142,17 +197,37 @@ def test_the_student_copy_fails_only_where_an_exercise_is_open(path: Path, proje
     at = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", []))
     lines = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(lines))
-    NotebookClient(notebook, timeout=600, allow_errors=True, kernel_name="python3",
-                   resources={"metadata": {"path": str(project / "notebooks")}}).execute(env=dict(os.environ))
-    errors = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "error"]
-    exercises = {tag.split(":")[1] for c in notebook.cells for tag in c.metadata.get("tags", []) if "exercise:" in tag}
+    NotebookClient(
+        notebook,
+        timeout=600,
+        allow_errors=True,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(project / "notebooks")}},
+    ).execute(env=dict(os.environ))
+    errors = [
+        o
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if o.output_type == "error"
+    ]
+    exercises = {
+        tag.split(":")[1]
+        for c in notebook.cells
+        for tag in c.metadata.get("tags", [])
+        if "exercise:" in tag
+    }
     assert {e.ename for e in errors} == {"NotImplementedError"}
     assert {e.evalue for e in errors} == exercises
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_fits_a_lecture(path: Path) -> None:
-    cells = [c for c in nbformat.read(path, as_version=4).cells if "appendix" not in c.metadata.get("tags", [])]
+    cells = [
+        c
+        for c in nbformat.read(path, as_version=4).cells
+        if "appendix" not in c.metadata.get("tags", [])
+    ]
     code = [c.source for c in cells if c.cell_type == "code"]
     assert len(code) <= MAX_CORE_CELLS and max(len(c.splitlines()) for c in code) <= MAX_LINES
     assert sum(len(re.findall(r"run\.figure\(", c)) for c in code) <= MAX_FIGURES
@@ -161,5 +236,7 @@ def test_a_notebook_fits_a_lecture(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_is_stored_bare(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    assert all(not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code")
+    assert all(
+        not c.outputs and c.execution_count is None for c in notebook.cells if c.cell_type == "code"
+    )
     assert notebook.metadata.kernelspec["name"] == "python3"

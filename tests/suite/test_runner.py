@@ -1,4 +1,6 @@
-"""Headless runs: what is done stays done, what fails leaves nothing half-made, and what is misspelt is refused."""
+"""Headless runs: what is done stays done, what fails leaves nothing half-made, and what is misspelt
+is refused.
+"""
 
 import json
 import signal
@@ -19,15 +21,24 @@ from oodlib.suite.runner import Options, is_done, make_plans, run_all
 from oodlib.workspace import PROFILES, STAMP
 
 PARAMETERS = 'profile: str = "laptop"  # which profile\nseed: int = 0  # seed\nn_test: int = 3'
-CHECK = ("import os\nfrom pathlib import Path\n"
-         "assert os.environ['HF_HUB_OFFLINE'] == '1' and os.environ['PYTHONHASHSEED'] == '0'\n"
-         "Path(os.environ['OODLIB_OUTPUT'], 'said.txt').write_text(f'{profile} {seed} {n_test}')")
+CHECK = (
+    "import os\nfrom pathlib import Path\n"
+    "assert os.environ['HF_HUB_OFFLINE'] == '1' and os.environ['PYTHONHASHSEED'] == '0'\n"
+    "Path(os.environ['OODLIB_OUTPUT'], 'said.txt').write_text(f'{profile} {seed} {n_test}')"
+)
 
 
 def write_notebook(root: Path, name: str, *code: str) -> None:
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), *map(new_code_cell, code)]
-    notebook = new_notebook(cells=cells, metadata={
-        "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    cells = [
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        *map(new_code_cell, code),
+    ]
+    notebook = new_notebook(
+        cells=cells,
+        metadata={
+            "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}
+        },
+    )
     (root / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook))
 
 
@@ -35,15 +46,23 @@ def write_notebook(root: Path, name: str, *code: str) -> None:
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
     for profile in PROFILES:
-        (tmp_path / "notebooks" / "profiles" / f"{profile}.yaml").write_text(f"common: {{profile: {profile}}}\n")
+        (tmp_path / "notebooks" / "profiles" / f"{profile}.yaml").write_text(
+            f"common: {{profile: {profile}}}\n"
+        )
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     write_notebook(tmp_path, "01_good", CHECK)
     return tmp_path
 
 
 def test_a_failure_leaves_nothing_half_made_and_the_next_run_resumes(
-        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_notebook(root, "02_bad", "open(__import__('os').environ['OODLIB_OUTPUT'] + '/half', 'w')", "n_test / 0")
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_notebook(
+        root,
+        "02_bad",
+        "open(__import__('os').environ['OODLIB_OUTPUT'] + '/half', 'w')",
+        "n_test / 0",
+    )
     options = Options(profile="smoke", seed=5, extra={"n_test": "7"})
     assert run_all(make_plans(None, options)[0], options) == ["02_bad"]
     shown = capsys.readouterr().err
@@ -71,15 +90,26 @@ def test_a_run_that_a_killed_process_took_away_is_put_back(root: Path) -> None:
     (figures / ".02_bad.old.part" / "results.csv").touch()
     options = Options(profile="smoke")
     assert run_all(make_plans([find_notebook("bad")], options)[0], options) == ["02_bad"]
-    assert [path.relative_to(figures).as_posix() for path in figures.rglob("*")] == ["02_bad", "02_bad/results.csv"]
+    assert [path.relative_to(figures).as_posix() for path in figures.rglob("*")] == [
+        "02_bad",
+        "02_bad/results.csv",
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM handler there")
 def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
-    write_notebook(root, "03_slow", "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",
-                   "import time\ntime.sleep(60)")
-    child = subprocess.Popen([sys.executable, "-m", "oodlib", "notebook", "slow", "--profile", "smoke"],
-                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    write_notebook(
+        root,
+        "03_slow",
+        "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",
+        "import time\ntime.sleep(60)",
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-m", "oodlib", "notebook", "slow", "--profile", "smoke"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
     deadline = time.monotonic() + 60
     while not (root / "on").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -90,7 +120,9 @@ def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
     assert list((root / "figures" / "smoke").iterdir()) == []
 
 
-def test_a_relative_root_is_that_of_the_kernel_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_root_is_that_of_the_kernel_too(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(root)
     monkeypatch.setenv("OODLIB_ROOT", ".")
     assert runner._environment(root / "out", Options())["OODLIB_ROOT"] == str(root.resolve())
@@ -99,7 +131,11 @@ def test_a_relative_root_is_that_of_the_kernel_too(root: Path, monkeypatch: pyte
 @pytest.mark.parametrize("change", ["notebook", "parameter", "seed", "device", "published"])
 def test_a_change_makes_a_run_due(root: Path, change: str) -> None:
     before = make_plans(None, Options())[0][0].key
-    options = {"parameter": Options(extra={"n_test": "4"}), "seed": Options(seed=1), "device": Options(device="cpu")}
+    options = {
+        "parameter": Options(extra={"n_test": "4"}),
+        "seed": Options(seed=1),
+        "device": Options(device="cpu"),
+    }
     if change == "notebook":
         write_notebook(root, "01_good", CHECK, "1")
     if change == "published":
@@ -108,7 +144,9 @@ def test_a_change_makes_a_run_due(root: Path, change: str) -> None:
     assert make_plans(None, options.get(change, Options()))[0][0].key != before
 
 
-def test_a_source_change_touches_only_its_users(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_change_touches_only_its_users(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = root / "oodlib"
     package.mkdir()
     for name in ("__init__", "one", "two"):
@@ -169,11 +207,18 @@ def test_parameters_agree_with_papermill(root: Path) -> None:
 
 def test_a_lock_of_a_killed_process_is_free(root: Path) -> None:
     folder = root / "figures" / "smoke" / "01_good"
-    hold = f"from oodlib.suite.runner import _lock; from pathlib import Path\nwith _lock(Path({str(folder)!r})): " \
-           "print('held', flush=True); input()"
-    child = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = (
+        "from oodlib.suite.runner import _lock; from pathlib import Path\nwith "
+        f"_lock(Path({str(folder)!r})): print('held', flush=True); input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout and child.stdout.readline() == "held\n"
-    with pytest.raises(Timeout), FileLock(root / "build" / "locks" / "smoke-01_good.lock", timeout=0):
+    with (
+        pytest.raises(Timeout),
+        FileLock(root / "build" / "locks" / "smoke-01_good.lock", timeout=0),
+    ):
         pass
     child.kill()
     child.wait()

@@ -14,13 +14,15 @@ from oodlib.errors import OodlibError
 from oodlib.suite.verify import compare_runs, update_reference
 from oodlib.workspace import STAMP
 
-ROWS = {"auroc": 0.75, "fpr95": 0.4}        # metric -> value
+ROWS = {"auroc": 0.75, "fpr95": 0.4}  # metric -> value
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "figures" / "reference").mkdir(parents=True)
-    (tmp_path / "figures" / "reference" / "tolerances.yaml").write_text("{default: 0.02, fpr95: 0.05}\n")
+    (tmp_path / "figures" / "reference" / "tolerances.yaml").write_text(
+        "{default: 0.02, fpr95: 0.05}\n"
+    )
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     write_run(tmp_path)
     return tmp_path
@@ -34,7 +36,9 @@ def write_run(root: Path, rows: dict[str, float] = ROWS, verdict: str = "trend h
     table = csv.DictWriter(text, RESULT_COLUMNS, lineterminator="\n")
     table.writeheader()
     for metric, value in rows.items():
-        table.writerow({"model": "net", "seed": 3, "id": "a", "ood": "b", "metric": metric, "value": value})
+        table.writerow(
+            {"model": "net", "seed": 3, "id": "a", "ood": "b", "metric": metric, "value": value}
+        )
     (folder / "results.csv").write_text(text.getvalue())
     (folder / "claims.json").write_text(json.dumps([{"id": "toy/C1", "verdict": verdict}]))
     (folder / STAMP).write_text("key")
@@ -63,12 +67,19 @@ def test_each_difference_is_told(root: Path) -> None:
     assert differences(root) == [
         "01_toy: net 3 a b auroc: 0.7200, reference 0.7500, tolerance 0.02",
         "01_toy: net 3 a b fpr95: 0.4600, reference 0.4000, tolerance 0.05",
-        "01_toy: verdict of toy/C1: inconclusive, reference trend holds"]
+        "01_toy: verdict of toy/C1: inconclusive, reference trend holds",
+    ]
     write_run(root)
     add_row(folder, "aupr", 0.5)
-    assert differences(root) == ["01_toy: 3 rows, reference 2", "01_toy: row not in the reference: net 3 a b aupr"]
+    assert differences(root) == [
+        "01_toy: 3 rows, reference 2",
+        "01_toy: row not in the reference: net 3 a b aupr",
+    ]
     write_run(root, {"auroc": 0.75})
-    assert differences(root) == ["01_toy: 1 rows, reference 2", "01_toy: row missing: net 3 a b fpr95"]
+    assert differences(root) == [
+        "01_toy: 1 rows, reference 2",
+        "01_toy: row missing: net 3 a b fpr95",
+    ]
 
 
 def test_a_value_that_is_no_number_is_a_difference(root: Path) -> None:
@@ -81,12 +92,16 @@ def test_a_key_in_two_rows_is_a_difference_on_either_side(root: Path) -> None:
     folder = root / "figures" / "laptop" / "01_toy"
     update_reference("laptop")
     add_row(folder, "auroc", 0.75)
-    assert differences(root) == ["01_toy: 3 rows, reference 2",
-                                 "01_toy: 2 rows of the run have one key: net 3 a b auroc"]
+    assert differences(root) == [
+        "01_toy: 3 rows, reference 2",
+        "01_toy: 2 rows of the run have one key: net 3 a b auroc",
+    ]
     update_reference("laptop")
     write_run(root)
-    assert differences(root) == ["01_toy: 2 rows, reference 3",
-                                 "01_toy: 2 rows of the reference have one key: net 3 a b auroc"]
+    assert differences(root) == [
+        "01_toy: 2 rows, reference 3",
+        "01_toy: 2 rows of the reference have one key: net 3 a b auroc",
+    ]
 
 
 def test_the_first_of_two_rows_is_compared_too(root: Path) -> None:
@@ -106,13 +121,15 @@ def test_without_a_reference(root: Path) -> None:
 def test_references_have_a_size_limit(root: Path) -> None:
     other = root / "figures" / "reference" / "benchmark" / "01_toy"
     other.mkdir(parents=True)
-    (other / "big.md").write_bytes(bytes(7_000_000))                # the limit is on all references together
+    (other / "big.md").write_bytes(bytes(7_000_000))  # the limit is on all references together
     (root / "figures" / "laptop" / "01_toy" / "big.md").write_bytes(bytes(6_900_000))
     assert update_reference("laptop") == ["01_toy"]
     (root / "figures" / "laptop" / "01_toy" / "big.md").write_bytes(bytes(7_100_000))
     with pytest.raises(OodlibError, match=r"would take 14\.1 MB, the limit is 14"):
         update_reference("laptop")
-    assert (root / "figures" / "reference" / "laptop" / "01_toy" / "big.md").stat().st_size == 6_900_000
+    assert (
+        root / "figures" / "reference" / "laptop" / "01_toy" / "big.md"
+    ).stat().st_size == 6_900_000
 
 
 @pytest.mark.parametrize("picture", ["plot", "photograph"])
@@ -121,7 +138,7 @@ def test_a_palette_is_taken_only_where_it_cannot_be_seen(root: Path, picture: st
     pixels = np.full((200, 300, 3), 255)
     if picture == "photograph":
         pixels = rng.integers(0, 256, pixels.shape)
-    else:                                                           # more than 256 colours, many of them alike
+    else:  # more than 256 colours, many of them alike
         pixels[:150, :, 0] = np.linspace(0, 255, 300)
         pixels[:150, :, 1] = np.linspace(255, 0, 150)[:, None] // 64 * 64
     path = root / "figures" / "laptop" / "01_toy" / "line.png"

@@ -1,1 +1,3 @@
-"""Images drawn on the spot, without any download: letters of many scripts, digits, textures, unit tests."""
+"""Images drawn on the spot, without any download: letters of many scripts, digits, textures, unit
+tests.
+"""

@@ -1,15 +1,17 @@
-r"""The 17 synthetic OOD "unit tests" of NINCO (Bitterwolf, Mueller, Hein, arXiv 2306.00826), drawn anew with a seed.
+r"""The 17 synthetic OOD "unit tests" of NINCO (Bitterwolf, Mueller, Hein, arXiv 2306.00826), drawn
+anew with a seed.
 
-**Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because noise drawn directly
-at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375 x 500, shrunk to 248 (ratio 0.66). Here:
-a square canvas of 1.5 times ``size`` (48 for 32), shrunk by an antialiased bicubic filter. With h the canvas's shorter
-side, ``low_freq*`` multiply their blur widths by h / 375 (the structures keep their size relative to the picture), and
-the stripe counts n are those with floor(h / n) >= 3 pixels (no 20 at h = 48); all else is used as it is.
-**Native use**: ``size=None, canvas=(375, 500)`` returns the canvases with every parameter as published, for the
-network's own transform.
+**Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because
+noise drawn directly at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375
+x 500, shrunk to 248 (ratio 0.66). Here: a square canvas of 1.5 times ``size`` (48 for 32), shrunk
+by an antialiased bicubic filter. With h the canvas's shorter side, ``low_freq*`` multiply their
+blur widths by h / 375 (the structures keep their size relative to the picture), and the stripe
+counts n are those with floor(h / n) >= 3 pixels (no 20 at h = 48); all else is used as it is.
+**Native use**: ``size=None, canvas=(375, 500)`` returns the canvases with every parameter as
+published, for the network's own transform.
 
-Values are clipped to [0, 1], multiplied by 255 and truncated. Gaussian blurs wrap around and reach 4 sigma. The
-original stores every second picture as JPEG; here none is.
+Values are clipped to [0, 1], multiplied by 255 and truncated. Gaussian blurs wrap around and reach
+4 sigma. The original stores every second picture as JPEG; here none is.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def _rademacher(rng: np.random.Generator, h: int, w: int, source: Float | None) 
 
 
 def _pixel_perm(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    assert source is not None                       # unit_test has checked it
+    assert source is not None  # unit_test has checked it
     order = np.argsort(rng.random(h * w), kind="stable")
     return source.reshape(h * w, 3)[order].reshape(h, w, 3)
 
@@ -95,7 +97,7 @@ def _bands(colours: Float, h: int, w: int, *, across: bool) -> Float:
     """Stripes of floor(length / n) pixels, one per colour; what remains takes the last colour."""
     length = w if across else h
     index = np.minimum(np.arange(length) // (length // len(colours)), len(colours) - 1)
-    line = colours[index]                           # (length, 3)
+    line = colours[index]  # (length, 3)
     return np.broadcast_to(line[None] if across else line[:, None], (h, w, 3))
 
 
@@ -129,7 +131,9 @@ def _low_freq(rng: np.random.Generator, h: int, w: int, source: Float | None) ->
     return (x - x.min()) / (x.max() - x.min())
 
 
-def _low_freq_channelfullscale(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
+def _low_freq_channelfullscale(
+    rng: np.random.Generator, h: int, w: int, source: Float | None
+) -> Float:
     x = _smooth(rng, h, w)
     low, high = x.min((0, 1)), x.max((0, 1))
     return (x - low) / (high - low)
@@ -140,7 +144,7 @@ def _low_freq_colorrange(rng: np.random.Generator, h: int, w: int, source: Float
     x = x - np.quantile(x, 0.025, axis=(0, 1))
     x = x / np.quantile(x, 0.975, axis=(0, 1))
     centre, deviation = rng.random(3), 0.1 + 0.2 * rng.random()
-    return 2 * deviation * x + centre               # spans centre .. centre + 2 deviation, as the original does
+    return 2 * deviation * x + centre  # spans centre .. centre + 2 deviation, as the original does
 
 
 def _blobs(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
@@ -149,31 +153,64 @@ def _blobs(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Fl
 
 
 _MAKERS: dict[str, Maker] = {
-    "uni": _uni, "Gaussian": _gaussian, "Rademacher": _rademacher, "pixel_perm": _pixel_perm,
-    "low_freq_pixel_perm": _low_freq_pixel_perm, "white": _white, "black": _black, "grey": _grey,
-    "monochrome": _monochrome, "tricolour": _tricolour, "tricolour_primary": _tricolour_primary,
-    "horizontal_stripes": _horizontal_stripes, "vertical_stripes": _vertical_stripes, "low_freq": _low_freq,
-    "low_freq_channelfullscale": _low_freq_channelfullscale, "low_freq_colorrange": _low_freq_colorrange,
+    "uni": _uni,
+    "Gaussian": _gaussian,
+    "Rademacher": _rademacher,
+    "pixel_perm": _pixel_perm,
+    "low_freq_pixel_perm": _low_freq_pixel_perm,
+    "white": _white,
+    "black": _black,
+    "grey": _grey,
+    "monochrome": _monochrome,
+    "tricolour": _tricolour,
+    "tricolour_primary": _tricolour_primary,
+    "horizontal_stripes": _horizontal_stripes,
+    "vertical_stripes": _vertical_stripes,
+    "low_freq": _low_freq,
+    "low_freq_channelfullscale": _low_freq_channelfullscale,
+    "low_freq_colorrange": _low_freq_colorrange,
     "blobs": _blobs,
 }
 UNIT_TESTS: tuple[str, ...] = tuple(_MAKERS)
 NEEDS_ID_IMAGES: tuple[str, ...] = ("pixel_perm", "low_freq_pixel_perm")
 
 
-def draw(name: str, index: int, canvas: tuple[int, int], *, seed: int = 0, split: str = "test",
-         source: Image.Image | None = None) -> NDArray[np.uint8]:
-    """Picture ``index`` of a test as it is drawn, (h, w, 3); ``source`` is the image for ``NEEDS_ID_IMAGES``."""
+def draw(
+    name: str,
+    index: int,
+    canvas: tuple[int, int],
+    *,
+    seed: int = 0,
+    split: str = "test",
+    source: Image.Image | None = None,
+) -> NDArray[np.uint8]:
+    """Picture ``index`` of a test as it is drawn, (h, w, 3); ``source`` is the image for
+    ``NEEDS_ID_IMAGES``.
+    """
     from PIL import Image
 
     h, w = canvas
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, crc32(f"{name}/{split}".encode()), index))))
-    pixels = None if source is None else np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
+    rng = np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence((seed, crc32(f"{name}/{split}".encode()), index)))
+    )
+    pixels = (
+        None
+        if source is None
+        else np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
+    )
     return (np.clip(_MAKERS[name](rng, h, w, pixels), 0, 1) * 255).astype(np.uint8)
 
 
-def unit_test(name: str, *, n: int = 400, seed: int = 0, size: int | None = 32,
-              canvas: tuple[int, int] | None = None, id_images: ImageSet | None = None,
-              split: str = "test") -> ImageSet:
+def unit_test(
+    name: str,
+    *,
+    n: int = 400,
+    seed: int = 0,
+    size: int | None = 32,
+    canvas: tuple[int, int] | None = None,
+    id_images: ImageSet | None = None,
+    split: str = "test",
+) -> ImageSet:
     """One of the 17 unit tests as an image set; labels are -1.
 
     Parameters
@@ -199,23 +236,32 @@ def unit_test(name: str, *, n: int = 400, seed: int = 0, size: int | None = 32,
         raise OodlibError(f"unit_test: unknown name {name!r}; the 17 are {', '.join(UNIT_TESTS)}.")
     if canvas is None:
         if size is None:
-            raise OodlibError("unit_test: give size, or canvas=(height, width), or both; got neither.")
+            raise OodlibError(
+                "unit_test: give size, or canvas=(height, width), or both; got neither."
+            )
         canvas = ((3 * size + 1) // 2,) * 2
     h, w = canvas
     if n < 1 or min(h, w) < 12:
-        raise OodlibError(f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, "
-                          f"got n={n}, canvas {h} x {w}.")
+        raise OodlibError(
+            f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, "
+            f"got n={n}, canvas {h} x {w}."
+        )
     shuffles = name in NEEDS_ID_IMAGES
     if shuffles and (id_images is None or len(id_images) < n):
-        raise OodlibError(f"unit_test: {name} shuffles in-distribution test images: give id_images with at least "
-                          f"{n} images, got {0 if id_images is None else len(id_images)}.")
+        raise OodlibError(
+            f"unit_test: {name} shuffles in-distribution test images: give id_images with at least "
+            f"{n} images, got {0 if id_images is None else len(id_images)}."
+        )
     shape = (h, w) if size is None else (size, size)
     images = np.empty((n, 3, *shape), dtype=np.uint8)
     for i in range(n):
         source = None
         if shuffles and id_images is not None:
-            source = Image.fromarray(np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
-                                     .transpose(1, 2, 0).copy())
+            source = Image.fromarray(
+                np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
+                .transpose(1, 2, 0)
+                .copy()
+            )
         drawn = draw(name, i, canvas, seed=seed, split=split, source=source)
         if drawn.shape[:2] != shape:
             drawn = np.asarray(Image.fromarray(drawn).resize(shape[::-1], Image.Resampling.BICUBIC))

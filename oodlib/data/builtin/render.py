@@ -1,7 +1,8 @@
 """From a mask to a picture: seeded turn, shift, scale, stroke and colours, in integer arithmetic.
 
-All random numbers are raw outputs of PCG64 (whose stream NumPy guarantees), all pixel arithmetic is on integers:
-the same seed gives the same bytes on every machine, as far as the masks themselves are the same.
+All random numbers are raw outputs of PCG64 (whose stream NumPy guarantees), all pixel arithmetic is
+on integers: the same seed gives the same bytes on every machine, as far as the masks themselves are
+the same.
 """
 
 from __future__ import annotations
@@ -17,23 +18,29 @@ from oodlib.errors import OodlibError
 __all__ = ["MIN_CONTRAST", "Style", "below", "compose", "luminance", "raw_stream", "warp"]
 
 Style = Literal["plain", "colour"]
-MIN_CONTRAST = 64           # least luminance difference between glyph and background, of 255
+MIN_CONTRAST = 64  # least luminance difference between glyph and background, of 255
 JITTER_COLUMNS = 5
 COLOUR_COLUMNS = 10
 
 
 def raw_stream(shape: tuple[int, int], key: tuple[int, ...]) -> NDArray[np.uint64]:
-    """Raw 64-bit numbers, row after row: the rows of a shorter stream are the first rows of a longer one."""
+    """Raw 64-bit numbers, row after row: the rows of a shorter stream are the first rows of a
+    longer one.
+    """
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(shape)
 
 
 def below(raw: NDArray[np.uint64], limit: int | NDArray[np.int64]) -> NDArray[np.int64]:
     """Whole numbers in [0, limit) from raw 64-bit numbers, exactly."""
-    return (((raw >> np.uint64(32)) * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
+    return (((raw >> np.uint64(32)) * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(
+        np.int64
+    )
 
 
 def _stroke(masks: NDArray[np.uint8], weight: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Blend each mask with its dilation (weight > 0) or erosion (weight < 0) by side/64 pixels; weight in 1/256."""
+    """Blend each mask with its dilation (weight > 0) or erosion (weight < 0) by side/64 pixels;
+    weight in 1/256.
+    """
     grown = np.where(weight[:, None, None] < 0, 255 - masks, masks)
     start = grown.astype(np.int32)
     for _ in range(masks.shape[-1] // 64):
@@ -46,9 +53,9 @@ def _stroke(masks: NDArray[np.uint8], weight: NDArray[np.int64]) -> NDArray[np.u
 def warp(masks: NDArray[np.uint8], raw: NDArray[np.uint64], size: int) -> NDArray[np.int32]:
     """Place masks in pictures: seeded stroke, turn, scale and shift.
 
-    Turn within +-20 degrees; the ink's longer side is 0.53 to 0.72 of the picture; the centre moves by up to 0.06 of
-    the picture each way; stroke from 0.4 of an erosion to a full dilation by 1/64 of the mask's side. Bilinear samples
-    at twice the resolution, averaged 2x2.
+    Turn within +-20 degrees; the ink's longer side is 0.53 to 0.72 of the picture; the centre moves
+    by up to 0.06 of the picture each way; stroke from 0.4 of an erosion to a full dilation by 1/64
+    of the mask's side. Bilinear samples at twice the resolution, averaged 2x2.
 
     Parameters
     ----------
@@ -65,30 +72,50 @@ def warp(masks: NDArray[np.uint8], raw: NDArray[np.uint64], size: int) -> NDArra
     angle = (below(raw[:, 1], 4001) - 2000) * (np.pi / 18000)
     extent = 0.53 + below(raw[:, 2], 1901) / 10000
     shift_x, shift_y = ((below(raw[:, c], 1201) - 600) / 10000 * 2 * size for c in (3, 4))
-    step = INK * side / (extent * 2 * size)                       # mask pixels per sample
+    step = INK * side / (extent * 2 * size)  # mask pixels per sample
     cos, sin = np.cos(angle) * step, np.sin(angle) * step
-    grid = (2 * np.arange(2 * size) - (2 * size - 1)).astype(np.int64)       # half samples from the centre
+    grid = (2 * np.arange(2 * size) - (2 * size - 1)).astype(
+        np.int64
+    )  # half samples from the centre
 
-    def fixed(value: NDArray[np.float64]) -> NDArray[np.int64]:   # 16 fractional bits: no trace of the float's last bit
+    def fixed(
+        value: NDArray[np.float64],
+    ) -> NDArray[np.int64]:  # 16 fractional bits: no trace of the float's last bit
         return np.rint(value * 65536).astype(np.int64)[:, None, None]
 
     centre = (side - 1) / 2
     limit = ((side - 1) << 16) - 1
     gx, gy = grid[None, None, :], grid[None, :, None]
-    x = np.clip(fixed(cos / 2) * gx + fixed(sin / 2) * gy + fixed(centre - cos * shift_x - sin * shift_y), 0, limit)
-    y = np.clip(fixed(cos / 2) * gy - fixed(sin / 2) * gx + fixed(centre + sin * shift_x - cos * shift_y), 0, limit)
+    x = np.clip(
+        fixed(cos / 2) * gx + fixed(sin / 2) * gy + fixed(centre - cos * shift_x - sin * shift_y),
+        0,
+        limit,
+    )
+    y = np.clip(
+        fixed(cos / 2) * gy - fixed(sin / 2) * gx + fixed(centre + sin * shift_x - cos * shift_y),
+        0,
+        limit,
+    )
     index = (y >> 16) * side + (x >> 16) + (np.arange(n) * side * side)[:, None, None]
     fx, fy = ((x >> 8) & 255).astype(np.int32), ((y >> 8) & 255).astype(np.int32)
     flat = masks.ravel()
     corner = [flat.take(index + offset).astype(np.int32) for offset in (0, 1, side, side + 1)]
-    top, bottom = corner[0] * 256 + (corner[1] - corner[0]) * fx, corner[2] * 256 + (corner[3] - corner[2]) * fx
+    top, bottom = (
+        corner[0] * 256 + (corner[1] - corner[0]) * fx,
+        corner[2] * 256 + (corner[3] - corner[2]) * fx,
+    )
     samples = (top * 256 + (bottom - top) * fy + 32768) >> 16
     return halve(samples)
 
 
 def halve(samples: NDArray[np.int32]) -> NDArray[np.int32]:
     """(n, 2s, 2s) -> (n, s, s): rounded means of 2x2 samples."""
-    total = samples[:, ::2, ::2] + samples[:, 1::2, ::2] + samples[:, ::2, 1::2] + samples[:, 1::2, 1::2]
+    total = (
+        samples[:, ::2, ::2]
+        + samples[:, 1::2, ::2]
+        + samples[:, ::2, 1::2]
+        + samples[:, 1::2, 1::2]
+    )
     return (total + 2) >> 2
 
 
@@ -107,11 +134,13 @@ def _colours(raw: NDArray[np.uint64], style: Style) -> tuple[NDArray[np.int64], 
     front, back = below(raw[:, 0:3], 256), below(raw[:, 3:6], 256)
     ends = np.stack([back, np.clip(back + below(raw[:, 6:9], 129) - 64, 0, 255)], 1)
     bright = luminance(front)
-    target = np.where(bright >= 128, 0, 255)[:, None, None]       # the side with room for the contrast
+    target = np.where(bright >= 128, 0, 255)[:, None, None]  # the side with room for the contrast
     original = ends
     for push in range(1, 17):
         contrast = luminance(ends) - bright[:, None]
-        weak = (np.abs(contrast).min(1) < MIN_CONTRAST) | (np.sign(contrast[:, 0]) != np.sign(contrast[:, 1]))
+        weak = (np.abs(contrast).min(1) < MIN_CONTRAST) | (
+            np.sign(contrast[:, 0]) != np.sign(contrast[:, 1])
+        )
         if not weak.any():
             break
         pushed = (original * (16 - push) + target * push) // 16
@@ -119,25 +148,33 @@ def _colours(raw: NDArray[np.uint64], style: Style) -> tuple[NDArray[np.int64], 
     return front, ends
 
 
-def compose(coverage: NDArray[np.int32], raw: NDArray[np.uint64], style: Style) -> NDArray[np.uint8]:
+def compose(
+    coverage: NDArray[np.int32], raw: NDArray[np.uint64], style: Style
+) -> NDArray[np.uint8]:
     """Colour grey coverage: foreground over background, (n, s, s) 0..255 -> (n, 3, s, s) uint8.
 
     ``plain``: a light foreground (channels 176..255) on a dark, slightly tinted background (0..48).
-    ``colour``: any foreground on any linear background gradient, luminances at least ``MIN_CONTRAST`` apart everywhere;
-    where the draw is too close, the background is moved towards black or white, whichever is further away.
-    ``raw``: (n, 10) raw random numbers.
+    ``colour``: any foreground on any linear background gradient, luminances at least
+    ``MIN_CONTRAST`` apart everywhere; where the draw is too close, the background is moved towards
+    black or white, whichever is further away. ``raw``: (n, 10) raw random numbers.
     """
     front, ends = _colours(raw, style)
     size = coverage.shape[-1]
     angle = below(raw[:, 9], 3600) * (np.pi / 1800)
     along = [np.rint(f(angle) * 256).astype(np.int64)[:, None, None] for f in (np.cos, np.sin)]
     grid = 2 * np.arange(size) - (size - 1)
-    ramp = np.clip(128 + (along[0] * grid[None, None, :] + along[1] * grid[None, :, None]) // (2 * size), 0, 256)
+    ramp = np.clip(
+        128 + (along[0] * grid[None, None, :] + along[1] * grid[None, :, None]) // (2 * size),
+        0,
+        256,
+    )
     cover = coverage.astype(np.int32)
     out = np.empty((len(coverage), 3, size, size), dtype=np.uint8)
     ramp32 = ramp.astype(np.int32)
     for channel in range(3):
-        first, last, ink = (v[:, channel].astype(np.int32)[:, None, None] for v in (ends[:, 0], ends[:, 1], front))
+        first, last, ink = (
+            v[:, channel].astype(np.int32)[:, None, None] for v in (ends[:, 0], ends[:, 1], front)
+        )
         ground = first + ((last - first) * ramp32 >> 8)
         out[:, channel] = (ground * (255 - cover) + ink * cover + 127) // 255
     return out

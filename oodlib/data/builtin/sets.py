@@ -1,11 +1,12 @@
 """The embedded corpus: image sets that need no download, the same bytes for the same seed.
 
-The task is ``latin`` (26 capitals); unseen scripts are near-OOD; handwritten digits, textures and the 17 unit tests are
-far-OOD; ``unicode`` (hundreds of letters, the OOD scripts and their look-alikes left out) is for pretraining.
+The task is ``latin`` (26 capitals); unseen scripts are near-OOD; handwritten digits, textures and
+the 17 unit tests are far-OOD; ``unicode`` (hundreds of letters, the OOD scripts and their
+look-alikes left out) is for pretraining.
 
-Bytes depend on what draws the glyphs: FreeType inside Pillow, the font files inside matplotlib, the digits inside
-scikit-learn, the blur of SciPy, and NumPy's normal and quantile routines for two unit tests. ``check_bytes`` compares
-with stored hashes and names the versions.
+Bytes depend on what draws the glyphs: FreeType inside Pillow, the font files inside matplotlib, the
+digits inside scikit-learn, the blur of SciPy, and NumPy's normal and quantile routines for two unit
+tests. ``check_bytes`` compares with stored hashes and names the versions.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, unit_te
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 
-__all__ = ["EMBEDDED", "EmbeddedInfo", "check_bytes", "embedded", "embedded_fingerprints", "library_versions",
-           "same_fonts"]
+__all__ = [
+    "EMBEDDED",
+    "EmbeddedInfo",
+    "check_bytes",
+    "embedded",
+    "embedded_fingerprints",
+    "library_versions",
+    "same_fonts",
+]
 
 SPLITS = ("train", "val", "test")
-COLOUR_FIRST = render.JITTER_COLUMNS + 1        # raw columns: font or drawing, jitter, colours
+COLOUR_FIRST = render.JITTER_COLUMNS + 1  # raw columns: font or drawing, jitter, colours
 COLUMNS = COLOUR_FIRST + render.COLOUR_COLUMNS
 CHUNK = 256
 FONT_TERMS = "fonts: Bitstream Vera licence (DejaVu), STIX Fonts licence; pictures: Apache-2.0"
 FONT_SOURCE = "DejaVu and STIX fonts as shipped in matplotlib"
 NINCO = "Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826"
-DIGITS_SOURCE = ("Alpaydin, Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (test part), as shipped in "
-                 "scikit-learn")
+DIGITS_SOURCE = (
+    "Alpaydin, Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (test part), as shipped "
+    "in scikit-learn"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +74,15 @@ class EmbeddedInfo:
 
 def _records() -> dict[str, EmbeddedInfo]:
     ood = {"train": 2000, "val": 1000, "test": 2000}
-    titles = {"greek": "Greek letters", "cyrillic": "Cyrillic letters", "armenian": "Armenian letters",
-              "georgian": "Georgian letters (Asomtavruli and Mkhedruli)", "hebrew": "Hebrew letters",
-              "math": "mathematical operators", "arabic": "Arabic letters (isolated forms)"}
+    titles = {
+        "greek": "Greek letters",
+        "cyrillic": "Cyrillic letters",
+        "armenian": "Armenian letters",
+        "georgian": "Georgian letters (Asomtavruli and Mkhedruli)",
+        "hebrew": "Hebrew letters",
+        "math": "mathematical operators",
+        "arabic": "Arabic letters (isolated forms)",
+    }
     out = [
         EmbeddedInfo(
             name="latin",
@@ -161,14 +177,22 @@ def _records() -> dict[str, EmbeddedInfo]:
 EMBEDDED: dict[str, EmbeddedInfo] = _records()
 
 
-def embedded(name: str, split: str = "test", *, n: int | None = None, seed: int = 0,
-             style: render.Style = "colour", size: int = 32) -> ImageSet:
-    """Draw an embedded set. The first n images of a longer set are the same; splits differ in their random numbers.
+def embedded(
+    name: str,
+    split: str = "test",
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    style: render.Style = "colour",
+    size: int = 32,
+) -> ImageSet:
+    """Draw an embedded set. The first n images of a longer set are the same; splits differ in their
+    random numbers.
 
-    Classes come in turn, in an order shuffled anew each round, so that any n is balanced to within one per class.
-    Turn, shift, scale, stroke and colours do not depend on ``style`` and ``size`` (the same pictures, drawn otherwise).
-    Handwritten digits: each split has its own drawings (train 1/8, val 1/8, test 3/4), used again with other jitter
-    once all were used.
+    Classes come in turn, in an order shuffled anew each round, so that any n is balanced to within
+    one per class. Turn, shift, scale, stroke and colours do not depend on ``style`` and ``size``
+    (the same pictures, drawn otherwise). Handwritten digits: each split has its own drawings (train
+    1/8, val 1/8, test 3/4), used again with other jitter once all were used.
 
     Parameters
     ----------
@@ -196,7 +220,9 @@ def embedded(name: str, split: str = "test", *, n: int | None = None, seed: int 
         raise OodlibError(f'embedded: style must be "plain" or "colour", got {style!r}.')
     n = EMBEDDED[name].default_n[split] if n is None else n
     if n < 1 or not 16 <= size <= 512:
-        raise OodlibError(f"embedded: need n >= 1 and a size of 16 to 512 pixels, got n={n}, size={size}.")
+        raise OodlibError(
+            f"embedded: need n >= 1 and a size of 16 to 512 pixels, got n={n}, size={size}."
+        )
     if EMBEDDED[name].kind == "unit_test":
         return _unit_tests(name, split, n, seed, style, size)
     class_names = _class_names(name)
@@ -218,7 +244,9 @@ def _balanced(n: int, classes: int, key: tuple[int, ...]) -> NDArray[np.int64]:
 @cache
 def _codepoints(name: str) -> tuple[int, ...]:
     if name == "unicode_with_ood":
-        return alphabets.alphabet("unicode") + tuple(c for s in alphabets.OOD_SCRIPTS for c in alphabets.alphabet(s))
+        return alphabets.alphabet("unicode") + tuple(
+            c for s in alphabets.OOD_SCRIPTS for c in alphabets.alphabet(s)
+        )
     return alphabets.alphabet(name)
 
 
@@ -235,31 +263,46 @@ def _class_names(name: str) -> tuple[str, ...]:
     return tuple(map(chr, _codepoints("digits_rendered" if name == "digits" else name)))
 
 
-def _draw(masks: Callable[[int], NDArray[np.uint8]], raw: NDArray[np.uint64], style: render.Style,
-          size: int) -> NDArray[np.uint8]:
-    """Warp and colour ``masks(i)`` for every row of ``raw``, in chunks; a progress bar from 20,000 images on."""
+def _draw(
+    masks: Callable[[int], NDArray[np.uint8]],
+    raw: NDArray[np.uint64],
+    style: render.Style,
+    size: int,
+) -> NDArray[np.uint8]:
+    """Warp and colour ``masks(i)`` for every row of ``raw``, in chunks; a progress bar from 20,000
+    images on.
+    """
     from tqdm import tqdm
 
     n = len(raw)
-    chunk = max(8, CHUNK * 1024 // size ** 2)
+    chunk = max(8, CHUNK * 1024 // size**2)
     out = np.empty((n, 3, size, size), dtype=np.uint8)
     for start in tqdm(range(0, n, chunk), desc="drawing", disable=None if n >= 20000 else True):
-        part = raw[start:start + chunk]
+        part = raw[start : start + chunk]
         block = np.stack([masks(i) for i in range(start, start + len(part))])
         cover = render.warp(block, part[:, 1:COLOUR_FIRST], size)
-        out[start:start + chunk] = render.compose(cover, part[:, COLOUR_FIRST:], style)
+        out[start : start + chunk] = render.compose(cover, part[:, COLOUR_FIRST:], style)
     return out
 
 
-def _glyphs(name: str, split: str, labels: NDArray[np.int64], raw: NDArray[np.uint64], class_names: tuple[str, ...],
-            style: render.Style, size: int) -> ImageSet:
+def _glyphs(
+    name: str,
+    split: str,
+    labels: NDArray[np.int64],
+    raw: NDArray[np.uint64],
+    class_names: tuple[str, ...],
+    style: render.Style,
+    size: int,
+) -> ImageSet:
     codepoints = np.array(_codepoints(name))[labels]
     fonts = [glyphs.fonts_with(int(c)) for c in codepoints]
     chosen = render.below(raw[:, 0], np.array([len(f) for f in fonts]))
     font = [f[int(i)] for f, i in zip(fonts, chosen, strict=True)]
     side = glyphs.mask_side(size)
     images = _draw(lambda i: glyphs.glyph_mask(font[i], int(codepoints[i]), side), raw, style, size)
-    return ImageSet(name, split, images, labels, class_names, {"font": np.array(font), "codepoint": codepoints})
+    return ImageSet(
+        name, split, images, labels, class_names, {"font": np.array(font), "codepoint": codepoints}
+    )
 
 
 @cache
@@ -271,8 +314,16 @@ def _handwriting() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return (data.images * 255 // 16).astype(np.uint8), data.target.astype(np.int64)
 
 
-def _digits(name: str, split: str, labels: NDArray[np.int64], raw: NDArray[np.uint64], key: tuple[int, ...],
-            class_names: tuple[str, ...], style: render.Style, size: int) -> ImageSet:
+def _digits(
+    name: str,
+    split: str,
+    labels: NDArray[np.int64],
+    raw: NDArray[np.uint64],
+    key: tuple[int, ...],
+    class_names: tuple[str, ...],
+    style: render.Style,
+    size: int,
+) -> ImageSet:
     from PIL import Image
 
     drawings, targets = _handwriting()
@@ -284,7 +335,9 @@ def _digits(name: str, split: str, labels: NDArray[np.int64], raw: NDArray[np.ui
         mine = mine[np.isin(np.arange(len(mine)) % 8, eighths)]
         order = np.argsort(render.raw_stream((1, len(mine)), (*key, label))[0], kind="stable")
         where = np.flatnonzero(labels == label)
-        source[where] = mine[order[np.arange(len(where)) % len(mine)]]       # every drawing once, then again
+        source[where] = mine[
+            order[np.arange(len(where)) % len(mine)]
+        ]  # every drawing once, then again
 
     @cache
     def mask(index: int) -> NDArray[np.uint8]:
@@ -295,28 +348,46 @@ def _digits(name: str, split: str, labels: NDArray[np.int64], raw: NDArray[np.ui
     return ImageSet(name, split, images, labels, class_names, {"source": source})
 
 
-def _textures(split: str, labels: NDArray[np.int64], raw: NDArray[np.uint64], key: tuple[int, ...],
-              class_names: tuple[str, ...], style: render.Style, size: int) -> ImageSet:
+def _textures(
+    split: str,
+    labels: NDArray[np.int64],
+    raw: NDArray[np.uint64],
+    key: tuple[int, ...],
+    class_names: tuple[str, ...],
+    style: render.Style,
+    size: int,
+) -> ImageSet:
     numbers = render.raw_stream((len(labels), textures.NUMBERS), key)
-    uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+    uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
     out = np.empty((len(labels), 3, size, size), dtype=np.uint8)
     for start in range(0, len(labels), CHUNK):
         part = slice(start, start + CHUNK)
-        field = np.stack([textures.texture(class_names[label], u, 2 * size)
-                          for label, u in zip(labels[part], uniform[part], strict=True)])
+        field = np.stack(
+            [
+                textures.texture(class_names[label], u, 2 * size)
+                for label, u in zip(labels[part], uniform[part], strict=True)
+            ]
+        )
         out[part] = render.compose(render.halve(field), raw[part, COLOUR_FIRST:], style)
     return ImageSet("textures", split, out, labels, class_names)
 
 
-def _unit_tests(name: str, split: str, n: int, seed: int, style: render.Style, size: int) -> ImageSet:
-    """One unit test, or all of them in turn; ``pixel_perm`` shuffles ``latin`` images of the same split and seed."""
+def _unit_tests(
+    name: str, split: str, n: int, seed: int, style: render.Style, size: int
+) -> ImageSet:
+    """One unit test, or all of them in turn; ``pixel_perm`` shuffles ``latin`` images of the same
+    split and seed.
+    """
     names = UNIT_TESTS if name == "unit_tests" else (name,)
     each = [len(range(i, n, len(names))) for i in range(len(names))]
     latin = None
     if set(names) & set(NEEDS_ID_IMAGES):
         latin = embedded("latin", split, n=max(each), seed=seed, style=style, size=size)
-    parts = {test: unit_test(test, n=count, seed=seed, size=size, id_images=latin, split=split)
-             for test, count in zip(names, each, strict=True) if count}
+    parts = {
+        test: unit_test(test, n=count, seed=seed, size=size, id_images=latin, split=split)
+        for test, count in zip(names, each, strict=True)
+        if count
+    }
     if name != "unit_tests":
         return parts[name]
     labels = np.arange(n) % len(names)
@@ -325,13 +396,17 @@ def _unit_tests(name: str, split: str, n: int, seed: int, style: render.Style, s
 
 
 def same_fonts(id_set: ImageSet, ood_set: ImageSet) -> ImageSet:
-    """The ID images drawn in fonts that the OOD set uses, so that the typeface cannot give the answer away.
+    """The ID images drawn in fonts that the OOD set uses, so that the typeface cannot give the
+    answer away.
 
     OodlibError if a set has no ``meta["font"]`` (digits, textures, unit tests) or no image is left.
     """
     for image_set in (id_set, ood_set):
         if "font" not in image_set.meta:
-            raise OodlibError(f"same_fonts: {image_set.name} has no meta 'font'; only glyph sets can be compared so.")
+            raise OodlibError(
+                f"same_fonts: {image_set.name} has no meta 'font'; only glyph sets can be compared "
+                "so."
+            )
     keep = np.isin(id_set.meta["font"], np.unique(ood_set.meta["font"]))
     return id_set.subset(keep, name=f"{id_set.name}@{ood_set.name}-fonts")
 
@@ -344,30 +419,52 @@ def library_versions() -> dict[str, str]:
     import sklearn
     from PIL import features
 
-    return {"pillow": PIL.__version__, "freetype": str(features.version("freetype2")),
-            "matplotlib": matplotlib.__version__, "scikit-learn": sklearn.__version__, "scipy": scipy.__version__,
-            "numpy": np.__version__}
+    return {
+        "pillow": PIL.__version__,
+        "freetype": str(features.version("freetype2")),
+        "matplotlib": matplotlib.__version__,
+        "scikit-learn": sklearn.__version__,
+        "scipy": scipy.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def embedded_fingerprints() -> dict[str, str]:
-    """SHA-256 of a small sample (34 test images, seed 0) of every set in both styles: what ``check_bytes`` compares."""
-    return {f"{name}/{style}": embedded(name, n=34, style=style).fingerprint
-            for name in EMBEDDED for style in ("colour", "plain") if style == "colour" or name not in UNIT_TESTS}
+    """SHA-256 of a small sample (34 test images, seed 0) of every set in both styles: what
+    ``check_bytes`` compares.
+    """
+    return {
+        f"{name}/{style}": embedded(name, n=34, style=style).fingerprint
+        for name in EMBEDDED
+        for style in ("colour", "plain")
+        if style == "colour" or name not in UNIT_TESTS
+    }
 
 
 def check_bytes(manifest: str | Path) -> None:
-    """Compare this machine's bytes with a stored manifest; OodlibError names what differs and the versions.
+    """Compare this machine's bytes with a stored manifest; OodlibError names what differs and the
+    versions.
 
     The manifest is JSON: ``{"versions": library_versions(), "sets": embedded_fingerprints()}``.
     """
     stored = json.loads(Path(manifest).read_text(encoding="utf-8"))
     found = embedded_fingerprints()
-    differ = sorted(k for k in stored["sets"].keys() | found.keys() if stored["sets"].get(k) != found.get(k))
+    differ = sorted(
+        k for k in stored["sets"].keys() | found.keys() if stored["sets"].get(k) != found.get(k)
+    )
     if differ:
         now = library_versions()
-        changed = [f"{k} {v} (stored: {stored['versions'].get(k)})" for k, v in now.items()
-                   if v != stored["versions"].get(k)]
+        changed = [
+            f"{k} {v} (stored: {stored['versions'].get(k)})"
+            for k, v in now.items()
+            if v != stored["versions"].get(k)
+        ]
         raise OodlibError(
-            f"check_bytes: {len(differ)} embedded sets differ from {Path(manifest).name}: {', '.join(differ[:6])}. "
-            + (f"Changed libraries: {', '.join(changed)}. Install the locked versions." if changed else
-               "The libraries are those of the manifest, so the code changed: store new hashes with the reason."))
+            f"check_bytes: {len(differ)} embedded sets differ from {Path(manifest).name}: "
+            f"{', '.join(differ[:6])}. "
+            + (
+                f"Changed libraries: {', '.join(changed)}. Install the locked versions."
+                if changed
+                else "The libraries are those of the manifest, so the code changed: store new hashes with the reason."
+            )
+        )

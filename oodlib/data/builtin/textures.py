@@ -1,4 +1,6 @@
-"""Procedural textures: twelve families of grey fields, coloured like the glyphs. A far-OOD set without any download."""
+"""Procedural textures: twelve families of grey fields, coloured like the glyphs. A far-OOD set
+without any download.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,19 @@ TAU = 2 * np.pi
 
 
 def _turn(x: Field, y: Field, u: Field, low: float, high: float) -> tuple[Field, Field]:
-    """Turn by a random angle and scale by a random frequency (periods per picture), with a random offset."""
+    """Turn by a random angle and scale by a random frequency (periods per picture), with a random
+    offset.
+    """
     angle, frequency = TAU * u[0], low + (high - low) * u[1]
     cos, sin = np.cos(angle), np.sin(angle)
     return frequency * (cos * x + sin * y) + u[2], frequency * (cos * y - sin * x) + u[3]
 
 
 def _noise(x: Field, y: Field, u: Field, cells: int) -> Field:
-    """Smooth value noise in [0, 1]: random values on a lattice of ``cells`` per picture, smoothly interpolated."""
-    lattice = u[:(cells + 2) ** 2].reshape(cells + 2, cells + 2)
+    """Smooth value noise in [0, 1]: random values on a lattice of ``cells`` per picture, smoothly
+    interpolated.
+    """
+    lattice = u[: (cells + 2) ** 2].reshape(cells + 2, cells + 2)
     column, row = np.clip(x, 0, 1) * cells, np.clip(y, 0, 1) * cells
     i, j = column.astype(int), row.astype(int)
     s, t = column - i, row - j
@@ -76,7 +82,7 @@ def _ripples(x: Field, y: Field, u: Field) -> Field:
 
 def _wood(x: Field, y: Field, u: Field) -> Field:
     a, b = _turn(x, y, u, 0.6, 1.2)
-    return (4 * (np.sqrt((a - 0.5) ** 2 + 0.15 * b ** 2) + 0.5 * _noise(x, y, u[4:], 3))) % 1
+    return (4 * (np.sqrt((a - 0.5) ** 2 + 0.15 * b**2) + 0.5 * _noise(x, y, u[4:], 3))) % 1
 
 
 def _marble(x: Field, y: Field, u: Field) -> Field:
@@ -101,17 +107,28 @@ def _pebbles(x: Field, y: Field, u: Field) -> Field:
 
 
 TEXTURES: dict[str, Callable[[Field, Field, Field], Field]] = {
-    "bricks": _bricks, "camouflage": _camouflage, "checker": _checker, "clouds": _clouds, "dots": _dots,
-    "grating": _grating, "marble": _marble, "pebbles": _pebbles, "plaid": _plaid, "ripples": _ripples,
-    "voronoi": _voronoi, "wood": _wood,
+    "bricks": _bricks,
+    "camouflage": _camouflage,
+    "checker": _checker,
+    "clouds": _clouds,
+    "dots": _dots,
+    "grating": _grating,
+    "marble": _marble,
+    "pebbles": _pebbles,
+    "plaid": _plaid,
+    "ripples": _ripples,
+    "voronoi": _voronoi,
+    "wood": _wood,
 }
-NUMBERS = 256       # uniform numbers that one texture may use
+NUMBERS = 256  # uniform numbers that one texture may use
 
 
 def texture(family: str, uniform: Field, side: int) -> NDArray[np.int32]:
-    """One grey field of a family, (side, side) integers 0..255, from ``NUMBERS`` uniform numbers in [0, 1).
+    """One grey field of a family, (side, side) integers 0..255, from ``NUMBERS`` uniform numbers in
+    [0, 1).
 
-    Coordinates run over [0, 1] whatever the side, so a larger picture shows the same texture in more detail.
+    Coordinates run over [0, 1] whatever the side, so a larger picture shows the same texture in
+    more detail.
     """
     grid = (np.arange(side) + 0.5) / side
     x, y = np.meshgrid(grid, grid)

@@ -1,6 +1,8 @@
-"""Readers of raw image sets: Parquet shards, IDX files, zips of class folders, torchvision's classes, Tiny-ImageNet.
+"""Readers of raw image sets: Parquet shards, IDX files, zips of class folders, torchvision's
+classes, Tiny-ImageNet.
 
-Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and where they came from.
+Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and where they came
+from.
 """
 
 from __future__ import annotations
@@ -27,14 +29,24 @@ from oodlib.data.images import ImageSet
 from oodlib.data.public.registry import SetInfo, Split
 from oodlib.errors import OodlibError
 
-__all__ = ["Raw", "find_in_mirror", "from_archive", "from_torchvision", "from_zips", "read_idx", "read_parquet"]
+__all__ = [
+    "Raw",
+    "find_in_mirror",
+    "from_archive",
+    "from_torchvision",
+    "from_zips",
+    "read_idx",
+    "read_parquet",
+]
 
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A split as it was read: (n, c, h, w) uint8, (n,) int64, names, and where it came from (no machine path)."""
+    """A split as it was read: (n, c, h, w) uint8, (n,) int64, names, and where it came from (no
+    machine path).
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -43,7 +55,9 @@ class Raw:
 
 
 def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
-    """Read a split from a mirror; None if the mirror does not hold it. A damaged file raises OodlibError."""
+    """Read a split from a mirror; None if the mirror does not hold it. A damaged file raises
+    OodlibError.
+    """
     entry = info.split(split)
     for folder in (mirror / name for name in info.folders):
         shards = sorted(folder.glob(f"{entry.mirror or split}-*.parquet"))
@@ -62,7 +76,9 @@ def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
 
 
 def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
-    """Columns ``image`` {bytes, path} and ``label``; class names from the schema's metadata; decoded in parallel."""
+    """Columns ``image`` {bytes, path} and ``label``; class names from the schema's metadata;
+    decoded in parallel.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -70,14 +86,17 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
     names: tuple[str, ...] = ()
     try:
         opened = []
-        for shard in shards:                     # `shard` names the file in the message below
+        for shard in shards:  # `shard` names the file in the message below
             opened.append(pq.ParquetFile(shard))
             metadata = opened[-1].schema_arrow.metadata or {}
             names = tuple(json.loads(metadata.get(b"class_names", b"[]"))) or names
             missing = {"image", "label"} - set(opened[-1].schema_arrow.names)
             if missing:
-                raise OodlibError(f"{shard}: the columns image and label are needed, {', '.join(sorted(missing))} is "
-                                  "missing. Write the file in the layout that docs/data.md shows.")
+                raise OodlibError(
+                    f"{shard}: the columns image and label are needed, "
+                    f"{', '.join(sorted(missing))} is missing. Write the file in the layout that "
+                    "docs/data.md shows."
+                )
         total = sum(file.metadata.num_rows for file in opened)
         images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
         done = 0
@@ -86,25 +105,35 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
                 for batch in file.iter_batches(_CHUNK, columns=["image", "label"]):
                     rows = batch.column("image").to_pylist()
                     jobs = [(row["bytes"], f"{shard}, image {row['path']}") for row in rows]
-                    for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], info), jobs)):
+                    for i, image in enumerate(
+                        pool.map(lambda job: _decode(job[0], job[1], info), jobs)
+                    ):
                         images[done + i] = image
-                    labels[done:done + len(rows)] = batch.column("label").to_numpy(zero_copy_only=False)
+                    labels[done : done + len(rows)] = batch.column("label").to_numpy(
+                        zero_copy_only=False
+                    )
                     done += len(rows)
                     bar.update(len(rows))
     except (pa.ArrowException, OSError) as error:
-        raise OodlibError(f"{shard}: not a readable Parquet file ({_short(error)}). It is probably truncated: copy it "
-                          "again, or unset OODLIB_MIRROR to download the set instead.") from error
-    return Raw(images, labels, names, f"{shards[0].parent.name}/{shards[0].name.split('-')[0]}-*.parquet")
+        raise OodlibError(
+            f"{shard}: not a readable Parquet file ({_short(error)}). It is probably truncated: "
+            "copy it again, or unset OODLIB_MIRROR to download the set instead."
+        ) from error
+    return Raw(
+        images, labels, names, f"{shards[0].parent.name}/{shards[0].name.split('-')[0]}-*.parquet"
+    )
 
 
 def _check_shards(shards: Sequence[Path]) -> None:
     """A missing part of ``x-00000-of-00002`` must not pass for a small set."""
     parts = [re.search(r"-(\d+)-of-(\d+)\.parquet$", shard.name) for shard in shards]
     if all(parts):
-        expected = int(parts[0][2])              # type: ignore[index]
+        expected = int(parts[0][2])  # type: ignore[index]
         if len(shards) != expected:
-            raise OodlibError(f"{shards[0].parent}: {len(shards)} of {expected} Parquet files of "
-                              f"{shards[0].name.split('-')[0]} are there. Copy the missing ones.")
+            raise OodlibError(
+                f"{shards[0].parent}: {len(shards)} of {expected} Parquet files of "
+                f"{shards[0].name.split('-')[0]} are there. Copy the missing ones."
+            )
 
 
 def _decode(data: bytes, where: str, info: SetInfo) -> NDArray[np.uint8]:
@@ -113,38 +142,54 @@ def _decode(data: bytes, where: str, info: SetInfo) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             return _fit(picture, info)
-    except Exception as error:                   # Pillow raises many types for broken data
-        raise OodlibError(f"{where}: the image cannot be decoded ({_short(error)}). Copy or download the file "
-                          "again.") from error
+    except Exception as error:  # Pillow raises many types for broken data
+        raise OodlibError(
+            f"{where}: the image cannot be decoded ({_short(error)}). Copy or download the file "
+            "again."
+        ) from error
 
 
 def _fit(picture: Any, info: SetInfo) -> NDArray[np.uint8]:
-    """A PIL picture as (c, h, w) uint8 of the set's size: cropped as the set says, the rest by ``ImageSet.resized``."""
+    """A PIL picture as (c, h, w) uint8 of the set's size: cropped as the set says, the rest by
+    ``ImageSet.resized``.
+    """
     from PIL import Image
 
     c, h, w = info.size
     picture = picture.convert("RGB" if c == 3 else "L")
-    if picture.size != (w, h):                   # pictures of the prepared size have been cropped before
+    if picture.size != (w, h):  # pictures of the prepared size have been cropped before
         if info.crop == "whole":
             picture = picture.resize((w, h), Image.Resampling.BILINEAR)
         elif info.crop != "centre":
             if picture.width < info.crop[2] or picture.height < info.crop[3]:
-                raise OodlibError(f"{info.name}: the crop box {info.crop} does not fit into a picture of "
-                                  f"{picture.width}x{picture.height} pixels. Use the publisher's own pictures.")
+                raise OodlibError(
+                    f"{info.name}: the crop box {info.crop} does not fit into a picture of "
+                    f"{picture.width}x{picture.height} pixels. Use the publisher's own pictures."
+                )
             picture = picture.crop(info.crop)
     pixels = np.asarray(picture).reshape(picture.height, picture.width, c).transpose(2, 0, 1)
     if pixels.shape == info.size:
         return pixels
-    return ImageSet("picture", "", pixels[None], np.zeros(1, np.int64)).resized(h, channels=c).images[0]
+    return (
+        ImageSet("picture", "", pixels[None], np.zeros(1, np.int64))
+        .resized(h, channels=c)
+        .images[0]
+    )
 
 
 def read_idx(image_file: Path, label_file: Path, *, md5: Any = None) -> Raw:
-    """The gzip files of the MNIST family; their MD5 is checked where ``md5`` maps the file's name to one."""
+    """The gzip files of the MNIST family; their MD5 is checked where ``md5`` maps the file's name
+    to one.
+    """
     images, labels = (_idx(path, (md5 or {}).get(path.name)) for path in (image_file, label_file))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise OodlibError(f"{image_file}: shapes {images.shape} and {labels.shape} (labels) do not fit together. "
-                          "Copy both files again.")
-    return Raw(images[:, None], labels.astype(np.int64), (), f"{image_file.name} and {label_file.name}")
+        raise OodlibError(
+            f"{image_file}: shapes {images.shape} and {labels.shape} (labels) do not fit together. "
+            "Copy both files again."
+        )
+    return Raw(
+        images[:, None], labels.astype(np.int64), (), f"{image_file.name} and {label_file.name}"
+    )
 
 
 def _idx(path: Path, md5: str | None) -> NDArray[np.uint8]:
@@ -155,15 +200,19 @@ def _idx(path: Path, md5: str | None) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise OodlibError(f"{path}: the file is missing. {remedy}") from error
     except (EOFError, OSError, ValueError) as error:
-        raise OodlibError(f"{path}: not a readable gzip file ({_short(error)}). It is probably truncated. "
-                          f"{remedy}") from error
-    except Exception as error:                   # zlib.error has no common base with the above
-        raise OodlibError(f"{path}: not a readable gzip file ({_short(error)}). {remedy}") from error
+        raise OodlibError(
+            f"{path}: not a readable gzip file ({_short(error)}). It is probably truncated. "
+            f"{remedy}"
+        ) from error
+    except Exception as error:  # zlib.error has no common base with the above
+        raise OodlibError(
+            f"{path}: not a readable gzip file ({_short(error)}). {remedy}"
+        ) from error
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 and found != md5:
         raise OodlibError(f"{path}: MD5 is {found}, the publisher's file has {md5}. {remedy}")
     ndim = unpacked[3] if len(unpacked) > 4 and unpacked[:3] == b"\0\0\x08" else 0
-    shape = tuple(np.frombuffer(unpacked[4:4 + 4 * ndim], ">i4").tolist())
+    shape = tuple(np.frombuffer(unpacked[4 : 4 + 4 * ndim], ">i4").tolist())
     if not ndim or len(unpacked) != 4 + 4 * ndim + int(np.prod(shape)):
         raise OodlibError(f"{path}: not an IDX file of bytes, or cut short. {remedy}")
     return np.frombuffer(unpacked, np.uint8, offset=4 + 4 * ndim).reshape(shape)
@@ -174,7 +223,9 @@ def from_torchvision(info: SetInfo, entry: Split, root: Path, *, download: bool)
     import torchvision
 
     build: Callable[..., Any] = getattr(torchvision.datasets, info.torchvision)
-    parts = [build(root=str(root), download=download, **arguments) for arguments in entry.torchvision]
+    parts = [
+        build(root=str(root), download=download, **arguments) for arguments in entry.torchvision
+    ]
     picks = [(part, i) for part in parts for i in range(len(part))]
     images, labels = np.empty((len(picks), *info.size), np.uint8), np.empty(len(picks), np.int64)
 
@@ -186,61 +237,90 @@ def from_torchvision(info: SetInfo, entry: Split, root: Path, *, download: bool)
     with _pool() as pool, _bar(len(picks), info.name) as bar:
         for _ in pool.map(take, range(len(picks))):
             bar.update()
-    return Raw(images, labels, tuple(getattr(parts[0], "classes", ())), f"torchvision.datasets.{info.torchvision}")
+    return Raw(
+        images,
+        labels,
+        tuple(getattr(parts[0], "classes", ())),
+        f"torchvision.datasets.{info.torchvision}",
+    )
 
 
 def from_archive(archive: Path, split: str, info: SetInfo) -> Raw:
-    """Tiny-ImageNet's own zip: train/<id>/images/*.JPEG, val/images/*.JPEG with val/val_annotations.txt."""
+    """Tiny-ImageNet's own zip: train/<id>/images/*.JPEG, val/images/*.JPEG with
+    val/val_annotations.txt.
+    """
     try:
         with zipfile.ZipFile(archive) as opened:
             files = opened.namelist()
             root = files[0].split("/")[0]
             ids = tuple(sorted(opened.read(f"{root}/wnids.txt").decode().split()))
             if split == "train":
-                owner = {f: f.split("/")[2] for f in files if f.startswith(f"{root}/train/") and f.endswith(".JPEG")}
+                owner = {
+                    f: f.split("/")[2]
+                    for f in files
+                    if f.startswith(f"{root}/train/") and f.endswith(".JPEG")
+                }
             else:
                 lines = opened.read(f"{root}/val/val_annotations.txt").decode().splitlines()
-                owner = {f"{root}/val/images/{a}": b for a, b in (line.split("\t")[:2] for line in lines)}
+                owner = {
+                    f"{root}/val/images/{a}": b for a, b in (line.split("\t")[:2] for line in lines)
+                }
             images = np.empty((len(owner), *info.size), np.uint8)
             with _bar(len(owner), info.name) as bar:
                 for i, file in enumerate(owner):
                     images[i] = _decode(opened.read(file), f"{archive}, image {file}", info)
                     bar.update()
     except (zipfile.BadZipFile, KeyError, IndexError, OSError, EOFError) as error:
-        raise OodlibError(f"{archive}: not a readable Tiny-ImageNet archive ({_short(error)}). Delete it and run "
-                          "again to download it afresh.") from error
+        raise OodlibError(
+            f"{archive}: not a readable Tiny-ImageNet archive ({_short(error)}). Delete it and run "
+            "again to download it afresh."
+        ) from error
     number = {name: i for i, name in enumerate(ids)}
-    return Raw(images, np.array([number[name] for name in owner.values()], np.int64), ids, archive.name)
+    return Raw(
+        images, np.array([number[name] for name in owner.values()], np.int64), ids, archive.name
+    )
 
 
 def from_zips(zips: Sequence[Path], info: SetInfo) -> Raw:
     """Zips of <any folder>/<class>/<file>.png, where <class> may be several folders deep.
 
-    A file that stands in two of the zips is read once. Classes are numbered in the order of their names.
+    A file that stands in two of the zips is read once. Classes are numbered in the order of their
+    names.
     """
     found: dict[str, bytes] = {}
-    for path in zips:                            # `path` names the file in the message below
+    for path in zips:  # `path` names the file in the message below
         try:
             with zipfile.ZipFile(path) as opened:
-                found |= {file.split("/", 1)[1]: opened.read(file) for file in opened.namelist()
-                          if file.endswith(".png")}
+                found |= {
+                    file.split("/", 1)[1]: opened.read(file)
+                    for file in opened.namelist()
+                    if file.endswith(".png")
+                }
         except (zipfile.BadZipFile, zlib.error, IndexError, OSError, EOFError) as error:
-            raise OodlibError(f"{path}: not a readable zip of class folders ({_short(error)}). Copy or download it "
-                              "again.") from error
+            raise OodlibError(
+                f"{path}: not a readable zip of class folders ({_short(error)}). Copy or download "
+                "it again."
+            ) from error
     owners = [file.rpartition("/")[0] for file in found]
     names = tuple(sorted(set(owners)))
-    number, where = {name: i for i, name in enumerate(names)}, " and ".join(path.name for path in zips)
+    number, where = (
+        {name: i for i, name in enumerate(names)},
+        " and ".join(path.name for path in zips),
+    )
     images = np.empty((len(found), *info.size), np.uint8)
     with _pool() as pool, _bar(len(found), info.name) as bar:
-        for i, image in enumerate(pool.map(lambda job: _decode(job[1], f"{where}, image {job[0]}", info),
-                                           found.items())):
+        for i, image in enumerate(
+            pool.map(lambda job: _decode(job[1], f"{where}, image {job[0]}", info), found.items())
+        ):
             images[i] = image
             bar.update()
     return Raw(images, np.array([number[owner] for owner in owners], np.int64), names, where)
 
 
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))     # Pillow releases the GIL while it decodes
+    return ThreadPoolExecutor(
+        min(8, os.cpu_count() or 1)
+    )  # Pillow releases the GIL while it decodes
 
 
 def _bar(total: int, name: str) -> tqdm:

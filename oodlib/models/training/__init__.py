@@ -1,1 +1,3 @@
-"""Training recipes: classifiers, flows, small ViTs; each resumes an interrupted run with the same result."""
+"""Training recipes: classifiers, flows, small ViTs; each resumes an interrupted run with the same
+result.
+"""

@@ -24,15 +24,18 @@ class _Augmentation(Protocol):
     def shift(self) -> int: ...
 
 
-def augment(x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Flip and translate a batch (n, c, h, w), image by image, as ``recipe.flip`` and ``recipe.shift`` say.
+def augment(
+    x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Flip and translate a batch (n, c, h, w), image by image, as ``recipe.flip`` and
+    ``recipe.shift`` say.
 
     ``keys`` (n,) decides which images the alternating flip starts with; other flips need none.
     """
     n = len(x)
     if recipe.flip == "random":
         flipped = torch.rand(n, generator=generator) < 0.5
-    elif recipe.flip == "alternating":      # every image is seen in both orientations in turn
+    elif recipe.flip == "alternating":  # every image is seen in both orientations in turn
         assert keys is not None
         flipped = (keys + epoch) % 2 == 1
     else:
@@ -42,13 +45,17 @@ def augment(x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, g
         r = recipe.shift
         padded = nn.functional.pad(x, (r, r, r, r), mode="reflect")
         dy, dx = torch.randint(0, 2 * r + 1, (2, n), generator=generator)
-        rows = dy.view(-1, 1) + torch.arange(x.shape[2])                                   # (n, h)
-        columns = dx.view(-1, 1) + torch.arange(x.shape[3])                                # (n, w)
-        x = padded.permute(0, 2, 3, 1)[torch.arange(n).view(-1, 1, 1), rows[:, :, None], columns[:, None, :]]
+        rows = dy.view(-1, 1) + torch.arange(x.shape[2])  # (n, h)
+        columns = dx.view(-1, 1) + torch.arange(x.shape[3])  # (n, w)
+        x = padded.permute(0, 2, 3, 1)[
+            torch.arange(n).view(-1, 1, 1), rows[:, :, None], columns[:, None, :]
+        ]
         x = x.permute(0, 3, 1, 2)
     return x
 
 
 def hash_seed(*numbers: int) -> int:
-    """A reproducible generator seed for each combination of numbers: seed and epoch, or seed, purpose and step."""
+    """A reproducible generator seed for each combination of numbers: seed and epoch, or seed,
+    purpose and step.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,4 +1,6 @@
-"""The state that an interrupted training run goes on from: a file written whole, read only if it is undamaged."""
+"""The state that an interrupted training run goes on from: a file written whole, read only if it is
+undamaged.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ __all__ = ["load_state", "save_state"]
 
 
 def save_state(path: str | Path, state: dict[str, Any], *, checksum: bool = False) -> None:
-    """Write a state (tensors, numbers, texts and containers of them) with `torch.save`, whole or not at all.
+    """Write a state (tensors, numbers, texts and containers of them) with `torch.save`, whole or
+    not at all.
 
     checksum : put the file's own SHA-256 in front of it
     """
@@ -39,13 +42,16 @@ def load_state(path: str | Path) -> dict[str, Any]:
     try:
         if hashlib.sha256(data[32:]).digest() == data[:32]:
             data = data[32:]
-        elif not data.startswith(b"PK"):                               # torch's files are zip archives
+        elif not data.startswith(b"PK"):  # torch's files are zip archives
             raise zipfile.BadZipFile("its checksum does not match")
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:             # torch itself compares no checksum
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch itself compares no checksum
             if archive.testzip():
                 raise zipfile.BadZipFile(f"{archive.testzip()} was changed")
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return {**state, "key": state["key"]}
-    except Exception as error:                                         # zip, pickle, runtime and key errors
-        raise OodlibError(f"{path} is damaged ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}). "
-                          "Delete it; the training then starts afresh.") from error
+    except Exception as error:  # zip, pickle, runtime and key errors
+        raise OodlibError(
+            f"{path} is damaged ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:100]}). Delete it; the training then starts "
+            "afresh."
+        ) from error

@@ -1,9 +1,11 @@
-"""One training loop for the pool's ViTs, pretraining and finetuning: seeded, resumable after a kill.
+"""One training loop for the pool's ViTs, pretraining and finetuning: seeded, resumable after a
+kill.
 
-After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the head's bias at -log C and
-Adam with decoupled weight decay, of weight matrices and filters only; finetuning by SGD with momentum, a zero head, no
-weight decay and softmax cross-entropy; both with a cosine schedule, warm-up and gradients clipped at norm 1. The
-CLIP-like objective is ours: InfoNCE between an image's unit-norm feature and the learned unit-norm code of its class.
+After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the
+head's bias at -log C and Adam with decoupled weight decay, of weight matrices and filters only;
+finetuning by SGD with momentum, a zero head, no weight decay and softmax cross-entropy; both with a
+cosine schedule, warm-up and gradients clipped at norm 1. The CLIP-like objective is ours: InfoNCE
+between an image's unit-norm feature and the learned unit-norm code of its class.
 """
 
 from __future__ import annotations
@@ -30,13 +32,18 @@ from oodlib.models.training.state import load_state, save_state
 
 __all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
 
-SAVE_EVERY = 30.0                                              # seconds between two states to resume from
+SAVE_EVERY = 30.0  # seconds between two states to resume from
 Objective = Literal["sigmoid", "softmax", "cosine"]
-# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); its light0, of magnitude 0, is left
-# out: there timm's posterize keeps no bit, which Pillow refuses
+# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); its light0, of
+# magnitude 0, is left out: there timm's posterize keeps no bit, which Pillow refuses
 AUGMENTATIONS: dict[str, tuple[float, int, int]] = {
-    "none": (0.0, 0, 0), "light1": (0.2, 2, 10), "medium1": (0.2, 2, 15),
-    "medium2": (0.5, 2, 15), "strong1": (0.5, 2, 20), "strong2": (0.8, 2, 20)}
+    "none": (0.0, 0, 0),
+    "light1": (0.2, 2, 10),
+    "medium1": (0.2, 2, 15),
+    "medium2": (0.5, 2, 15),
+    "strong1": (0.5, 2, 20),
+    "strong2": (0.8, 2, 20),
+}
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,19 @@ class VitRecipe:
 
     def __post_init__(self) -> None:
         if self.aug not in AUGMENTATIONS or self.objective not in ("sigmoid", "softmax", "cosine"):
-            raise OodlibError(f"VitRecipe: aug must be one of {', '.join(AUGMENTATIONS)} and the objective sigmoid, "
-                              f"softmax or cosine, got {self.aug!r} and {self.objective!r}.")
-        if self.optimiser not in ("adamw", "sgd") or min(self.samples, self.batch_size) < 1 or not self.lr > 0:
-            raise OodlibError(f"VitRecipe: optimiser must be adamw or sgd, samples, batch_size and lr positive, got "
-                              f"{self}.")
+            raise OodlibError(
+                f"VitRecipe: aug must be one of {', '.join(AUGMENTATIONS)} and the objective "
+                f"sigmoid, softmax or cosine, got {self.aug!r} and {self.objective!r}."
+            )
+        if (
+            self.optimiser not in ("adamw", "sgd")
+            or min(self.samples, self.batch_size) < 1
+            or not self.lr > 0
+        ):
+            raise OodlibError(
+                "VitRecipe: optimiser must be adamw or sgd, samples, batch_size and lr positive, "
+                f"got {self}."
+            )
 
     @property
     def steps(self) -> int:
@@ -87,20 +102,34 @@ class VitRecipe:
 
 
 def decay_integral(recipe: VitRecipe) -> float:
-    """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in the whole run.
+    """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in the
+    whole run.
 
-    It puts runs of different lengths on one axis; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on ImageNet-1k.
+    It puts runs of different lengths on one axis; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on
+    ImageNet-1k.
     """
     return recipe.weight_decay * sum(map(recipe.rate, range(recipe.steps)))
 
 
-def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe, *, mean: Tensor, std: Tensor,
-            seed: int, checkpoint: Path | None = None, device: str | torch.device = "cpu", progress: bool = True,
-            title: str = "training") -> list[dict[str, float]]:
-    """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history: step, loss, seconds.
+def fit_vit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: VitRecipe,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    seed: int,
+    checkpoint: Path | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    title: str = "training",
+) -> list[dict[str, float]]:
+    """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history:
+    step, loss, seconds.
 
-    A run that was killed goes on from ``checkpoint`` and gives the same weights as one that was not (bit by bit on a
-    CPU with the same number of threads).
+    A run that was killed goes on from ``checkpoint`` and gives the same weights as one that was not
+    (bit by bit on a CPU with the same number of threads).
 
     Parameters
     ----------
@@ -114,7 +143,7 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
     OodlibError : a loss that overflows, a checkpoint that is damaged or belongs to another run
     """
     n, order = len(images), None
-    model.to(device).train().to(memory_format=torch.channels_last)         # type: ignore[call-overload]
+    model.to(device).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = _class_codes(model, recipe, seed).to(device)
     optimiser = _optimiser(model, codes, recipe)
     key = [repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())]
@@ -123,27 +152,46 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
     if checkpoint and checkpoint.exists():
         state = load_state(checkpoint)
         if state["key"] != key:
-            raise OodlibError(f"fit_vit: {checkpoint} belongs to another recipe, seed or images. Delete it to start "
-                              "afresh.")
+            raise OodlibError(
+                f"fit_vit: {checkpoint} belongs to another recipe, seed or images. Delete it to "
+                "start afresh."
+            )
         model.load_state_dict(state["model"])
         codes.load_state_dict(state["codes"])
         optimiser.load_state_dict(state["optimiser"])
-        history, step, seconds, losses = state["history"], state["step"], state["seconds"], state["losses"]
+        history, step, seconds, losses = (
+            state["history"],
+            state["step"],
+            state["seconds"],
+            state["losses"],
+        )
     started = saved = time.monotonic()
     policy, epoch_of_order = _rand_augment(recipe), -1
-    bar = tqdm(total=recipe.steps, initial=step, desc=title, unit="step", disable=None if progress else True)
+    bar = tqdm(
+        total=recipe.steps,
+        initial=step,
+        desc=title,
+        unit="step",
+        disable=None if progress else True,
+    )
     with _random_state(device) as seed_all:
         while step < recipe.steps:
-            rows = range(step * recipe.batch_size, min((step + 1) * recipe.batch_size, recipe.samples))
+            rows = range(
+                step * recipe.batch_size, min((step + 1) * recipe.batch_size, recipe.samples)
+            )
             index = []
             for row in rows:
                 if row // n != epoch_of_order:
                     epoch_of_order = row // n
-                    order = torch.randperm(n, generator=torch.Generator().manual_seed(hash_seed(seed, epoch_of_order)))
+                    order = torch.randperm(
+                        n, generator=torch.Generator().manual_seed(hash_seed(seed, epoch_of_order))
+                    )
                 assert order is not None
                 index.append(int(order[row % n]))
             seed_all(hash_seed(seed, recipe.steps, step))
-            x, targets = _batch(images[index], labels[index], codes.weight.shape[0], recipe, policy, mean, std)
+            x, targets = _batch(
+                images[index], labels[index], codes.weight.shape[0], recipe, policy, mean, std
+            )
             x = x.to(device, memory_format=torch.channels_last)
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
@@ -156,17 +204,34 @@ def fit_vit(model: nn.Module, images: Tensor, labels: Tensor, recipe: VitRecipe,
             step += 1
             bar.update()
             if not math.isfinite(losses[-1]):
-                raise OodlibError(f"fit_vit: the loss became infinite or NaN at step {step}. Lower the learning rate.")
+                raise OodlibError(
+                    f"fit_vit: the loss became infinite or NaN at step {step}. Lower the learning "
+                    "rate."
+                )
             if step == recipe.steps or step % max(1, recipe.steps // 10) == 0:
-                history.append({"step": step, "loss": float(np.mean(losses)),
-                                "seconds": seconds + time.monotonic() - started})
+                history.append(
+                    {
+                        "step": step,
+                        "loss": float(np.mean(losses)),
+                        "seconds": seconds + time.monotonic() - started,
+                    }
+                )
                 losses = []
             if checkpoint and (step == recipe.steps or time.monotonic() - saved > SAVE_EVERY):
                 saved = time.monotonic()
-                save_state(checkpoint, {
-                    "key": key, "model": model.state_dict(), "codes": codes.state_dict(), "step": step,
-                    "optimiser": optimiser.state_dict(), "history": history, "losses": losses,
-                    "seconds": seconds + saved - started})
+                save_state(
+                    checkpoint,
+                    {
+                        "key": key,
+                        "model": model.state_dict(),
+                        "codes": codes.state_dict(),
+                        "step": step,
+                        "optimiser": optimiser.state_dict(),
+                        "history": history,
+                        "losses": losses,
+                        "seconds": seconds + saved - started,
+                    },
+                )
     bar.close()
     model.eval()
     return history
@@ -178,12 +243,14 @@ class _Codes(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))      # CLIP's first temperature
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's first temperature
 
 
 def _class_codes(model: nn.Module, recipe: VitRecipe, seed: int) -> _Codes:
     weight: Any = model.get_submodule("head").weight
-    codes = _Codes(torch.randn(weight.shape, generator=torch.Generator().manual_seed(hash_seed(seed, 1))))
+    codes = _Codes(
+        torch.randn(weight.shape, generator=torch.Generator().manual_seed(hash_seed(seed, 1)))
+    )
     return codes.requires_grad_(recipe.objective == "cosine")
 
 
@@ -193,27 +260,44 @@ def _optimiser(model: nn.Module, codes: nn.Module, recipe: VitRecipe) -> torch.o
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9)
     kernels = [p for name, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in name]
     decayed = {id(p) for p in kernels}
-    return torch.optim.AdamW([{"params": kernels, "weight_decay": recipe.weight_decay},
-                              {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0}],
-                             lr=recipe.lr)
+    return torch.optim.AdamW(
+        [
+            {"params": kernels, "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+    )
 
 
-def _batch(images: Tensor, labels: Tensor, classes: int, recipe: VitRecipe, policy: Any, mean: Tensor,
-           std: Tensor) -> tuple[Tensor, Tensor]:
+def _batch(
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    recipe: VitRecipe,
+    policy: Any,
+    mean: Tensor,
+    std: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Augmented network input, and targets (n, C) that sum to one."""
     if policy is not None:
         from PIL import Image
 
-        images = torch.stack([torch.from_numpy(np.array(policy(Image.fromarray(image.permute(1, 2, 0).numpy()))))
-                              for image in images]).permute(0, 3, 1, 2)
+        images = torch.stack(
+            [
+                torch.from_numpy(np.array(policy(Image.fromarray(image.permute(1, 2, 0).numpy()))))
+                for image in images
+            ]
+        ).permute(0, 3, 1, 2)
     x = augment(normalise(images, mean, std), recipe, 0, None, torch.default_generator)
     targets = nn.functional.one_hot(labels, classes).float()
     mixing = AUGMENTATIONS[recipe.aug][0]
     if mixing:
         from timm.data.mixup import Mixup
 
-        even = len(x) - len(x) % 2                                            # timm's mixup wants pairs
-        mixed, soft = Mixup(mixup_alpha=mixing, label_smoothing=0.0, num_classes=classes)(x[:even], labels[:even])
+        even = len(x) - len(x) % 2  # timm's mixup wants pairs
+        mixed, soft = Mixup(mixup_alpha=mixing, label_smoothing=0.0, num_classes=classes)(
+            x[:even], labels[:even]
+        )
         x, targets = torch.cat([mixed, x[even:]]), torch.cat([soft, targets[even:]])
     return x, targets
 
@@ -221,13 +305,25 @@ def _batch(images: Tensor, labels: Tensor, classes: int, recipe: VitRecipe, poli
 def _loss(model: Any, codes: _Codes, x: Tensor, targets: Tensor, recipe: VitRecipe) -> Tensor:
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     if recipe.objective == "cosine":
-        logits = codes.log_scale.clamp(max=math.log(100)).exp() * normalize(features) @ normalize(codes.weight).T
-        of_image = -(targets * log_softmax(logits, 1)).sum(1).mean()          # which code belongs to the image
-        of_code = -(targets * log_softmax(logits, 0)).sum() / targets.sum()   # which images belong to the code
+        logits = (
+            codes.log_scale.clamp(max=math.log(100)).exp()
+            * normalize(features)
+            @ normalize(codes.weight).T
+        )
+        of_image = (
+            -(targets * log_softmax(logits, 1)).sum(1).mean()
+        )  # which code belongs to the image
+        of_code = (
+            -(targets * log_softmax(logits, 0)).sum() / targets.sum()
+        )  # which images belong to the code
         return (of_image + of_code) / 2
     logits = model.head(features)
     if recipe.objective == "sigmoid":
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+        loss = (
+            nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+            .sum(1)
+            .mean()
+        )
     else:
         loss = cross_entropy(logits, targets)
     if recipe.penalty:
@@ -243,17 +339,21 @@ def _rand_augment(recipe: VitRecipe) -> Any:
         return None
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(f"rand-m{magnitude}-n{layers}", {"translate_pct": 0.3, "img_mean": (128, 128, 128)})
+    return rand_augment_transform(
+        f"rand-m{magnitude}-n{layers}", {"translate_pct": 0.3, "img_mean": (128, 128, 128)}
+    )
 
 
 @contextlib.contextmanager
 def _random_state(device: str | torch.device) -> Iterator[Callable[[int], None]]:
-    """timm's augmentations draw from the global generators: yields what seeds them, gives them back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()                                     # noqa: NPY002
+    """timm's augmentations draw from the global generators: yields what seeds them, gives them back
+    as they were.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def seed_all(seed: int) -> None:
         random.seed(seed)
-        np.random.seed(seed % 2**32)                                                             # noqa: NPY002
+        np.random.seed(seed % 2**32)  # noqa: NPY002
         seed_torch(seed)
 
     with random_state(device) as seed_torch:
@@ -261,4 +361,4 @@ def _random_state(device: str | torch.device) -> Iterator[Callable[[int], None]]
             yield seed_all
         finally:
             random.setstate(python)
-            np.random.set_state(numpy)                                                           # noqa: NPY002
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,1 +1,3 @@
-"""Flows along their training: what they are trained on, their runs, their scores, and how mature they are."""
+"""Flows along their training: what they are trained on, their runs, their scores, and how mature
+they are.
+"""

@@ -1,4 +1,5 @@
-"""How mature a flow is, and how its OOD detection and the overlap of likelihoods change along its training.
+"""How mature a flow is, and how its OOD detection and the overlap of likelihoods change along its
+training.
 
 A pair is an ID set and an OOD set. Seeds of a pair are averaged first; then pairs count alike.
 """
@@ -23,14 +24,17 @@ __all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature"]
 
 Moment = Literal["one epoch", "ten epochs", "last"]
 
-MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15          # bits per dim
+MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15  # bits per dim
 
 
-def is_mature(history: Sequence[Mapping[str, Any]], published_bpd: float | None = None) -> tuple[bool, str]:
-    """Whether a training's last step is mature, by a rule fixed before any result, and why, in words.
+def is_mature(
+    history: Sequence[Mapping[str, Any]], published_bpd: float | None = None
+) -> tuple[bool, str]:
+    """Whether a training's last step is mature, by a rule fixed before any result, and why, in
+    words.
 
-    Within 0.15 bits per dim of the published 250-epoch value, or gaining less than 0.01 per doubling of the steps,
-    measured on validation images between the last two kept steps.
+    Within 0.15 bits per dim of the published 250-epoch value, or gaining less than 0.01 per
+    doubling of the steps, measured on validation images between the last two kept steps.
 
     history : rows with ``step`` and ``validation_bpd``, rising
     """
@@ -40,7 +44,9 @@ def is_mature(history: Sequence[Mapping[str, Any]], published_bpd: float | None 
         return True, f"{bpd}; published after 250 epochs: {published_bpd:.2f}"
     if before["step"] == 0:
         return False, f"{bpd}, only one kept step"
-    gain = (before["validation_bpd"] - last["validation_bpd"]) / math.log2(last["step"] / before["step"])
+    gain = (before["validation_bpd"] - last["validation_bpd"]) / math.log2(
+        last["step"] / before["step"]
+    )
     how = f"gaining {gain:.3f}" if gain > 0 else f"rising by {-gain:.3f} (past its best)"
     return gain < MATURE_GAIN, f"{bpd}, {how} per doubling of the steps"
 
@@ -64,9 +70,17 @@ class Aurocs:
     infinite: dict[tuple[int, str], int]
 
 
-def auroc_along(scores: pd.DataFrame, names: Sequence[str], *, group_size: int = 1, n_boot: int = 1000, seed: int = 0,
-                leave_out: Sequence[str] = ()) -> Aurocs:
-    """AUROC of every OOD set, score and step; images (or groups) are resampled, the same ones everywhere.
+def auroc_along(
+    scores: pd.DataFrame,
+    names: Sequence[str],
+    *,
+    group_size: int = 1,
+    n_boot: int = 1000,
+    seed: int = 0,
+    leave_out: Sequence[str] = (),
+) -> Aurocs:
+    """AUROC of every OOD set, score and step; images (or groups) are resampled, the same ones
+    everywhere.
 
     Parameters
     ----------
@@ -81,24 +95,35 @@ def auroc_along(scores: pd.DataFrame, names: Sequence[str], *, group_size: int =
     """
     rows = scores[scores.group_size == group_size]
     if rows.empty:
-        raise OodlibError(f"auroc_along: no rows of group size {group_size}; there are "
-                          f"{sorted(scores.group_size.unique().tolist())}.")
+        raise OodlibError(
+            f"auroc_along: no rows of group size {group_size}; there are "
+            f"{sorted(scores.group_size.unique().tolist())}."
+        )
     sets = [name for name in rows["set"].unique() if name not in ("id", *leave_out)]
     if not sets:
-        raise OodlibError(f"auroc_along: no OOD set is left of {', '.join(rows['set'].unique())} without "
-                          f"{', '.join(leave_out) or 'any'}. Provide one and score the flow again.")
+        raise OodlibError(
+            f"auroc_along: no OOD set is left of {', '.join(rows['set'].unique())} without "
+            f"{', '.join(leave_out) or 'any'}. Provide one and score the flow again."
+        )
     pairs, infinite = {}, {}
     for (step,), part in rows.groupby(["step"]):
         by_set = {name: part[part["set"] == name].sort_values("index") for name in ["id", *sets]}
         for name in names:
             if name in part and not part[name].isna().all():
-                columns = {key: table[name].to_numpy(dtype=np.float64) for key, table in by_set.items()}
+                columns = {
+                    key: table[name].to_numpy(dtype=np.float64) for key, table in by_set.items()
+                }
                 pairs[int(step), name] = columns["id"], [columns[key] for key in sets]
                 infinite[int(step), name] = sum(int(np.isinf(v).sum()) for v in columns.values())
     named = {str(key): pair for key, pair in pairs.items()}
     found = metrics.replicates_by_set(metrics.auroc, named, n=n_boot, seed=seed)
-    return Aurocs(sets, {key: found[str(key)][0] for key in pairs}, {key: found[str(key)][1] for key in pairs},
-                  int(rows.groupby(["step", "set"]).size().min()), infinite)
+    return Aurocs(
+        sets,
+        {key: found[str(key)][0] for key in pairs},
+        {key: found[str(key)][1] for key in pairs},
+        int(rows.groupby(["step", "set"]).size().min()),
+        infinite,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +137,9 @@ class Pairs:
     def __sub__(self, other: Pairs) -> Pairs:
         """Paired difference; the pairs must be the same."""
         if self.labels != other.labels:
-            raise OodlibError(f"Pairs: only the same pairs can be compared, got {self.labels} and {other.labels}.")
+            raise OodlibError(
+                f"Pairs: only the same pairs can be compared, got {self.labels} and {other.labels}."
+            )
         return Pairs(self.values - other.values, self.draws - other.draws, self.labels)
 
     @property
@@ -142,7 +169,8 @@ class Run(Protocol):
 
 
 class Study:
-    """Several flows along their trainings, and every AUROC of theirs; of OOD sets that all seeds of a flow have.
+    """Several flows along their trainings, and every AUROC of theirs; of OOD sets that all seeds of
+    a flow have.
 
     Attributes
     ----------
@@ -150,25 +178,48 @@ class Study:
     aurocs : (run's name, B) -> `Aurocs`
     """
 
-    def __init__(self, runs: Sequence[Run], names: Sequence[str], *, n_boot: int = 1000, seed: int = 0,
-                 leave_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        names: Sequence[str],
+        *,
+        n_boot: int = 1000,
+        seed: int = 0,
+        leave_out: Sequence[str] = (),
+    ):
         if not runs:
             raise OodlibError("Study: needs at least one flow. Name one, for example latin_glow:0.")
         self.runs = {run.name: run for run in runs}
         self.families: dict[str, list[Run]] = {}
         for run in runs:
             self.families.setdefault(run.spec.name, []).append(run)
-        self.mains = {flow: next((r for r in members if r.weights), members[0])
-                      for flow, members in self.families.items()}
+        self.mains = {
+            flow: next((r for r in members if r.weights), members[0])
+            for flow, members in self.families.items()
+        }
         self.n_boot, self.seed = n_boot, seed
         sets = {run.name: set(run.scores["set"]) for run in runs}
-        common = {flow: set.intersection(*(sets[r.name] for r in members)) for flow, members in self.families.items()}
-        self.aurocs = {(run.name, size): auroc_along(run.scores, names, group_size=size, n_boot=n_boot, seed=seed,
-                                                     leave_out=[*leave_out, *sets[run.name] - common[run.spec.name]])
-                       for run in runs for size in (1, 5)}
+        common = {
+            flow: set.intersection(*(sets[r.name] for r in members))
+            for flow, members in self.families.items()
+        }
+        self.aurocs = {
+            (run.name, size): auroc_along(
+                run.scores,
+                names,
+                group_size=size,
+                n_boot=n_boot,
+                seed=seed,
+                leave_out=[*leave_out, *sets[run.name] - common[run.spec.name]],
+            )
+            for run in runs
+            for size in (1, 5)
+        }
 
     def step(self, run: Run, moment: Moment) -> int:
-        """The kept step of a moment: "one epoch", the first of at least one; "ten epochs", the nearest; "last"."""
+        """The kept step of a moment: "one epoch", the first of at least one; "ten epochs", the
+        nearest; "last".
+        """
         if moment == "one epoch":
             return kept_step(run.record["history"], 1)
         if moment == "ten epochs":
@@ -177,41 +228,64 @@ class Study:
 
     def at(self, run: Run, moment: Moment, group_size: int = 1) -> pd.DataFrame:
         """The run's scores at a moment: columns set, index, and the scores."""
-        return run.scores[(run.scores.step == self.step(run, moment)) & (run.scores.group_size == group_size)]
+        return run.scores[
+            (run.scores.step == self.step(run, moment)) & (run.scores.group_size == group_size)
+        ]
 
     def n(self, group_size: int = 1) -> int:
         """Images, or groups, a side: the smallest of all runs."""
         return min(found.n for (_, size), found in self.aurocs.items() if size == group_size)
 
-    def pairs(self, score: str, moment: Moment, group_size: int = 1, runs: Sequence[Run] | None = None) -> Pairs:
+    def pairs(
+        self, score: str, moment: Moment, group_size: int = 1, runs: Sequence[Run] | None = None
+    ) -> Pairs:
         """AUROC of every pair; ``runs``: of these only."""
         values, draws, labels = [], [], []
         for members in self.families.values():
             used = [run for run in members if runs is None or run in runs]
             if used:
-                found = [(self.aurocs[run.name, group_size], (self.step(run, moment), score)) for run in used]
+                found = [
+                    (self.aurocs[run.name, group_size], (self.step(run, moment), score))
+                    for run in used
+                ]
                 values.append(np.mean([aurocs.values[key] for aurocs, key in found], axis=0))
                 draws.append(np.mean([aurocs.draws[key] for aurocs, key in found], axis=0))
                 labels += [f"{used[0].spec.id_set} → {ood}" for ood in found[0][0].sets]
         return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
 
     def mature(self, flow: str) -> tuple[bool, str]:
-        """Whether a flow's last step is mature, and why; by `is_mature` on the mean of its seeds, at common steps."""
-        found = [{row["step"]: row["validation_bpd"] for row in run.record["history"]} for run in self.families[flow]]
+        """Whether a flow's last step is mature, and why; by `is_mature` on the mean of its seeds,
+        at common steps.
+        """
+        found = [
+            {row["step"]: row["validation_bpd"] for row in run.record["history"]}
+            for run in self.families[flow]
+        ]
         steps = sorted(set.intersection(*(set(history) for history in found)))
-        mean = [{"step": step, "validation_bpd": np.mean([history[step] for history in found])} for step in steps]
+        mean = [
+            {"step": step, "validation_bpd": np.mean([history[step] for history in found])}
+            for step in steps
+        ]
         return is_mature(mean, self.families[flow][0].spec.published_bpd)
 
     def beats_chance(self, flow: str, score: str = "density") -> bool:
-        """Whether the 95 % interval of the mean AUROC over a flow's pairs and seeds lies above 1/2 at a kept step."""
+        """Whether the 95 % interval of the mean AUROC over a flow's pairs and seeds lies above 1/2
+        at a kept step.
+        """
         found = [self.aurocs[run.name, 1].draws for run in self.families[flow]]
         common = set.intersection(*(set(draws) for draws in found))
-        means = [np.mean([draws[key].mean(1) for draws in found], axis=0) for key in common if key[1] == score]
+        means = [
+            np.mean([draws[key].mean(1) for draws in found], axis=0)
+            for key in common
+            if key[1] == score
+        ]
         return any(np.quantile(mean, 0.025) > 0.5 for mean in means)
 
-    def overlaps(self, run: Run, *, bandwidth: float = 0.1,
-                 n_boot: int = 100) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
-        """Overlap of ID and OOD bits per dim at every step after 0: steps, (steps, sets), (steps, n_boot, sets).
+    def overlaps(
+        self, run: Run, *, bandwidth: float = 0.1, n_boot: int = 100
+    ) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+        """Overlap of ID and OOD bits per dim at every step after 0: steps, (steps, sets), (steps,
+        n_boot, sets).
 
         Images are resampled as for the AUROCs, so that the first draws of both belong together.
         """
@@ -219,22 +293,35 @@ class Study:
         steps = sorted(step for step in part.step.unique().tolist() if step > 0)
         pairs = {}
         for step in steps:
-            nll = {name: rows.sort_values("index").nll.to_numpy(dtype=np.float64)
-                   for name, rows in part[part.step == step].groupby("set")}
+            nll = {
+                name: rows.sort_values("index").nll.to_numpy(dtype=np.float64)
+                for name, rows in part[part.step == step].groupby("set")
+            }
             pairs[str(step)] = nll["id"], [nll[name] for name in sets]
 
         def shared(a: NDArray, b: NDArray) -> float:
             return overlap(a, b, bandwidth=bandwidth)
 
         found = metrics.replicates_by_set(shared, pairs, n=n_boot, seed=self.seed)
-        return (steps, np.array([found[str(step)][0] for step in steps]),
-                np.array([found[str(step)][1] for step in steps]))
+        return (
+            steps,
+            np.array([found[str(step)][0] for step in steps]),
+            np.array([found[str(step)][1] for step in steps]),
+        )
 
-    def steps_to_best(self, run: Run, score: str = "density", *,
-                      within: float = 0.01) -> tuple[float, NDArray[np.float64]]:
-        """Share of the training after which the mean AUROC over the OOD sets is ``within`` of its best, and draws."""
+    def steps_to_best(
+        self, run: Run, score: str = "density", *, within: float = 0.01
+    ) -> tuple[float, NDArray[np.float64]]:
+        """Share of the training after which the mean AUROC over the OOD sets is ``within`` of its
+        best, and draws.
+        """
         found = self.aurocs[run.name, 1]
         steps = np.array(sorted(step for step, name in found.values if name == score))
-        means = np.array([[found.values[step, score].mean(), *found.draws[step, score].mean(1)] for step in steps])
+        means = np.array(
+            [
+                [found.values[step, score].mean(), *found.draws[step, score].mean(1)]
+                for step in steps
+            ]
+        )
         shares = steps[(means >= means.max(0) - within).argmax(0)] / steps[-1]
         return float(shares[0]), shares[1:]

@@ -1,7 +1,9 @@
-"""The suite's flows along their training: weights and scores of every image, stored, shipped, or made anew.
+"""The suite's flows along their training: weights and scores of every image, stored, shipped, or
+made anew.
 
-A flow's folder holds weights (``step_*.safetensors``), scores of every image (``scores_*.parquet``) and ``run.json``,
-which says how they were made. Shipped folders, in ``data/checkpoints``, keep half-precision weights at some steps only.
+A flow's folder holds weights (``step_*.safetensors``), scores of every image (``scores_*.parquet``)
+and ``run.json``, which says how they were made. Shipped folders, in ``data/checkpoints``, keep
+half-precision weights at some steps only.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, atomic_path, sha256, write_json
 from oodlib.models.glow import Glow
-from oodlib.models.shipped import made_once, to_half, to_single
+from oodlib.models.shipped import cached_build, to_half, to_single
 from oodlib.models.training.flow import kept_step, snapshot_path, train_flow
 from oodlib.studies.flows.score_images import VARIANTS, score_flow
 from oodlib.studies.flows.specs import FlowSpec, flow_sets, flow_spec
@@ -38,7 +40,8 @@ _AGAIN = "Restore it, or delete its folder and train again: python -m oodlib tra
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowRun:
-    """A flow along its training: scores of every image at every kept step, and weights at some of them.
+    """A flow along its training: scores of every image at every kept step, and weights at some of
+    them.
 
     Attributes
     ----------
@@ -66,20 +69,35 @@ class FlowRun:
     @property
     def weights(self) -> list[int]:
         """Steps whose weights are here, rising."""
-        return sorted(int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.safetensors"))
+        return sorted(
+            int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.safetensors")
+        )
 
     def model(self, step: int) -> Glow:
-        """The flow after ``step`` steps, in evaluation mode. OodlibError: no weights of that step, a damaged file."""
+        """The flow after ``step`` steps, in evaluation mode. OodlibError: no weights of that step,
+        a damaged file.
+        """
         return load_weights(self.spec, snapshot_path(self.folder, step))
 
 
-def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = None, n_test: int | None = None,
-             n_ood: int | None = None, device: str = "auto", progress: bool = True) -> None:
-    """Train a flow and score every kept step, into ``folder``; what is there already is not done again.
+def run_flow(
+    spec: FlowSpec,
+    seed: int,
+    folder: Path,
+    *,
+    n_fit: int | None = None,
+    n_test: int | None = None,
+    n_ood: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> None:
+    """Train a flow and score every kept step, into ``folder``; what is there already is not done
+    again.
 
-    Killed at any moment, the same call goes on. n_fit, n_test, n_ood: images of "fit", "id" and each OOD set, or
-    ``spec.n``. The density's variants, which cost a second pass, are computed after one epoch and at the last step, and
-    for full-size flows after ten epochs, of which the authors released values too.
+    Killed at any moment, the same call goes on. n_fit, n_test, n_ood: images of "fit", "id" and
+    each OOD set, or ``spec.n``. The density's variants, which cost a second pass, are computed
+    after one epoch and at the last step, and for full-size flows after ten epochs, of which the
+    authors released values too.
 
     Raises
     ------
@@ -89,8 +107,16 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
 
     where, recipe = pick_device(device), spec.recipe
     images, validation = spec.training_images()
-    history = train_flow(spec.network(seed), images, validation, recipe, seed=seed, folder=folder, device=where,
-                         progress=progress)
+    history = train_flow(
+        spec.network(seed),
+        images,
+        validation,
+        recipe,
+        seed=seed,
+        folder=folder,
+        device=where,
+        progress=progress,
+    )
     sets = flow_sets(spec, n_fit=n_fit or spec.n, n_test=n_test or spec.n, n_ood=n_ood or spec.n)
     with_variants = {kept_step(history, 1), history[-1]["step"]}
     if spec.full_size:
@@ -98,28 +124,54 @@ def run_flow(spec: FlowSpec, seed: int, folder: Path, *, n_fit: int | None = Non
     for step in recipe.snapshots:
         path = _scores_path(folder, step)
         if not _scored(path, sets, variants=step in with_variants):
-            table = score_flow(load_weights(spec, snapshot_path(folder, step)).to(where), sets,
-                               variants=step in with_variants, progress=progress)
+            table = score_flow(
+                load_weights(spec, snapshot_path(folder, step)).to(where),
+                sets,
+                variants=step in with_variants,
+                progress=progress,
+            )
             with atomic_path(path) as temporary:
                 table.assign(step=step).to_parquet(temporary, index=False, compression="zstd")
-    write_json(folder / "run.json", {
-        "flow": spec.name, "seed": seed, "recipe": asdict(recipe), "torch": torch.__version__,
-        "code": code_hash(__name__),
-        "network": {"image_shape": spec.image_shape, "steps": spec.steps, "levels": spec.levels, "hidden": spec.hidden},
-        "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
-        "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},
-        "weights": sha256(snapshot_path(folder, recipe.snapshots[-1])),
-        "train_fingerprint": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "n_train": len(images),
-        "device": where.type, "machine": platform.machine(), "threads": torch.get_num_threads(),
-        "command": f"python -m oodlib train {spec.name} --seed {seed}"})
+    write_json(
+        folder / "run.json",
+        {
+            "flow": spec.name,
+            "seed": seed,
+            "recipe": asdict(recipe),
+            "torch": torch.__version__,
+            "code": code_hash(__name__),
+            "network": {
+                "image_shape": spec.image_shape,
+                "steps": spec.steps,
+                "levels": spec.levels,
+                "hidden": spec.hidden,
+            },
+            "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
+            "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},
+            "weights": sha256(snapshot_path(folder, recipe.snapshots[-1])),
+            "train_fingerprint": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
+            "n_train": len(images),
+            "device": where.type,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "command": f"python -m oodlib train {spec.name} --seed {seed}",
+        },
+    )
 
 
-def flow_run(name: str, *, n_fit: int | None = None, n_test: int | None = None, n_ood: int | None = None,
-             device: str = "auto") -> FlowRun:
-    """A flow by name: "fashion_glow:0" (shipped, or trained here by the command line), "latin_glow:live" (trained now).
+def flow_run(
+    name: str,
+    *,
+    n_fit: int | None = None,
+    n_test: int | None = None,
+    n_ood: int | None = None,
+    device: str = "auto",
+) -> FlowRun:
+    """A flow by name: "fashion_glow:0" (shipped, or trained here by the command line),
+    "latin_glow:live" (trained now).
 
-    The numbers of images are for live flows; they are trained by one thread on a CPU, so that every machine gets the
-    same weights, and kept for the next call.
+    The numbers of images are for live flows; they are trained by one thread on a CPU, so that every
+    machine gets the same weights, and kept for the next call.
 
     Raises
     ------
@@ -132,14 +184,20 @@ def flow_run(name: str, *, n_fit: int | None = None, n_test: int | None = None, 
     if which == "live":
         folder = _live(spec, n_fit or spec.n, n_test or spec.n, n_ood or spec.n, device)
     elif which.isdigit():
-        places = [root() / "data" / kind / f"{flow}_s{which}" for kind in ("checkpoints", "training")]
+        places = [
+            root() / "data" / kind / f"{flow}_s{which}" for kind in ("checkpoints", "training")
+        ]
         found = [place for place in places if (place / "run.json").exists()]
         if not found:
-            raise OodlibError(f"flow_run: {name} is neither shipped nor trained here. Train and score it (resumable): "
-                              f"python -m oodlib train {flow} --seed {which}")
+            raise OodlibError(
+                f"flow_run: {name} is neither shipped nor trained here. Train and score it "
+                f"(resumable): python -m oodlib train {flow} --seed {which}"
+            )
         folder = found[0]
     else:
-        raise OodlibError(f"flow_run: {name!r} needs a seed or live behind the colon: {flow}:0 or {flow}:live.")
+        raise OodlibError(
+            f"flow_run: {name!r} needs a seed or live behind the colon: {flow}:0 or {flow}:live."
+        )
     record = _record(folder / "run.json", "seed", "history", "sets", "weights")
     tables = [_table(_scores_path(folder, row["step"])) for row in record["history"]]
     return FlowRun(
@@ -153,7 +211,9 @@ def flow_run(name: str, *, n_fit: int | None = None, n_test: int | None = None, 
 
 
 def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
-    """Train and score a flow of `FLOWS` in ``data/training`` (resumable), and copy what is shipped of a small one."""
+    """Train and score a flow of `FLOWS` in ``data/training`` (resumable), and copy what is shipped
+    of a small one.
+    """
     spec = flow_spec(name)
     folder = root() / "data" / "training" / f"{name}_s{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,27 +224,42 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
     with atomic_folder(target) as temporary:
         shutil.copy(folder / "run.json", temporary)
         for step in spec.recipe.snapshots:
-            table = _table(_scores_path(folder, step))                   # bytes of floats side by side pack better
-            table.to_parquet(_scores_path(temporary, step), index=False, compression="zstd", compression_level=19,
-                             use_dictionary=["set"], use_byte_stream_split=[*table.select_dtypes("float32")])
+            table = _table(_scores_path(folder, step))  # bytes of floats side by side pack better
+            table.to_parquet(
+                _scores_path(temporary, step),
+                index=False,
+                compression="zstd",
+                compression_level=19,
+                use_dictionary=["set"],
+                use_byte_stream_split=[*table.select_dtypes("float32")],
+            )
         for step in spec.shipped if seed == 0 else ():
             state = to_half(load_weights(spec, snapshot_path(folder, step)))
             path = snapshot_path(temporary, step)
             with atomic_path(path) as part:
                 save_file(state, part)
-            write_json(path.with_suffix(".json"), {"step": step, "sha256": sha256(path), "dtype": "float16"})
+            write_json(
+                path.with_suffix(".json"),
+                {"step": step, "sha256": sha256(path), "dtype": "float16"},
+            )
     return target
 
 
 def load_weights(spec: FlowSpec, path: Path) -> Glow:
-    """A flow from one kept step, in evaluation mode. OodlibError: no such file, or not the one its record describes."""
+    """A flow from one kept step, in evaluation mode. OodlibError: no such file, or not the one its
+    record describes.
+    """
     record = path.with_suffix(".json")
     if not path.exists() or not record.exists():
         there = ", ".join(p.stem for p in sorted(path.parent.glob("step_*.safetensors"))) or "none"
-        raise OodlibError(f"load_weights: {path} is not there (present: {there}). {_AGAIN} {spec.name}")
+        raise OodlibError(
+            f"load_weights: {path} is not there (present: {there}). {_AGAIN} {spec.name}"
+        )
     if sha256(path) != _record(record, "sha256")["sha256"]:
-        raise OodlibError(f"load_weights: {path} is damaged: its checksum is not that of {record.name}. {_AGAIN} "
-                          f"{spec.name}")
+        raise OodlibError(
+            f"load_weights: {path} is damaged: its checksum is not that of {record.name}. {_AGAIN} "
+            f"{spec.name}"
+        )
     model = spec.network()
     model.load_state_dict(to_single(load_file(path)))
     return model.eval()
@@ -199,7 +274,7 @@ def _record(path: Path, *needed: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {**record, **{key: record[key] for key in needed}}
-    except (OSError, ValueError, TypeError, KeyError) as error:               # a JSONDecodeError is a ValueError
+    except (OSError, ValueError, TypeError, KeyError) as error:  # a JSONDecodeError is a ValueError
         raise OodlibError(f"{path} is missing or damaged ({error!r}). {_AGAIN} NAME") from error
 
 
@@ -209,24 +284,41 @@ def _table(path: Path) -> pd.DataFrame:
 
     try:
         return pd.read_parquet(path)
-    except (OSError, ValueError) as error:                                    # those of pyarrow are one or the other
+    except (OSError, ValueError) as error:  # those of pyarrow are one or the other
         reason = str(error).partition("\n")[0]
-        raise OodlibError(f"{path} is missing or damaged ({reason}). Restore it, or delete it: then "
-                          "python -m oodlib train NAME scores that step again.") from error
+        raise OodlibError(
+            f"{path} is missing or damaged ({reason}). Restore it, or delete it: then "
+            "python -m oodlib train NAME scores that step again."
+        ) from error
 
 
 def _scored(path: Path, sets: dict[str, ImageSet], *, variants: bool) -> bool:
-    """Whether a table holds what is wanted: since it was made, a set may have come to hand, n or moments changed."""
+    """Whether a table holds what is wanted: since it was made, a set may have become available, n or
+    moments changed.
+    """
     if not path.exists():
         return False
     table = _table(path)
     counts = table[table.group_size == 1]["set"].value_counts().to_dict()
-    return (counts == {name: len(images) for name, images in sets.items() if name != "fit"}
-            and (not variants or set(VARIANTS) <= set(table)))
+    return counts == {name: len(images) for name, images in sets.items() if name != "fit"} and (
+        not variants or set(VARIANTS) <= set(table)
+    )
 
 
 def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> Path:
     """Folder of a flow trained and scored now, or earlier by the same code, recipe and counts."""
-    made_of = [repr(spec), n_fit, n_test, n_ood, spec.training_images()[0].sum().item(), code_hash(__name__)]
-    return made_once(made_of, "run.json", lambda folder: run_flow(
-        spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device))
+    made_of = [
+        repr(spec),
+        n_fit,
+        n_test,
+        n_ood,
+        spec.training_images()[0].sum().item(),
+        code_hash(__name__),
+    ]
+    return cached_build(
+        made_of,
+        "run.json",
+        lambda folder: run_flow(
+            spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device
+        ),
+    )

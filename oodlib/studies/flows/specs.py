@@ -1,4 +1,6 @@
-"""What the suite's flows are: network, recipe and images of each, and the sets that it is tested on."""
+"""What the suite's flows are: network, recipe and images of each, and the sets that it is tested
+on.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,13 @@ from oodlib.models.training.flow import FlowRecipe
 __all__ = ["FLOWS", "FlowSpec", "flow_sets", "flow_spec"]
 
 _STEPS = (0, 100, 300, 1000, 2000, 4000, 8000)
-_SPLITS = {"tiny-imagenet": "valid", "dtd": "all", "omniglot": "background", "imagenet32": "val"}    # not called "test"
-_INVERTED = ("omniglot",)                                                        # black on white, unlike its ID sets
+_SPLITS = {
+    "tiny-imagenet": "valid",
+    "dtd": "all",
+    "omniglot": "background",
+    "imagenet32": "val",
+}  # not called "test"
+_INVERTED = ("omniglot",)  # black on white, unlike its ID sets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +35,14 @@ class FlowSpec:
     Attributes
     ----------
     id_set : of the registry, or of the embedded corpus; the last ``n_validation`` training images are held out
-    ood : names; sets that are not at hand are left out
+    ood : names; sets that are not available are left out
     n_train : so many images, in a seeded order; None for all
     n : images of each test set: "fit", "id", and every OOD set
     published_bpd : test bits per dim of the paper's code after 250 epochs, where its network and images are ours
     shipped : steps whose weights are shipped, for seed 0
     pooled : images are averaged over areas instead of interpolated, and split as `_POOLED` says: the first 2 n of the
-        test split are "fit" and "id", the next ``n_validation`` validate, and what equals one of them is not trained on
+        test split are "fit" and "id", the next ``n_validation`` validate, and what equals one of
+        them is not trained on
     """
 
     name: str
@@ -59,33 +67,74 @@ class FlowSpec:
 
     def network(self, seed: int = 0) -> Glow:
         """The untrained flow of a seed."""
-        return Glow(self.image_shape, steps=self.steps, levels=self.levels, hidden=self.hidden,
-                    generator=torch.Generator().manual_seed(seed))
+        return Glow(
+            self.image_shape,
+            steps=self.steps,
+            levels=self.levels,
+            hidden=self.hidden,
+            generator=torch.Generator().manual_seed(seed),
+        )
 
     def training_images(self) -> tuple[Tensor, Tensor]:
         """Training and validation images, (n, c, h, w) uint8 each."""
         if self.pooled:
-            held = _images(self.id_set, "test", self.image_shape, 2 * self.n + self.n_validation, pooled=True)
-            pool, taken = _images(self.id_set, "train", self.image_shape, None, pooled=True), set(held.image_hashes())
+            held = _images(
+                self.id_set, "test", self.image_shape, 2 * self.n + self.n_validation, pooled=True
+            )
+            pool, taken = (
+                _images(self.id_set, "train", self.image_shape, None, pooled=True),
+                set(held.image_hashes()),
+            )
             fresh = np.array([digest not in taken for digest in pool.image_hashes()])
-            return (torch.from_numpy(pool.images[fresh][:self.n_train]),
-                    torch.from_numpy(held.images[2 * self.n:]))
+            return (
+                torch.from_numpy(pool.images[fresh][: self.n_train]),
+                torch.from_numpy(held.images[2 * self.n :]),
+            )
         images = _images(self.id_set, "train", self.image_shape, self.n_train).images
-        return torch.from_numpy(images[:-self.n_validation]), torch.from_numpy(images[-self.n_validation:])
+        return torch.from_numpy(images[: -self.n_validation]), torch.from_numpy(
+            images[-self.n_validation :]
+        )
 
 
 _GREY = ("mnist", "fashion-mnist", "notmnist", "omniglot", "kmnist")
-_COLOUR = ("cifar10", "cifar100", "tiny-imagenet", "dtd", "svhn", "gtsrb", "celeba", "mnist", "fashion-mnist")
+_COLOUR = (
+    "cifar10",
+    "cifar100",
+    "tiny-imagenet",
+    "dtd",
+    "svhn",
+    "gtsrb",
+    "celeba",
+    "mnist",
+    "fashion-mnist",
+)
 _EMBEDDED = ("latin", "textures", "greek", "digits")
-_PAPER = {                                     # training images, flip, shift, test bits per dim after 250 epochs
-    "cifar10": (50_000, "random", 3, 3.4359), "svhn": (73_257, "none", 3, 2.1235), "celeba": (162_770, "none", 0, None),
-    "gtsrb": (26_640, "random", 3, 2.7476), "imagenet32": (128_116, "none", 0, None)}
+_PAPER = {  # training images, flip, shift, test bits per dim after 250 epochs
+    "cifar10": (50_000, "random", 3, 3.4359),
+    "svhn": (73_257, "none", 3, 2.1235),
+    "celeba": (162_770, "none", 0, None),
+    "gtsrb": (26_640, "random", 3, 2.7476),
+    "imagenet32": (128_116, "none", 0, None),
+}
 
 
-def _small(name: str, id_set: str, shape: tuple[int, int, int], levels: int, hidden: int, last: int,
-           ood: tuple[str, ...], *, augmented: bool = False, **more: Any) -> FlowSpec:
-    recipe = FlowRecipe(tuple(s for s in _STEPS if s <= last), flip="random" if augmented else "none",
-                        shift=3 if augmented else 0)
+def _small(
+    name: str,
+    id_set: str,
+    shape: tuple[int, int, int],
+    levels: int,
+    hidden: int,
+    last: int,
+    ood: tuple[str, ...],
+    *,
+    augmented: bool = False,
+    **more: Any,
+) -> FlowSpec:
+    recipe = FlowRecipe(
+        tuple(s for s in _STEPS if s <= last),
+        flip="random" if augmented else "none",
+        shift=3 if augmented else 0,
+    )
     return FlowSpec(
         name=name,
         id_set=id_set,
@@ -100,7 +149,9 @@ def _small(name: str, id_set: str, shape: tuple[int, int, int], levels: int, hid
 
 
 def _embedded(id_set: str) -> FlowSpec:
-    """Small enough to be trained and scored in a minute; few images, so that it matures within that minute."""
+    """Small enough to be trained and scored in a minute; few images, so that it matures within that
+    minute.
+    """
     recipe = FlowRecipe((0, 30, 100, 300, 600), batch_size=32, warmup=50)
     return FlowSpec(
         name=f"{id_set}_glow",
@@ -132,32 +183,45 @@ def _paper_flow(id_set: str) -> FlowSpec:
         levels=3,
         hidden=512,
         recipe=recipe,
-        ood=(*(s for s in _PAPER if s != id_set), *(["cifar10-jpeg"] if id_set == "cifar10" else [])),
+        ood=(
+            *(s for s in _PAPER if s != id_set),
+            *(["cifar10-jpeg"] if id_set == "cifar10" else []),
+        ),
         n_train=n_train,
         published_bpd=published_bpd,
     )
 
 
-_POOLED = {                                    # splits to train on and to test on, training images, flip
-    "cifar10": ("train", "test", 50_000, "random"), "cifar100": ("train", "test", 50_000, "random"),
-    "tiny-imagenet": ("train", "valid", 20_000, "random"), "gtsrb": ("final-train", "test", 39_209, "none"),
-    "mnist": ("train", "test", 60_000, "none"), "fashion-mnist": ("train", "test", 60_000, "none"),
-    "notmnist": ("test", "test", 5_000, "none"), "omniglot": ("background", "evaluation", 19_280, "none")}
+_POOLED = {  # splits to train on and to test on, training images, flip
+    "cifar10": ("train", "test", 50_000, "random"),
+    "cifar100": ("train", "test", 50_000, "random"),
+    "tiny-imagenet": ("train", "valid", 20_000, "random"),
+    "gtsrb": ("final-train", "test", 39_209, "none"),
+    "mnist": ("train", "test", 60_000, "none"),
+    "fashion-mnist": ("train", "test", 60_000, "none"),
+    "notmnist": ("test", "test", 5_000, "none"),
+    "omniglot": ("background", "evaluation", 19_280, "none"),
+}
 _COLOURED = ("cifar10", "cifar100", "tiny-imagenet", "gtsrb")
 
 
 def _pooled(id_set: str, run: Literal["", "_double", "_epoch"]) -> FlowSpec:
-    """One of eight ID sets at 16 pixels, each tested on the other seven; the rate falls to zero along a cosine.
+    """One of eight ID sets at 16 pixels, each tested on the other seven; the rate falls to zero
+    along a cosine.
 
-    "_double" is a run of its own, twice as long; "_epoch" one of a single epoch: both with the same shape of decay.
-    Colour sets are modelled in colour, grey sets in grey, and a set that is tested takes the form of the ID set. Grey
-    copied into three channels would have no density: two of three dimensions were constant, every coloured image were
-    detected by that alone, and half of the pairs of a grey ID set would say nothing.
+    "_double" is a run of its own, twice as long; "_epoch" one of a single epoch: both with the same
+    shape of decay. Colour sets are modelled in colour, grey sets in grey, and a set that is tested
+    takes the form of the ID set. Grey copied into three channels would have no density: two of
+    three dimensions were constant, every coloured image were detected by that alone, and half of
+    the pairs of a grey ID set would say nothing.
     """
     _, _, n_train, flip = _POOLED[id_set]
     epoch, last = n_train // 64, 32_000
-    steps = {"": {0, 100, epoch, 3 * epoch, 10 * epoch, last // 2, last}, "_double": {0, epoch, last, 2 * last},
-             "_epoch": {0, epoch}}[run]
+    steps = {
+        "": {0, 100, epoch, 3 * epoch, 10 * epoch, last // 2, last},
+        "_double": {0, epoch, last, 2 * last},
+        "_epoch": {0, epoch},
+    }[run]
     recipe = FlowRecipe(tuple(sorted(steps)), warmup=50, flip=flip, shift=1, decay="cosine")  # type: ignore[arg-type]
     return FlowSpec(
         name=f"{id_set.replace('-', '_')}_glow16{run}",
@@ -175,16 +239,42 @@ def _pooled(id_set: str, run: Literal["", "_double", "_epoch"]) -> FlowSpec:
     )
 
 
-FLOWS: dict[str, FlowSpec] = {spec.name: spec for spec in (
-    _embedded("latin"), _embedded("textures"),
-    _small("fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 8000, _GREY, shipped=_STEPS[1:]),
-    _small("mnist_glow", "mnist", (1, 28, 28), 2, 32, 4000, _GREY),
-    _small("cifar10_glow", "cifar10", (3, 32, 32), 3, 64, 2000, ("cifar10-jpeg", *_COLOUR), augmented=True, n=500,
-           shipped=(100, 2000)),
-    _small("tiny_imagenet_glow", "tiny-imagenet", (3, 32, 32), 3, 64, 1000, _COLOUR, augmented=True, n=500),
-    *map(_paper_flow, _PAPER),
-    *(_pooled(id_set, run) for run in ("", "_double", "_epoch") for id_set in _POOLED),
-)}
+FLOWS: dict[str, FlowSpec] = {
+    spec.name: spec
+    for spec in (
+        _embedded("latin"),
+        _embedded("textures"),
+        _small(
+            "fashion_glow", "fashion-mnist", (1, 28, 28), 2, 32, 8000, _GREY, shipped=_STEPS[1:]
+        ),
+        _small("mnist_glow", "mnist", (1, 28, 28), 2, 32, 4000, _GREY),
+        _small(
+            "cifar10_glow",
+            "cifar10",
+            (3, 32, 32),
+            3,
+            64,
+            2000,
+            ("cifar10-jpeg", *_COLOUR),
+            augmented=True,
+            n=500,
+            shipped=(100, 2000),
+        ),
+        _small(
+            "tiny_imagenet_glow",
+            "tiny-imagenet",
+            (3, 32, 32),
+            3,
+            64,
+            1000,
+            _COLOUR,
+            augmented=True,
+            n=500,
+        ),
+        *map(_paper_flow, _PAPER),
+        *(_pooled(id_set, run) for run in ("", "_double", "_epoch") for id_set in _POOLED),
+    )
+}
 
 
 def flow_spec(name: str) -> FlowSpec:
@@ -195,16 +285,23 @@ def flow_spec(name: str) -> FlowSpec:
 
 
 def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[str, ImageSet]:
-    """"fit" and "id" (disjoint parts of the ID test split) and every OOD set at hand, brought to the flow's shape."""
-    from oodlib.data.public.prepare import NotAtHand
+    """ "fit" and "id" (disjoint parts of the ID test split) and every OOD set available, brought to
+    the flow's shape.
+    """
+    from oodlib.data.public.prepare import DatasetNotFound
 
     if spec.pooled and n_fit + n_test > 2 * spec.n:
-        raise OodlibError(f"flow_sets: {spec.name} validates, and may train, on images behind the first {2 * spec.n} "
-                          f"of {spec.id_set}; n_fit + n_test = {n_fit + n_test} would take them. Ask for fewer.")
+        raise OodlibError(
+            f"flow_sets: {spec.name} validates, and may train, on images behind the first "
+            f"{2 * spec.n} of {spec.id_set}; n_fit + n_test = {n_fit + n_test} would take them. "
+            "Ask for fewer."
+        )
     test = _images(spec.id_set, "test", spec.image_shape, n_fit + n_test, pooled=spec.pooled)
     if len(test) < n_fit + n_test:
-        raise OodlibError(f"flow_sets: {spec.id_set} has {len(test)} test images, fewer than n_fit + n_test = "
-                          f"{n_fit + n_test}. Ask for fewer.")
+        raise OodlibError(
+            f"flow_sets: {spec.id_set} has {len(test)} test images, fewer than n_fit + n_test = "
+            f"{n_fit + n_test}. Ask for fewer."
+        )
     sets = {"fit": test.subset(slice(n_fit), split="fit"), "id": test.subset(slice(n_fit, None))}
     for name in spec.ood:
         if name == f"{spec.id_set}-jpeg":
@@ -213,13 +310,15 @@ def flow_sets(spec: FlowSpec, *, n_fit: int, n_test: int, n_ood: int) -> dict[st
             continue
         try:
             found = _images(name, "test", spec.image_shape, n_ood, pooled=spec.pooled)
-            sets[found.name] = found                                      # a partial copy says so in its name
-        except NotAtHand as error:
+            sets[found.name] = found  # a partial copy says so in its name
+        except DatasetNotFound as error:
             print(f"left out: {error}")
     return sets
 
 
-def _images(name: str, split: str, shape: tuple[int, int, int], n: int | None, *, pooled: bool = False) -> ImageSet:
+def _images(
+    name: str, split: str, shape: tuple[int, int, int], n: int | None, *, pooled: bool = False
+) -> ImageSet:
     """n images of a set (all for None), in a seeded order, brought to a shape."""
     from oodlib.data import EMBEDDED, embedded, load
 

@@ -1,8 +1,10 @@
-"""The image sets of the small pools: what models are pretrained on, the ID task, near-OOD classes, the unit tests.
+"""The image sets of the small pools: what models are pretrained on, the ID task, near-OOD classes,
+the unit tests.
 
-``cifar``: near-OOD are the test classes of CIFAR-100 that are absent from CIFAR-10 (without ``OVERLAPS``), 98 classes,
-in two sets: those that Tiny-ImageNet, the pretraining set, shows too (column ``cifar100_class`` of
-``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind, a part or next of kin of it), and the others.
+``cifar``: near-OOD are the test classes of CIFAR-100 that are absent from CIFAR-10 (without
+``OVERLAPS``), 98 classes, in two sets: those that Tiny-ImageNet, the pretraining set, shows too
+(column ``cifar100_class`` of ``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind,
+a part or next of kin of it), and the others.
 """
 
 from __future__ import annotations
@@ -19,12 +21,22 @@ from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
 from oodlib.data.cifar import split_test, tiny_imagenet_classes
 from oodlib.errors import OodlibError
 
-__all__ = ["NEAR", "OVERLAPS", "TASKS", "Task", "assert_never_trained_on", "pool_sets", "training_images"]
+__all__ = [
+    "NEAR",
+    "OVERLAPS",
+    "TASKS",
+    "Task",
+    "assert_never_trained_on",
+    "pool_sets",
+    "training_images",
+]
 
-OVERLAPS = ("bus", "pickup_truck")      # automobile and truck of CIFAR-10, by its search terms
-N_VAL = 150                             # images for choices, ID and OOD
-NEAR = {"embedded": ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math"),
-        "cifar": ("cifar100-seen", "cifar100-unseen")}
+OVERLAPS = ("bus", "pickup_truck")  # automobile and truck of CIFAR-10, by its search terms
+N_VAL = 150  # images for choices, ID and OOD
+NEAR = {
+    "embedded": ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math"),
+    "cifar": ("cifar100-seen", "cifar100-unseen"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,12 @@ class Task:
 
 TASKS = {
     "embedded": Task(
-        id_set="latin", pretraining="unicode", mean=(0.25, 0.25, 0.25), std=(0.25, 0.25, 0.25), flip="none", shift=2
+        id_set="latin",
+        pretraining="unicode",
+        mean=(0.25, 0.25, 0.25),
+        std=(0.25, 0.25, 0.25),
+        flip="none",
+        shift=2,
     ),
     "cifar": Task(
         id_set="cifar10",
@@ -68,20 +85,23 @@ def training_images(pool: str, name: str) -> ImageSet:
     """
     task = _task(pool)
     if name not in (task.id_set, task.pretraining):
-        raise OodlibError(f"training_images: the {pool} pool trains on {task.id_set} or {task.pretraining}, not on "
-                          f"{name}.")
+        raise OodlibError(
+            f"training_images: the {pool} pool trains on {task.id_set} or {task.pretraining}, not "
+            f"on {name}."
+        )
     if pool == "embedded":
         return _drawn(name, EMBEDDED[name].default_n["train"])
     return load(name, "train").resized(32)
 
 
-@lru_cache(maxsize=1)                   # row after row is finetuned on the same images
+@lru_cache(maxsize=1)  # row after row is finetuned on the same images
 def _drawn(name: str, n: int) -> ImageSet:
     return embedded(name, "train", n=n, style="plain")
 
 
-def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 30,
-              seed: int = 0) -> dict[str, ImageSet]:
+def pool_sets(
+    pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 30, seed: int = 0
+) -> dict[str, ImageSet]:
     """The sets that every model of a pool is scored on, 32 x 32 RGB.
 
     Parameters
@@ -99,32 +119,49 @@ def pool_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int, n_unit: int = 3
     task = _task(pool)
     if pool == "embedded":
         draw = partial(embedded, style="plain")
-        sets = {"fit": draw("latin", "train", n=n_fit), "val": draw("latin", "val", n=N_VAL),
-                "id": draw("latin", "test", n=n_test), "ood_val": draw("arabic", "val", n=N_VAL)}
+        sets = {
+            "fit": draw("latin", "train", n=n_fit),
+            "val": draw("latin", "val", n=N_VAL),
+            "id": draw("latin", "test", n=n_test),
+            "ood_val": draw("arabic", "val", n=N_VAL),
+        }
         sets |= {name: draw(name, "test", n=n_ood * EMBEDDED[name].classes) for name in NEAR[pool]}
     else:
         val, test = split_test(load(task.id_set, "test"), n_val=1000)
-        sets = {"fit": load(task.id_set, "train").sample(n_fit, seed=seed, stratified=True),
-                "val": val.sample(N_VAL, seed=seed, stratified=True),
-                "id": test.sample(n_test, seed=seed, stratified=True),
-                "ood_val": load("dtd", "all").resized(32).sample(N_VAL, seed=seed)}
-        sets |= {name: images.sample(n_ood * len(np.unique(images.labels)), seed=seed, stratified=True)
-                 for name, images in _cifar100().items()}
+        sets = {
+            "fit": load(task.id_set, "train").sample(n_fit, seed=seed, stratified=True),
+            "val": val.sample(N_VAL, seed=seed, stratified=True),
+            "id": test.sample(n_test, seed=seed, stratified=True),
+            "ood_val": load("dtd", "all").resized(32).sample(N_VAL, seed=seed),
+        }
+        sets |= {
+            name: images.sample(n_ood * len(np.unique(images.labels)), seed=seed, stratified=True)
+            for name, images in _cifar100().items()
+        }
     sets["unit_tests"] = _unit_tests(sets["id"], n_unit, seed)
     return sets
 
 
-def assert_never_trained_on(pool: str, sets: Mapping[str, ImageSet], *,
-                            training: Mapping[str, Collection[str]] | None = None) -> None:
-    """Raise OodlibError if a test image, ID or OOD, is in another test set or was trained on, by hash of its pixels.
+def assert_never_trained_on(
+    pool: str,
+    sets: Mapping[str, ImageSet],
+    *,
+    training: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Raise OodlibError if a test image, ID or OOD, is in another test set or was trained on, by
+    hash of its pixels.
 
-    training : name -> first 16 digits of the `ImageSet.image_hashes` of what was trained on; by default the pool's
-        pretraining set and ID training images, which then are read or drawn (a minute for the embedded pool)
+    training : name -> first 16 digits of the `ImageSet.image_hashes` of what was trained on; by
+        default the pool's
+        pretraining set and ID training images, which then are read or drawn (a minute for the
+        embedded pool)
     """
     task = _task(pool)
     if training is None:
-        training = {name: [digest[:16] for digest in training_images(pool, name).image_hashes()]
-                    for name in (task.pretraining, task.id_set)}
+        training = {
+            name: [digest[:16] for digest in training_images(pool, name).image_hashes()]
+            for name in (task.pretraining, task.id_set)
+        }
     tested = [images for name, images in sets.items() if name not in ("fit", "unit_tests")]
     assert_disjoint(*tested)
     for images in tested:
@@ -132,9 +169,11 @@ def assert_never_trained_on(pool: str, sets: Mapping[str, ImageSet], *,
         for name, known in training.items():
             shared = digests.intersection(known)
             if shared:
-                raise OodlibError(f"assert_never_trained_on: {len(shared)} images of {images.name}/{images.split} are "
-                                  f"also in {name}, which the models of the {pool} pool are trained on. Leave them "
-                                  "out of the test.")
+                raise OodlibError(
+                    f"assert_never_trained_on: {len(shared)} images of "
+                    f"{images.name}/{images.split} are also in {name}, which the models of the "
+                    f"{pool} pool are trained on. Leave them out of the test."
+                )
 
 
 def _task(pool: str) -> Task:
@@ -148,12 +187,22 @@ def _cifar100() -> dict[str, ImageSet]:
     names = np.array(test.class_names)[test.labels]
     seen = {c.cifar100_class for c in tiny_imagenet_classes()}
     known, overlapping = np.isin(names, sorted(seen)), np.isin(names, OVERLAPS)
-    return {"cifar100-seen": test.subset(known & ~overlapping, name="cifar100-seen"),
-            "cifar100-unseen": test.subset(~known & ~overlapping, name="cifar100-unseen")}
+    return {
+        "cifar100-seen": test.subset(known & ~overlapping, name="cifar100-seen"),
+        "cifar100-unseen": test.subset(~known & ~overlapping, name="cifar100-unseen"),
+    }
 
 
 def _unit_tests(id_images: ImageSet, n: int, seed: int) -> ImageSet:
-    parts = [unit_test(name, n=min(n, len(id_images)), seed=seed, id_images=id_images) for name in UNIT_TESTS]
+    parts = [
+        unit_test(name, n=min(n, len(id_images)), seed=seed, id_images=id_images)
+        for name in UNIT_TESTS
+    ]
     labels = np.repeat(np.arange(len(parts)), len(parts[0]))
-    return ImageSet("unit_tests", "test", np.concatenate([part.images for part in parts]), labels.astype(np.int64),
-                    UNIT_TESTS)
+    return ImageSet(
+        "unit_tests",
+        "test",
+        np.concatenate([part.images for part in parts]),
+        labels.astype(np.int64),
+        UNIT_TESTS,
+    )

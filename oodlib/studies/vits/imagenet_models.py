@@ -1,4 +1,6 @@
-"""Models of a pool that others trained: a timm name with its tag, or a file with the architecture it belongs to."""
+"""Models of a pool that others trained: a timm name with its tag, or a file with the architecture
+it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -25,36 +27,46 @@ if TYPE_CHECKING:
 __all__ = ["ADDRESSES", "find_weights", "load_tagged"]
 
 Transform = Callable[[Any], Tensor]
-_CLASSES = 1000                                              # of ImageNet
+_CLASSES = 1000  # of ImageNet
 _HALF = (0.5, 0.5, 0.5)
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # OpenAI's
+_CLIP_MEAN, _CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # OpenAI's
 # where the files of a folder of weights come from
-ADDRESSES = {"augreg": "https://storage.googleapis.com/vit_models/augreg/",
-             "model-soups": "https://github.com/mlfoundations/model-soups/releases/download/v0.0.2/"}
+ADDRESSES = {
+    "augreg": "https://storage.googleapis.com/vit_models/augreg/",
+    "model-soups": "https://github.com/mlfoundations/model-soups/releases/download/v0.0.2/",
+}
 
 
-def load_tagged(row: PoolRow, *, weights: Path | None = None, pretrained: bool = True) -> tuple[nn.Module, Transform]:
+def load_tagged(
+    row: PoolRow, *, weights: Path | None = None, pretrained: bool = True
+) -> tuple[nn.Module, Transform]:
     """The model of a row in evaluation mode, and the transform of PIL images it was finetuned for.
 
     Parameters
     ----------
     row : ``network`` is timm's name with its tag, or without where ``weights`` names a file: ``.npz`` (AugReg),
-        ``.safetensors`` or ``.pth`` (timm's names), or with ``head`` "unit" a ``.pt`` of model-soups
-    weights : folder that ``row.weights`` lies below; by default ``weights`` of ``OODLIB_MIRROR``, then of the data root
+        ``.safetensors`` or ``.pth`` (timm's names), or with ``head`` "unit" a ``.pt`` of
+        model-soups
+    weights : folder that ``row.weights`` lies below; by default ``weights`` of ``OODLIB_MIRROR``,
+        then of the data root
     pretrained : False leaves the weights random and asks for no file
 
     Returns
     -------
     model : its output is that of its last linear layer, see `oodlib.models.hooks.find_head`. Of model-soups, that layer
         takes the unit embedding; the raw embedding is the output of the submodule ``tower``
-    transform : PIL image -> (3, h, w). The tag states it; an ``.npz`` has AugReg's (mean and std 0.5, bicubic, crop 0.9
+    transform : PIL image -> (3, h, w). The tag states it; an ``.npz`` has AugReg's (mean and std
+        0.5, bicubic, crop 0.9
         below 384 pixels and 1.0 from there on), model-soups OpenAI's for CLIP
 
     Raises
     ------
     OodlibError : a name or tag that timm does not know, a bare name without a file, a missing file (with its address
-        where known), weights of another network, a head that is not one linear layer, a transform whose pictures are
-        not of the size that the network and the row state
+        where known), weights of another network, a head that is not one linear layer, a transform
+        whose pictures are not of the size that the network and the row state
 
     References
     ----------
@@ -71,7 +83,9 @@ def load_tagged(row: PoolRow, *, weights: Path | None = None, pretrained: bool =
             model, transform = paper_model(row.network, file, pretrained=pretrained)
             config = cast("dict[str, Any]", model.pretrained_cfg)
             if row.weights.endswith(".npz"):
-                transform = _transform(config, _HALF, _HALF, 0.9 if config["input_size"][-1] < 384 else 1.0)
+                transform = _transform(
+                    config, _HALF, _HALF, 0.9 if config["input_size"][-1] < 384 else 1.0
+                )
         _check(row, model, transform, config["input_size"][-1])
     except OodlibError as error:
         raise OodlibError(f"{row.name}: {error}") from error
@@ -79,16 +93,24 @@ def load_tagged(row: PoolRow, *, weights: Path | None = None, pretrained: bool =
 
 
 def find_weights(row: PoolRow, weights: Path | None = None) -> Path:
-    """The file of a row; folders as in `load_tagged`. OodlibError, with its address where known, if it is missing."""
+    """The file of a row; folders as in `load_tagged`. OodlibError, with its address where known, if
+    it is missing.
+    """
     mirror = os.environ.get("OODLIB_MIRROR")
-    folders = [weights] if weights else [*([Path(mirror) / "weights"] if mirror else []), data_root() / "weights"]
+    folders = (
+        [weights]
+        if weights
+        else [*([Path(mirror) / "weights"] if mirror else []), data_root() / "weights"]
+    )
     for folder in folders:
         if (folder / row.weights).is_file():
             return folder / row.weights
     source, _, name = row.weights.partition("/")
     origin = f" It comes from {ADDRESSES[source]}{name}." if source in ADDRESSES else ""
-    raise OodlibError(f"the weights {row.weights} are missing below {' and '.join(map(str, folders))}.{origin} Put the "
-                      "file there, or name another folder.")
+    raise OodlibError(
+        f"the weights {row.weights} are missing below {' and '.join(map(str, folders))}.{origin} "
+        "Put the file there, or name another folder."
+    )
 
 
 def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -97,17 +119,29 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     if not row.weights:
-        raise OodlibError('a head on "unit" features needs a file in weights: no tag of timm has one. Write head raw.')
+        raise OodlibError(
+            'a head on "unit" features needs a file in weights: no tag of timm has one. Write head raw.'
+        )
     tower = cast("VisionTransformer", timm.create_model(row.network))
-    config = cast("dict[str, Any]", tower.pretrained_cfg)    # its classes are the width of CLIP's embedding
+    config = cast(
+        "dict[str, Any]", tower.pretrained_cfg
+    )  # its classes are the width of CLIP's embedding
     head = nn.Linear(config["num_classes"], _CLASSES)
     if file is not None:
         state = read_state_dict(file)
-        visual = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.visual.")}
-        last = {k.removeprefix("classification_head."): v for k, v in state.items() if k.startswith("classification_")}
+        visual = {
+            k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.visual.")
+        }
+        last = {
+            k.removeprefix("classification_head."): v
+            for k, v in state.items()
+            if k.startswith("classification_")
+        }
         if "visual.positional_embedding" not in visual or not last:
-            raise OodlibError(f"{file}: no file of model-soups: it needs model.visual.* as in OpenAI's CLIP and "
-                              f"classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}.")
+            raise OodlibError(
+                f"{file}: no file of model-soups: it needs model.visual.* as in OpenAI's CLIP and "
+                f"classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}."
+            )
         require_positions(tower, len(visual["visual.positional_embedding"]), file)
         fill(tower, checkpoint_filter_fn(visual, tower), file)
         fill(head, last, file)
@@ -115,20 +149,28 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
     return model.eval(), config
 
 
-def _transform(config: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float) -> Transform:
+def _transform(
+    config: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float
+) -> Transform:
     from timm.data import create_transform
 
-    return create_transform(config["input_size"], interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct)
+    return create_transform(
+        config["input_size"], interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct
+    )
 
 
 def _check(row: PoolRow, model: nn.Module, transform: Transform, side: int) -> None:
-    """One made picture goes through transform and network: sizes must agree, and the head must be found."""
+    """One made picture goes through transform and network: sizes must agree, and the head must be
+    found.
+    """
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
     x = transform(Image.fromarray(noise))
     if tuple(x.shape) != (3, side, side) or row.resolution not in (None, side):
-        raise OodlibError(f"the transform gives pictures of {' x '.join(map(str, x.shape))}, the network {row.network} "
-                          f"takes 3 x {side} x {side}, and the row states a resolution of {row.resolution}. Name the "
-                          "network of that resolution, or mend the row.")
+        raise OodlibError(
+            f"the transform gives pictures of {' x '.join(map(str, x.shape))}, the network "
+            f"{row.network} takes 3 x {side} x {side}, and the row states a resolution of "
+            f"{row.resolution}. Name the network of that resolution, or mend the row."
+        )
     find_head(model, x[None])

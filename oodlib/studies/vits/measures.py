@@ -1,4 +1,6 @@
-"""From the scores of a model's images to numbers: false positives and AUROC by class, averages of several models."""
+"""From the scores of a model's images to numbers: false positives and AUROC by class, averages of
+several models.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,32 @@ from oodlib.metrics import auroc, percentile_interval, replicates, threshold
 from oodlib.studies.vits.effects import Estimate, pool_frame
 from oodlib.studies.vits.score_table import SCORES
 
-__all__ = ["BROAD", "FAILED", "against_best", "averaged", "choose_weights", "flat", "model_frame", "over_classes",
-           "per_class", "summary"]
+__all__ = [
+    "BROAD",
+    "FAILED",
+    "against_best",
+    "averaged",
+    "choose_weights",
+    "flat",
+    "model_frame",
+    "over_classes",
+    "per_class",
+    "summary",
+]
 
-BROAD = ("unicode", "tiny-imagenet", "in21k")     # pretraining sets of many classes, others than the task's
-FAILED = 0.10                    # a unit test fails where its FPR95 is above (arXiv 2306.00826)
+BROAD = (
+    "unicode",
+    "tiny-imagenet",
+    "in21k",
+)  # pretraining sets of many classes, others than the task's
+FAILED = 0.10  # a unit test fails where its FPR95 is above (arXiv 2306.00826)
 _KEYS = ["set", "index", "label"]
-_MOST = 10_000                   # grid points of `choose_weights`
+_MOST = 10_000  # grid points of `choose_weights`
 
 
 def per_class(table: DataFrame, sets: Sequence[str], *, id_set: str = "id") -> DataFrame:
-    """FPR at 95 % TPR (ID positive) and AUROC of every OOD class (or unit test) against the whole ID set.
+    """FPR at 95 % TPR (ID positive) and AUROC of every OOD class (or unit test) against the whole
+    ID set.
 
     Parameters
     ----------
@@ -47,19 +64,35 @@ def per_class(table: DataFrame, sets: Sequence[str], *, id_set: str = "id") -> D
     for score in (name for name in SCORES if name in table):
         values, found = np.sort(ids[score].to_numpy()), ood[score].to_numpy()
         if np.isnan(found).any():
-            raise OodlibError(f"per_class: {score} holds {int(np.isnan(found).sum())} NaN. Find their cause; a score "
-                              "that overflowed must be +inf (most OOD), never dropped.")
-        # the share of ID images below an image, ties half: its mean over a class is the AUROC of the class
-        below = (np.searchsorted(values, found, "left") + np.searchsorted(values, found, "right")) / (2 * len(values))
-        images = DataFrame({"set": ood["set"], "label": ood["label"], "fpr": found <= threshold(values),
-                            "auroc": below})
+            raise OodlibError(
+                f"per_class: {score} holds {int(np.isnan(found).sum())} NaN. Find their cause; a "
+                "score that overflowed must be +inf (most OOD), never dropped."
+            )
+        # the share of ID images below an image, ties half: its mean over a class is the AUROC of
+        # the class
+        below = (
+            np.searchsorted(values, found, "left") + np.searchsorted(values, found, "right")
+        ) / (2 * len(values))
+        images = DataFrame(
+            {
+                "set": ood["set"],
+                "label": ood["label"],
+                "fpr": found <= threshold(values),
+                "auroc": below,
+            }
+        )
         classes = images.groupby(["set", "label"], sort=False)
         parts.append(classes.mean().assign(images=classes.size(), score=score).reset_index())
     return pd.concat(parts, ignore_index=True)[["score", "set", "label", "images", "fpr", "auroc"]]
 
 
-def summary(table: DataFrame, *, near: Sequence[str], unit_tests: str | None = "unit_tests",
-            id_set: str = "id") -> DataFrame:
+def summary(
+    table: DataFrame,
+    *,
+    near: Sequence[str],
+    unit_tests: str | None = "unit_tests",
+    id_set: str = "id",
+) -> DataFrame:
     """A model in a few numbers: one row for each score and suite, "near" and "unit_tests".
 
     Parameters
@@ -71,7 +104,8 @@ def summary(table: DataFrame, *, near: Sequence[str], unit_tests: str | None = "
     Returns
     -------
     DataFrame : score, suite, fpr and auroc (unweighted mean over the classes or tests), fpr_pooled and auroc_pooled
-        (mean over the images), failed (number of unit tests with FPR95 above 10 %, NaN for near), classes, images
+        (mean over the images), failed (number of unit tests with FPR95 above 10 %, NaN for near),
+        classes, images
 
     Raises
     ------
@@ -87,15 +121,20 @@ def summary(table: DataFrame, *, near: Sequence[str], unit_tests: str | None = "
 
 
 def over_classes(classes: DataFrame) -> dict[str, float]:
-    """Rows of `per_class` as one: fpr and auroc (unweighted mean over the classes), fpr_pooled and auroc_pooled (mean
-    over the images), classes, images."""
+    """Rows of `per_class` as one: fpr and auroc (unweighted mean over the classes), fpr_pooled and
+    auroc_pooled (mean over the images), classes, images."""
     means = {m: classes[m].mean() for m in ("fpr", "auroc")}
-    pooled = {f"{m}_pooled": np.average(classes[m], weights=classes["images"]) for m in ("fpr", "auroc")}
+    pooled = {
+        f"{m}_pooled": np.average(classes[m], weights=classes["images"]) for m in ("fpr", "auroc")
+    }
     return means | pooled | {"classes": len(classes), "images": int(classes["images"].sum())}
 
 
-def model_frame(models: Iterable[Any], *, near: Sequence[str], quality: Literal["auroc", "fpr"] = "auroc") -> DataFrame:
-    """One row a model, by name: the pool's columns, ``checkpoint``, ``data``, and everything that was measured.
+def model_frame(
+    models: Iterable[Any], *, near: Sequence[str], quality: Literal["auroc", "fpr"] = "auroc"
+) -> DataFrame:
+    """One row a model, by name: the pool's columns, ``checkpoint``, ``data``, and everything that
+    was measured.
 
     Parameters
     ----------
@@ -110,11 +149,22 @@ def model_frame(models: Iterable[Any], *, near: Sequence[str], quality: Literal[
     rows, found = [], []
     for model in models:
         numbers, record = flat(summary(model.table, near=near)), model.record
-        best = {f"Q/{name.removesuffix('/' + quality)}": value if quality == "auroc" else 1 - value
-                for name, value in numbers.items() if name.endswith("/" + quality)}
+        best = {
+            f"Q/{name.removesuffix('/' + quality)}": value if quality == "auroc" else 1 - value
+            for name, value in numbers.items()
+            if name.endswith("/" + quality)
+        }
         rows.append(model.row)
-        found.append({"accuracy": record["accuracy"], "moved": record.get("moved", np.nan),
-                      "decay": record.get("decay_integral", np.nan), **record["geometry"], **numbers, **best})
+        found.append(
+            {
+                "accuracy": record["accuracy"],
+                "moved": record.get("moved", np.nan),
+                "decay": record.get("decay_integral", np.nan),
+                **record["geometry"],
+                **numbers,
+                **best,
+            }
+        )
     frame = pool_frame(rows, found).set_index("name", drop=False)
     broad = np.where(frame["pretraining"].isin(BROAD), "broad", "narrow")
     frame.insert(1, "data", np.where(frame["objective"] == "cosine", "CLIP-like", broad))
@@ -123,18 +173,27 @@ def model_frame(models: Iterable[Any], *, near: Sequence[str], quality: Literal[
 
 def flat(summary: DataFrame) -> dict[str, float]:
     """A summary as one row of a table of models: "mahalanobis/near/auroc" -> value, and so on."""
-    return {f"{row.score}/{row.suite}/{metric}": float(getattr(row, metric)) for row in summary.itertuples()
-            for metric in ("fpr", "auroc", "fpr_pooled", "auroc_pooled", "failed")
-            if not np.isnan(getattr(row, metric))}
+    return {
+        f"{row.score}/{row.suite}/{metric}": float(getattr(row, metric))
+        for row in summary.itertuples()
+        for metric in ("fpr", "auroc", "fpr_pooled", "auroc_pooled", "failed")
+        if not np.isnan(getattr(row, metric))
+    }
 
 
-def averaged(tables: Mapping[str, DataFrame], score: str, *, weights: Mapping[str, float] | None = None,
-             validation: str = "val", scale: Literal["z", "rank"] = "z") -> DataFrame:
+def averaged(
+    tables: Mapping[str, DataFrame],
+    score: str,
+    *,
+    weights: Mapping[str, float] | None = None,
+    validation: str = "val",
+    scale: Literal["z", "rank"] = "z",
+) -> DataFrame:
     """One score of several models, averaged image by image, as a table that `summary` takes.
 
-    Every model's scores are first put on one scale with its *ID validation* images alone:
-    "z": (s - mean) / standard deviation; "rank": share of validation images below, ties half (all that is above every
-    validation image ties at 1).
+    Every model's scores are first put on one scale with its *ID validation* images alone: "z": (s -
+    mean) / standard deviation; "rank": share of validation images below, ties half (all that is
+    above every validation image ties at 1).
 
     Parameters
     ----------
@@ -148,18 +207,28 @@ def averaged(tables: Mapping[str, DataFrame], score: str, *, weights: Mapping[st
     values = _scaled(tables, score, validation, scale)
     given = dict.fromkeys(tables, 1.0) if weights is None else dict(weights)
     if set(given) != set(tables) or min(given.values()) < 0 or not sum(given.values()) > 0:
-        raise OodlibError(f"averaged: one weight of at least 0 is needed for each of {', '.join(tables)}, and one "
-                          f"above 0; got {given}.")
+        raise OodlibError(
+            f"averaged: one weight of at least 0 is needed for each of {', '.join(tables)}, and "
+            f"one above 0; got {given}."
+        )
     w = np.array([given[name] for name in tables])
     return next(iter(tables.values()))[_KEYS].assign(**{score: values @ (w / w.sum())})
 
 
-def choose_weights(tables: Mapping[str, DataFrame], score: str, *, validation_ood: str, validation: str = "val",
-                   scale: Literal["z", "rank"] = "z", steps: int = 4) -> dict[str, float]:
-    """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation images.
+def choose_weights(
+    tables: Mapping[str, DataFrame],
+    score: str,
+    *,
+    validation_ood: str,
+    validation: str = "val",
+    scale: Literal["z", "rank"] = "z",
+    steps: int = 4,
+) -> dict[str, float]:
+    """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation
+    images.
 
-    Looks at equal weights and at every vector of multiples of 1 / ``steps`` that sums to 1; of equals the most even one
-    wins.
+    Looks at equal weights and at every vector of multiples of 1 / ``steps`` that sums to 1; of
+    equals the most even one wins.
 
     Parameters
     ----------
@@ -172,61 +241,99 @@ def choose_weights(tables: Mapping[str, DataFrame], score: str, *, validation_oo
     values = _scaled(tables, score, validation, scale)
     sets = next(iter(tables.values()))["set"].to_numpy()
     if not (sets == validation_ood).any():
-        raise OodlibError(f"choose_weights: there is no set {validation_ood!r}; known: {', '.join(pd.unique(sets))}.")
+        raise OodlibError(
+            f"choose_weights: there is no set {validation_ood!r}; known: "
+            f"{', '.join(pd.unique(sets))}."
+        )
     grid = list(itertools.islice(_simplex(len(tables), steps), _MOST + 1))
     if len(grid) > _MOST:
-        raise OodlibError(f"choose_weights: {len(tables)} models with {steps} steps give more than {_MOST} vectors. "
-                          "Give fewer models or steps.")
-    grid.sort(key=lambda w: sum(x * x for x in w))                       # the most even first: max keeps the first
+        raise OodlibError(
+            f"choose_weights: {len(tables)} models with {steps} steps give more than {_MOST} "
+            "vectors. Give fewer models or steps."
+        )
+    grid.sort(key=lambda w: sum(x * x for x in w))  # the most even first: max keeps the first
     ids, ood = values[sets == validation], values[sets == validation_ood]
     vectors = [np.full(len(tables), 1 / len(tables)), *(np.array(w) / steps for w in grid)]
     best = max(vectors, key=lambda w: auroc(ids @ w, ood @ w))
     return dict(zip(tables, best.tolist(), strict=True))
 
 
-def against_best(average: DataFrame, tables: Mapping[str, DataFrame], score: str, *, near: Sequence[str],
-                 id_set: str = "id", n_boot: int = 1000, seed: int = 0) -> Estimate:
-    """Class-mean AUROC of an average minus that of its best model, which is picked on the same test images.
+def against_best(
+    average: DataFrame,
+    tables: Mapping[str, DataFrame],
+    score: str,
+    *,
+    near: Sequence[str],
+    id_set: str = "id",
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """Class-mean AUROC of an average minus that of its best model, which is picked on the same test
+    images.
 
-    Picking the best on test (and again in every resample) favours the single model. The interval resamples images of
-    ID and of every class.
+    Picking the best on test (and again in every resample) favours the single model. The interval
+    resamples images of ID and of every class.
     """
     methods = {"": average} | {f"model {name}": table for name, table in tables.items()}
     scores = {}
     for name, table in methods.items():
-        classes = [part[score].to_numpy() for _, part in _rows(table, near).groupby(["set", "label"], sort=False)]
+        classes = [
+            part[score].to_numpy()
+            for _, part in _rows(table, near).groupby(["set", "label"], sort=False)
+        ]
         scores[name] = (_rows(table, [id_set])[score].to_numpy(), classes)
     found = replicates(auroc, scores, n=n_boot, seed=seed)
     value, draws = found.pop("")
-    best, best_draws = max(v for v, _ in found.values()), np.max([d for _, d in found.values()], axis=0)
-    return Estimate(value - best, *percentile_interval(draws - best_draws), n=len(scores[""][0]), clusters=len(tables))
+    best, best_draws = (
+        max(v for v, _ in found.values()),
+        np.max([d for _, d in found.values()], axis=0),
+    )
+    return Estimate(
+        value - best,
+        *percentile_interval(draws - best_draws),
+        n=len(scores[""][0]),
+        clusters=len(tables),
+    )
 
 
 def _rows(table: DataFrame, sets: Sequence[str]) -> DataFrame:
     missing = [name for name in sets if not (table["set"] == name).any()]
     if missing or not sets:
-        raise OodlibError(f"The score table has no set {missing[0] if missing else '(none was named)'}; it has "
-                          f"{', '.join(pd.unique(table['set']))}.")
+        raise OodlibError(
+            f"The score table has no set {missing[0] if missing else '(none was named)'}; it has "
+            f"{', '.join(pd.unique(table['set']))}."
+        )
     return table[table["set"].isin(sets)]
 
 
-def _scaled(tables: Mapping[str, DataFrame], score: str, validation: str, scale: str) -> NDArray[np.float64]:
+def _scaled(
+    tables: Mapping[str, DataFrame], score: str, validation: str, scale: str
+) -> NDArray[np.float64]:
     """(rows, models): the score of each model on the scale of its ID validation images."""
     if not tables or scale not in ("z", "rank"):
-        raise OodlibError(f'averaged: needs at least one model and scale "z" or "rank", got {len(tables)} and '
-                          f"{scale!r}.")
+        raise OodlibError(
+            f'averaged: needs at least one model and scale "z" or "rank", got {len(tables)} and '
+            f"{scale!r}."
+        )
     first, columns = next(iter(tables.values())), []
     for name, table in tables.items():
-        if len(table) != len(first) or not (table[_KEYS].to_numpy() == first[_KEYS].to_numpy()).all():
-            raise OodlibError(f"averaged: {name} was scored on other images than the first model. Score all models on "
-                              "the same sets.")
+        if (
+            len(table) != len(first)
+            or not (table[_KEYS].to_numpy() == first[_KEYS].to_numpy()).all()
+        ):
+            raise OodlibError(
+                f"averaged: {name} was scored on other images than the first model. Score all "
+                "models on the same sets."
+            )
         known = np.sort(_rows(table, [validation])[score].to_numpy(np.float64))
         values = table[score].to_numpy(np.float64)
         if scale == "z":
             columns.append((values - known.mean()) / max(known.std(), 1e-12))
         else:
-            columns.append((np.searchsorted(known, values, "left") + np.searchsorted(known, values, "right"))
-                           / (2 * len(known)))
+            columns.append(
+                (np.searchsorted(known, values, "left") + np.searchsorted(known, values, "right"))
+                / (2 * len(known))
+            )
     return np.stack(columns, axis=1)
 
 

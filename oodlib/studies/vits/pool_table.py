@@ -1,4 +1,6 @@
-"""A pool of models as a table: one row per model, with its network, its pretraining and its finetuning."""
+"""A pool of models as a table: one row per model, with its network, its pretraining and its
+finetuning.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ __all__ = ["PoolRow", "find_pool", "read_pool", "write_pool"]
 
 @dataclass(frozen=True, kw_only=True)
 class PoolRow:
-    """One model. An empty text or None stands for what is not known (other people's models) or has no meaning.
+    """One model. An empty text or None stands for what is not known (other people's models) or has
+    no meaning.
 
     Attributes
     ----------
@@ -53,18 +56,33 @@ class PoolRow:
 
     @property
     def checkpoint(self) -> str:
-        """Names the pretrained checkpoint: rows that share it are finetunes of one model, not independent."""
+        """Names the pretrained checkpoint: rows that share it are finetunes of one model, not
+        independent.
+        """
         architecture = self.network.partition(".")[0].removesuffix(f"_{self.resolution}")
-        known = (architecture, self.pretraining, self.objective, self.aug, self.weight_decay, self.dropout,
-                 self.stochastic_depth)
+        known = (
+            architecture,
+            self.pretraining,
+            self.objective,
+            self.aug,
+            self.weight_decay,
+            self.dropout,
+            self.stochastic_depth,
+        )
         parts = [str(part) for part in known if part not in ("", None)]
         return "-".join([*parts, f"s{self.seed}"]) if self.objective else self.name
 
 
 _COLUMNS = [field.name for field in fields(PoolRow)]
 _NUMBERS: dict[str, type[float] | type[int]] = {
-    "weight_decay": float, "dropout": float, "stochastic_depth": float, "ft_lr": float, "penalty": float,
-    "resolution": int, "seed": int}
+    "weight_decay": float,
+    "dropout": float,
+    "stochastic_depth": float,
+    "ft_lr": float,
+    "penalty": float,
+    "resolution": int,
+    "seed": int,
+}
 
 
 def find_pool(name: str | Path) -> Path:
@@ -74,7 +92,9 @@ def find_pool(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(p.stem for p in folder.glob("*.csv"))) or "none"
-    raise OodlibError(f"There is no pool {str(name)!r}: neither a file nor one of data/pools ({known}).")
+    raise OodlibError(
+        f"There is no pool {str(name)!r}: neither a file nor one of data/pools ({known})."
+    )
 
 
 def read_pool(name: str | Path) -> tuple[PoolRow, ...]:
@@ -92,22 +112,35 @@ def read_pool(name: str | Path) -> tuple[PoolRow, ...]:
             columns, table = reader.fieldnames or [], list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise OodlibError(f"{path}: the pool cannot be read ({error}).") from error
-    missing, unknown = [c for c in _COLUMNS if c not in columns], [c for c in columns if c not in _COLUMNS]
+    missing, unknown = (
+        [c for c in _COLUMNS if c not in columns],
+        [c for c in columns if c not in _COLUMNS],
+    )
     if missing or unknown:
-        problem = f"the column {missing[0]} is missing" if missing else f"the column {unknown[0]!r} is unknown"
-        raise OodlibError(f"{path}: {problem}. A pool has the columns {', '.join(_COLUMNS)}; cells may be empty.")
+        problem = (
+            f"the column {missing[0]} is missing"
+            if missing
+            else f"the column {unknown[0]!r} is unknown"
+        )
+        raise OodlibError(
+            f"{path}: {problem}. A pool has the columns {', '.join(_COLUMNS)}; cells may be empty."
+        )
     rows = tuple(_row(path, number, cells) for number, cells in enumerate(table, 2))
     names = [row.name for row in rows]
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
     if twice or not rows:
-        raise OodlibError(f"{path}: {f'duplicate name {twice}' if twice else 'the pool has no row'}.")
+        raise OodlibError(
+            f"{path}: {f'duplicate name {twice}' if twice else 'the pool has no row'}."
+        )
     return rows
 
 
 def write_pool(path: Path, rows: Iterable[PoolRow]) -> None:
     """Write a table that `read_pool` reads."""
     lines = [",".join(_COLUMNS)]
-    lines += [",".join("" if (v := getattr(row, c)) is None else str(v) for c in _COLUMNS) for row in rows]
+    lines += [
+        ",".join("" if (v := getattr(row, c)) is None else str(v) for c in _COLUMNS) for row in rows
+    ]
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -124,9 +157,11 @@ def _row(path: Path, number: int, cells: dict[str, str | None]) -> PoolRow:
             try:
                 values[column] = _NUMBERS[column](text)
             except ValueError as error:
-                raise OodlibError(f"{where}: {column} must be a number or empty, got {text!r}.") from error
+                raise OodlibError(
+                    f"{where}: {column} must be a number or empty, got {text!r}."
+                ) from error
     if not values["name"] or not values["network"]:
         raise OodlibError(f"{where}: a model needs a name and a network.")
     if set(str(values["name"])) & set('/\\:*?"<>| '):
         raise OodlibError(f"{where}: the name {values['name']!r} must be fit for a file name.")
-    return PoolRow(**values)                                                            # type: ignore[arg-type]
+    return PoolRow(**values)  # type: ignore[arg-type]

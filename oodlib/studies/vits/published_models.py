@@ -1,7 +1,7 @@
 """Published numbers of 44 ImageNet models as one table of models, in the form of our own pools.
 
-They are of Mahalanobis++ (Mueller, Hein, arXiv 2505.18032, Tables 6, 11, 12 and 17), by the authors of the study, and
-stand in for the study's own (arXiv 2405.17447), which could not be read.
+They are of Mahalanobis++ (Mueller, Hein, arXiv 2505.18032, Tables 6, 11, 12 and 17), by the authors
+of the study, and stand in for the study's own (arXiv 2405.17447), which could not be read.
 """
 
 from __future__ import annotations
@@ -13,18 +13,35 @@ from oodlib.data.published import published
 
 __all__ = ["METHODS", "published_models"]
 
-METHODS = {"MSP": "msp", "MaxLogit": "max_logit", "Energy": "energy", "Mahalanobis": "mahalanobis",
-           "RelMahalanobis": "relative_mahalanobis", "Mahalanobis++": "mahalanobis++",
-           "RelMahalanobis++": "relative_mahalanobis++", "ViM": "vim", "KNN": "knn"}
+METHODS = {
+    "MSP": "msp",
+    "MaxLogit": "max_logit",
+    "Energy": "energy",
+    "Mahalanobis": "mahalanobis",
+    "RelMahalanobis": "relative_mahalanobis",
+    "Mahalanobis++": "mahalanobis++",
+    "RelMahalanobis++": "relative_mahalanobis++",
+    "ViM": "vim",
+    "KNN": "knn",
+}
 _PAPER = "Mahalanobis++ (arXiv 2505.18032)"
 _TABLES = {"Table 6": "/near/fpr", "Table 11": "/near/auroc", "Table 17": "/unit_tests/failed"}
-_FEATURES = {"features unnormalised": "variance_deviation", "features L2-normalised": "variance_deviation++"}
-_GROUPS = {"in21k_sup": "supervised 21k", "in1k_sup": "supervised 1k", "in1k_supcon": "supervised 1k",
-           "clip_laion2b>in12k": "CLIP-like", "siglip_webli": "CLIP-like"}
+_FEATURES = {
+    "features unnormalised": "variance_deviation",
+    "features L2-normalised": "variance_deviation++",
+}
+_GROUPS = {
+    "in21k_sup": "supervised 21k",
+    "in1k_sup": "supervised 1k",
+    "in1k_supcon": "supervised 1k",
+    "clip_laion2b>in12k": "CLIP-like",
+    "siglip_webli": "CLIP-like",
+}
 
 
 def published_models() -> DataFrame:
-    """One row a model, by name; fractions (accuracy, FPR95, AUROC) and counts (failed), NaN where a table lacks it.
+    """One row a model, by name; fractions (accuracy, FPR95, AUROC) and counts (failed), NaN where a
+    table lacks it.
 
     Returns
     -------
@@ -44,18 +61,31 @@ def published_models() -> DataFrame:
     rows = rows[(rows["paper"] == _PAPER) & ~rows["aggregation"].str.startswith("printed mean")]
     accuracy = rows[rows["metric"] == "accuracy"].set_index("model")
     names = accuracy.index.to_series()
-    broad, narrow = names.str.contains("In21k").to_numpy(), accuracy["pretraining"].str.contains("in1k").to_numpy()
-    table = DataFrame({"pretraining": accuracy["pretraining"],
-                       "group": accuracy["pretraining"].map(lambda p: _GROUPS.get(p, "masked")),
-                       "data": np.where(broad, "21k", np.where(narrow, "1k", "")),
-                       "family": names.str.split("-").str[0],
-                       "network": names.str.replace("-In21k", ""),
-                       "checkpoint": names.replace({"ViT-B16-In21k-augreg2": "ViT-B16-In21k-augreg"}),
-                       "accuracy": accuracy["value"] / 100})
+    broad, narrow = (
+        names.str.contains("In21k").to_numpy(),
+        accuracy["pretraining"].str.contains("in1k").to_numpy(),
+    )
+    table = DataFrame(
+        {
+            "pretraining": accuracy["pretraining"],
+            "group": accuracy["pretraining"].map(lambda p: _GROUPS.get(p, "masked")),
+            "data": np.where(broad, "21k", np.where(narrow, "1k", "")),
+            "family": names.str.split("-").str[0],
+            "network": names.str.replace("-In21k", ""),
+            "checkpoint": names.replace({"ViT-B16-In21k-augreg2": "ViT-B16-In21k-augreg"}),
+            "accuracy": accuracy["value"] / 100,
+        }
+    )
     for name, suffix in _TABLES.items():
         part = rows[(rows["table"] == name) & rows["method"].isin(list(METHODS))]
-        wide = part.pivot(index="model", columns="method", values="value").rename(columns=METHODS).add_suffix(suffix)
+        wide = (
+            part.pivot(index="model", columns="method", values="value")
+            .rename(columns=METHODS)
+            .add_suffix(suffix)
+        )
         table = table.join(wide if suffix.endswith("failed") else wide / 100)
     deviations = rows[rows["metric"] == "variance_deviation"]
-    wide = deviations.pivot(index="model", columns="method", values="value").rename(columns=_FEATURES)
+    wide = deviations.pivot(index="model", columns="method", values="value").rename(
+        columns=_FEATURES
+    )
     return table.join(wide).sort_index()

@@ -1,4 +1,6 @@
-"""What one streaming pass over the training features leaves of a model: moments, and a class-balanced subsample."""
+"""What one streaming pass over the training features leaves of a model: moments, and a
+class-balanced subsample.
+"""
 
 from __future__ import annotations
 
@@ -51,31 +53,45 @@ class Reference:
 
     @property
     def neighbours(self) -> int:
-        """k of the nearest-neighbour score: a thousandth of the subsample, at least 10, at most 50, at most M."""
+        """k of the nearest-neighbour score: a thousandth of the subsample, at least 10, at most 50,
+        at most M.
+        """
         return min(max(10, min(50, len(self.features) // 1000)), len(self.features))
 
     @cached_property
     def whitenings(self) -> dict[str, tuple[Array, Array]]:
-        """"": of the features, "++": of unit features; each (within classes, of all together), see `whitening`."""
-        return {name: (whitening(m.covariance), whitening(m.total_covariance))
-                for name, m in (("", self.moments), ("++", self.unit_moments))}
+        """ "": of the features, "++": of unit features; each (within classes, of all together), see
+        `whitening`.
+        """
+        return {
+            name: (whitening(m.covariance), whitening(m.total_covariance))
+            for name, m in (("", self.moments), ("++", self.unit_moments))
+        }
 
     @cached_property
     def virtual(self) -> dict[str, Any]:
-        """Origin, residual space (from the moments of all features) and alpha (from the subsample) of ViM.
+        """Origin, residual space (from the moments of all features) and alpha (from the subsample)
+        of ViM.
 
         About the origin o the second moment is the total covariance + (mean - o)(mean - o)^T.
         """
         origin = vim_origin(self.head)
         shift = self.moments.mean - origin
         residual = vim_residual(self.moments.total_covariance + np.outer(shift, shift))
-        return {"origin": origin, "residual": residual,
-                "alpha": vim_alpha(self.features, self.logits, origin, residual)}
+        return {
+            "origin": origin,
+            "residual": residual,
+            "alpha": vim_alpha(self.features, self.logits, origin, residual),
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
-        arrays: dict[str, NDArray] = {"features": self.features, "labels": self.labels, "weight": self.head.weight,
-                                      "bias": self.head.bias}
+        arrays: dict[str, NDArray] = {
+            "features": self.features,
+            "labels": self.labels,
+            "weight": self.head.weight,
+            "bias": self.head.bias,
+        }
         for prefix, moments in (("", self.moments), ("unit_", self.unit_moments)):
             arrays |= {f"{prefix}{f.name}": getattr(moments, f.name) for f in fields(Moments)}
         with atomic_path(path) as temporary:
@@ -93,17 +109,24 @@ class Reference:
         OodlibError : no such file, or no reference
         """
         if not Path(path).is_file():
-            raise OodlibError(f"Reference.load: there is no file {path}. Run the pass over the training images first.")
+            raise OodlibError(
+                f"Reference.load: there is no file {path}. Run the pass over the training images "
+                "first."
+            )
         try:
             with safe_open(path, framework="numpy") as file:
-                arrays = {key: file.get_tensor(key) for key in file.keys()}          # noqa: SIM118 not a dict
-            moments, unit_moments = (Moments(**{f.name: arrays[prefix + f.name] for f in fields(Moments)})
-                                     for prefix in ("", "unit_"))
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+            moments, unit_moments = (
+                Moments(**{f.name: arrays[prefix + f.name] for f in fields(Moments)})
+                for prefix in ("", "unit_")
+            )
             head = Head(arrays["weight"], arrays["bias"])
             return cls(moments, unit_moments, head, arrays["features"], arrays["labels"])
         except (SafetensorError, KeyError) as error:
-            raise OodlibError(f"Reference.load: {path} is not a saved reference ({error}). Delete it and run the pass "
-                              "again.") from error
+            raise OodlibError(
+                f"Reference.load: {path} is not a saved reference ({error}). Delete it and run the "
+                "pass again."
+            ) from error
 
 
 def unit(features: Any) -> Array:
@@ -127,28 +150,44 @@ def reference(banks: Iterable[FeatureBank], num_classes: int, *, per_class: int 
         ``per_class`` below 1
     """
     if per_class < 1:
-        raise OodlibError(f"reference: per_class must be at least 1, got {per_class}. ViM and kNN need some features.")
+        raise OodlibError(
+            f"reference: per_class must be at least 1, got {per_class}. ViM and kNN need some "
+            "features."
+        )
     sums, unit_sums = MomentSums(num_classes), MomentSums(num_classes)
     kept: list[tuple[NDArray, NDArray]] = []
     head: Head | None = None
     for bank in banks:
         if bank.labels is None:
-            raise OodlibError("reference: a bank has no labels. Mahalanobis distances need the class of every training "
-                              "image.")
+            raise OodlibError(
+                "reference: a bank has no labels. Mahalanobis distances need the class of every "
+                "training image."
+            )
         if head is not None and bank.head.digest != head.digest:
-            raise OodlibError("reference: two banks have different heads. Give the banks of one pass of one model.")
+            raise OodlibError(
+                "reference: two banks have different heads. Give the banks of one pass of one "
+                "model."
+            )
         head = bank.head
         for start in range(0, len(bank), _ROWS):
-            x, y = np.asarray(bank.features[start:start + _ROWS]), np.asarray(bank.labels[start:start + _ROWS])
+            x, y = (
+                np.asarray(bank.features[start : start + _ROWS]),
+                np.asarray(bank.labels[start : start + _ROWS]),
+            )
             before = sums.counts.copy()
             sums.add(x, y)
             unit_sums.add(unit(x), y)
             chosen = before[y] + _rank_in_class(y) < per_class
             kept.append((x[chosen].astype(np.float32), y[chosen]))
     moments, unit_moments = sums.moments(), unit_sums.moments()
-    assert head is not None                                                          # moments() refuses no bank
-    return Reference(moments, unit_moments, head, np.concatenate([x for x, _ in kept]),
-                     np.concatenate([y for _, y in kept]))
+    assert head is not None  # moments() refuses no bank
+    return Reference(
+        moments,
+        unit_moments,
+        head,
+        np.concatenate([x for x, _ in kept]),
+        np.concatenate([y for _, y in kept]),
+    )
 
 
 def _rank_in_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,6 @@
-"""What the study measures on one model: nine scores from one pass over the training features, and feature geometry."""
+"""What the study measures on one model: nine scores from one pass over the training features, and
+feature geometry.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,27 @@ from oodlib.studies.vits.reference import Reference, reference, unit
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SCORES", "Reference", "all_scores", "geometry", "norm_correlation", "reference", "score_table"]
+__all__ = [
+    "SCORES",
+    "Reference",
+    "all_scores",
+    "geometry",
+    "norm_correlation",
+    "reference",
+    "score_table",
+]
 
-SCORES = ("msp", "max_logit", "energy", "mahalanobis", "relative_mahalanobis", "mahalanobis++",
-          "relative_mahalanobis++", "vim", "knn")
+SCORES = (
+    "msp",
+    "max_logit",
+    "energy",
+    "mahalanobis",
+    "relative_mahalanobis",
+    "mahalanobis++",
+    "relative_mahalanobis++",
+    "vim",
+    "knn",
+)
 
 Array = NDArray[np.float64]
 
@@ -29,8 +48,9 @@ Array = NDArray[np.float64]
 def all_scores(reference: Reference, bank: FeatureBank) -> dict[str, Array]:
     """Every score of `SCORES`; larger = more OOD.
 
-    "++" stands for L2-normalised features, in fitting and scoring (arXiv 2505.18032). ViM's space and the Mahalanobis
-    distances use all training features; ViM's alpha and the neighbours use the subsample of the reference.
+    "++" stands for L2-normalised features, in fitting and scoring (arXiv 2505.18032). ViM's space
+    and the Mahalanobis distances use all training features; ViM's alpha and the neighbours use the
+    subsample of the reference.
 
     Returns
     -------
@@ -41,22 +61,32 @@ def all_scores(reference: Reference, bank: FeatureBank) -> dict[str, Array]:
     OodlibError : the bank is of another network
     """
     if bank.head.digest != reference.head.digest:
-        raise OodlibError("all_scores: the bank and the reference are of two networks: their heads differ. Fit and "
-                          "score with one model.")
-    scores = {"msp": msp(bank.logits), "max_logit": max_logit(bank.logits), "energy": energy(bank.logits),
-              "vim": vim(bank.features, bank.logits, **reference.virtual),
-              "knn": knn(bank.features, reference.features, k=reference.neighbours)}
-    for suffix, moments, features in (("", reference.moments, bank.features),
-                                      ("++", reference.unit_moments, unit(bank.features))):
+        raise OodlibError(
+            "all_scores: the bank and the reference are of two networks: their heads differ. Fit "
+            "and score with one model."
+        )
+    scores = {
+        "msp": msp(bank.logits),
+        "max_logit": max_logit(bank.logits),
+        "energy": energy(bank.logits),
+        "vim": vim(bank.features, bank.logits, **reference.virtual),
+        "knn": knn(bank.features, reference.features, k=reference.neighbours),
+    }
+    for suffix, moments, features in (
+        ("", reference.moments, bank.features),
+        ("++", reference.unit_moments, unit(bank.features)),
+    ):
         within, total = reference.whitenings[suffix]
         scores[f"mahalanobis{suffix}"] = mahalanobis(features, moments.class_means, within)
-        scores[f"relative_mahalanobis{suffix}"] = relative_mahalanobis(features, moments.class_means, within,
-                                                                       moments.mean, total)
+        scores[f"relative_mahalanobis{suffix}"] = relative_mahalanobis(
+            features, moments.class_means, within, moments.mean, total
+        )
     return {name: scores[name] for name in SCORES}
 
 
 def score_table(reference: Reference, banks: Mapping[str, FeatureBank]) -> DataFrame:
-    """One row an image: its set, its index there, its label (-1 where unknown) and every score of `SCORES` (float32).
+    """One row an image: its set, its index there, its label (-1 where unknown) and every score of
+    `SCORES` (float32).
 
     Parameters
     ----------
@@ -73,8 +103,12 @@ def score_table(reference: Reference, banks: Mapping[str, FeatureBank]) -> DataF
     parts = []
     for name, bank in banks.items():
         labels = np.full(len(bank), -1) if bank.labels is None else np.asarray(bank.labels)
-        scores = {key: value.astype(np.float32) for key, value in all_scores(reference, bank).items()}
-        parts.append(pd.DataFrame({"set": name, "index": np.arange(len(bank)), "label": labels, **scores}))
+        scores = {
+            key: value.astype(np.float32) for key, value in all_scores(reference, bank).items()
+        }
+        parts.append(
+            pd.DataFrame({"set": name, "index": np.arange(len(bank)), "label": labels, **scores})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -83,8 +117,9 @@ def geometry(reference: Reference) -> dict[str, float]:
 
     - norm_mean, norm_spread: mean of ||phi|| and its standard deviation divided by the mean (subsample)
     - variance_deviation, variance_deviation++ (of unit features): how far the classes are from sharing one covariance,
-      ``(1/C) sum_c |tr(Sigma^+ Sigma_c) / r - 1|``, r the rank of Sigma; Sigma and the class means from all features,
-      ``Sigma_c`` about its mean from the subsample. 0 where all classes spread as widely
+      ``(1/C) sum_c |tr(Sigma^+ Sigma_c) / r - 1|``, r the rank of Sigma; Sigma and the class means
+      from all features, ``Sigma_c`` about its mean from the subsample. 0 where all classes spread
+      as widely
     - nc1: ``tr(Sigma_W Sigma_B^+) / C``, Sigma_B the mean of (mu_c - mu_G)(mu_c - mu_G)^T, mu_G the mean of the class
       means; 0 at collapse
     - nc2_norm: standard deviation of ||mu_c - mu_G|| divided by its mean; 0 at collapse
@@ -106,23 +141,39 @@ def geometry(reference: Reference) -> dict[str, float]:
     """
     norms = np.linalg.norm(reference.features.astype(np.float64), axis=1)
     found = {"norm_mean": float(norms.mean()), "norm_spread": float(norms.std() / norms.mean())}
-    for suffix, moments, features in (("", reference.moments, reference.features),
-                                      ("++", reference.unit_moments, unit(reference.features))):
+    for suffix, moments, features in (
+        ("", reference.moments, reference.features),
+        ("++", reference.unit_moments, unit(reference.features)),
+    ):
         found[f"variance_deviation{suffix}"] = _variance_deviation(
-            moments, reference.whitenings[suffix][0], np.asarray(features, dtype=np.float64), reference.labels)
+            moments,
+            reference.whitenings[suffix][0],
+            np.asarray(features, dtype=np.float64),
+            reference.labels,
+        )
     return found | _collapse(reference.moments)
 
 
 def norm_correlation(reference: Reference, bank: FeatureBank) -> dict[str, float]:
-    """Spearman correlation of ||phi|| and each score over the images of one set; nan where one of them is constant."""
+    """Spearman correlation of ||phi|| and each score over the images of one set; nan where one of
+    them is constant.
+    """
     norms = np.linalg.norm(np.asarray(bank.features, dtype=np.float64), axis=1)
     scores = all_scores(reference, bank)
-    return {name: float(spearmanr(norms, scores[name]).statistic) if np.ptp(scores[name]) and np.ptp(norms)
-            else float("nan") for name in SCORES}
+    return {
+        name: float(spearmanr(norms, scores[name]).statistic)
+        if np.ptp(scores[name]) and np.ptp(norms)
+        else float("nan")
+        for name in SCORES
+    }
 
 
-def _variance_deviation(moments: Moments, whitening: Array, features: Array, labels: NDArray[np.int64]) -> float:
-    squared = np.square((features - moments.class_means[labels]) @ whitening).mean(1)     # tr(Sigma^+ x x^T) / r
+def _variance_deviation(
+    moments: Moments, whitening: Array, features: Array, labels: NDArray[np.int64]
+) -> float:
+    squared = np.square((features - moments.class_means[labels]) @ whitening).mean(
+        1
+    )  # tr(Sigma^+ x x^T) / r
     ratio = np.bincount(labels, weights=squared) / np.bincount(labels)
     return float(np.abs(ratio - 1).mean())
 
@@ -131,10 +182,15 @@ def _collapse(moments: Moments) -> dict[str, float]:
     spread = moments.class_means - moments.class_means.mean(0)
     classes = len(spread)
     _, sizes, directions = np.linalg.svd(spread, full_matrices=False)
-    directions, sizes = (part[sizes > 1e-8 * sizes[0]] for part in (directions, sizes))   # rank at most C - 1
+    directions, sizes = (
+        part[sizes > 1e-8 * sizes[0]] for part in (directions, sizes)
+    )  # rank at most C - 1
     within = np.einsum("rd,de,re->r", directions, moments.covariance, directions)
     norms = np.linalg.norm(spread, axis=1)
     cosines = (spread / norms[:, None]) @ (spread / norms[:, None]).T
     pairs = cosines[np.triu_indices(classes, 1)]
-    return {"nc1": float((within / np.square(sizes)).sum()),           # Sigma_B has eigenvalues sizes^2 / C
-            "nc2_norm": float(norms.std() / norms.mean()), "nc2_angle": float(np.abs(pairs + 1 / (classes - 1)).mean())}
+    return {
+        "nc1": float((within / np.square(sizes)).sum()),  # Sigma_B has eigenvalues sizes^2 / C
+        "nc2_norm": float(norms.std() / norms.mean()),
+        "nc2_angle": float(np.abs(pairs + 1 / (classes - 1)).mean()),
+    }

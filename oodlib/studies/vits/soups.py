@@ -14,15 +14,27 @@ State = Mapping[str, Tensor]
 
 def fill_with_mean(model: nn.Module, states: Sequence[State]) -> None:
     """Give ``model`` the mean of the weights, in place."""
-    model.load_state_dict({key: torch.stack([state[key] for state in states]).mean(0) if value.is_floating_point()
-                           else value for key, value in states[0].items()})
+    model.load_state_dict(
+        {
+            key: torch.stack([state[key] for state in states]).mean(0)
+            if value.is_floating_point()
+            else value
+            for key, value in states[0].items()
+        }
+    )
 
 
-def fill_greedily(model: nn.Module, states: Mapping[str, State], accuracy: Mapping[str, float],
-                  evaluate: Callable[[nn.Module], float]) -> list[str]:
-    """Give ``model`` the mean of the members that do not harm; returns their names, in the order they came in.
+def fill_greedily(
+    model: nn.Module,
+    states: Mapping[str, State],
+    accuracy: Mapping[str, float],
+    evaluate: Callable[[nn.Module], float],
+) -> list[str]:
+    """Give ``model`` the mean of the members that do not harm; returns their names, in the order
+    they came in.
 
-    In falling order of their own accuracy, a member stays if the mean with it is not worse than the one before.
+    In falling order of their own accuracy, a member stays if the mean with it is not worse than the
+    one before.
 
     Parameters
     ----------

@@ -1,4 +1,6 @@
-"""Statistics over a table of models: correlations with accuracy, ranks, win rates, soups. For effects see `effects`."""
+"""Statistics over a table of models: correlations with accuracy, ranks, win rates, soups. For
+effects see `effects`.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +15,88 @@ from oodlib.metrics import percentile_interval
 from oodlib.metrics.statistics import spearman_along
 from oodlib.studies.vits.effects import Array, Estimate, column, draw, estimate, groups, same
 
-__all__ = ["eta_squared", "recipe_percentile", "soup_against_members", "spearman", "spearman_difference",
-           "spread_within", "standing", "top_share", "wins"]
+__all__ = [
+    "eta_squared",
+    "recipe_percentile",
+    "soup_against_members",
+    "spearman",
+    "spearman_difference",
+    "spread_within",
+    "standing",
+    "top_share",
+    "wins",
+]
 
 
-def spearman(x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, *, n_boot: int = 2000,
-             seed: int = 0) -> Estimate:
-    """Spearman correlation over models; the interval resamples clusters of models. 0 where one side is constant."""
+def spearman(
+    x: ArrayLike,
+    y: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Spearman correlation over models; the interval resamples clusters of models. 0 where one side
+    is constant.
+    """
     a, b = column("spearman", x), column("spearman", y)
     same("spearman", a, b)
     return estimate(lambda i: float(spearman_along(a[i], b[i])), len(a), clusters, n_boot, seed)
 
 
-def spearman_difference(x: ArrayLike, y: ArrayLike, other: ArrayLike, clusters: ArrayLike | None = None, *,
-                        n_boot: int = 2000, seed: int = 0) -> Estimate:
+def spearman_difference(
+    x: ArrayLike,
+    y: ArrayLike,
+    other: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Estimate:
     """rho(x, other) - rho(x, y) over the same models, on the same resamples of clusters."""
     a, b, c = (column("spearman_difference", v) for v in (x, y, other))
     same("spearman_difference", a, b, c)
-    return estimate(lambda i: float(spearman_along(a[i], c[i]) - spearman_along(a[i], b[i])), len(a), clusters, n_boot,
-                     seed)
+    return estimate(
+        lambda i: float(spearman_along(a[i], c[i]) - spearman_along(a[i], b[i])),
+        len(a),
+        clusters,
+        n_boot,
+        seed,
+    )
 
 
 def wins(cells: DataFrame, columns: Sequence[str], *, larger_is_better: bool) -> DataFrame:
-    """Per model, 1 at the best of the columns and 0 elsewhere, 1/k each where k tie: their mean over a group is
-    the win rate there (with interval: `oodlib.studies.vits.effects.mean`)."""
+    """Per model, 1 at the best of the columns and 0 elsewhere, 1/k each where k tie: their mean
+    over a group is the win rate there (with interval: `oodlib.studies.vits.effects.mean`)."""
     values = cells[list(columns)].to_numpy(np.float64)
     best = values == (values.max(1) if larger_is_better else values.min(1))[:, None]
     return DataFrame(best / best.sum(1, keepdims=True), columns=list(columns), index=cells.index)
 
 
 def eta_squared(cells: DataFrame, factors: Sequence[str], value: str) -> Series:
-    """Share of the variance of ``value`` over the cells that lies between the levels of each factor, one at a time.
+    """Share of the variance of ``value`` over the cells that lies between the levels of each
+    factor, one at a time.
 
-    eta^2 = sum_l n_l (m_l - m)^2 / sum_i (v_i - m)^2; an empty level counts as one. No interval. On unbalanced grids
-    the shares overlap and need not sum to at most 1; with l levels chance alone gives about (l - 1) / (n - 1).
+    eta^2 = sum_l n_l (m_l - m)^2 / sum_i (v_i - m)^2; an empty level counts as one. No interval. On
+    unbalanced grids the shares overlap and need not sum to at most 1; with l levels chance alone
+    gives about (l - 1) / (n - 1).
     """
     total = float(np.square(cells[value] - cells[value].mean()).sum())
-    return Series({factor: float(np.square(cells.groupby(factor, dropna=False)[value].transform("mean")
-                                           - cells[value].mean()).sum()) / total if total else 0.0
-                   for factor in factors}, dtype=np.float64)
+    return Series(
+        {
+            factor: float(
+                np.square(
+                    cells.groupby(factor, dropna=False)[value].transform("mean")
+                    - cells[value].mean()
+                ).sum()
+            )
+            / total
+            if total
+            else 0.0
+            for factor in factors
+        },
+        dtype=np.float64,
+    )
 
 
 def standing(value: float, others: ArrayLike, *, larger_is_better: bool) -> float:
@@ -61,8 +106,14 @@ def standing(value: float, others: ArrayLike, *, larger_is_better: bool) -> floa
     return float(beaten.mean() + (x == value).mean() / 2)
 
 
-def soup_against_members(soup: Sequence[float], members: ArrayLike, *, larger_is_better: bool, n_boot: int = 2000,
-                         seed: int = 0) -> dict[str, Estimate]:
+def soup_against_members(
+    soup: Sequence[float],
+    members: ArrayLike,
+    *,
+    larger_is_better: bool,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
     """A soup beside its members, over k measures (scores x suites, as many as the claim counts).
 
     Parameters
@@ -81,8 +132,10 @@ def soup_against_members(soup: Sequence[float], members: ArrayLike, *, larger_is
     """
     s, m = np.asarray(soup, dtype=np.float64), np.asarray(members, dtype=np.float64)
     if m.ndim != 2 or len(m) < 2 or s.shape != m.shape[1:]:
-        raise OodlibError(f"soup_against_members: needs a soup (k,) and at least two members (m, k), got {s.shape} and "
-                          f"{m.shape}.")
+        raise OodlibError(
+            "soup_against_members: needs a soup (k,) and at least two members (m, k), got "
+            f"{s.shape} and {m.shape}."
+        )
     if not larger_is_better:
         s, m = -s, -m
 
@@ -90,19 +143,27 @@ def soup_against_members(soup: Sequence[float], members: ArrayLike, *, larger_is
         return s - np.median(m[i], axis=0)
 
     statistics: dict[str, Callable[[NDArray], float]] = {
-        "percentile": lambda i: ((m[i] < s).mean() + (m[i] == s).mean() / 2),
+        "percentile": lambda i: (m[i] < s).mean() + (m[i] == s).mean() / 2,
         "advantage": lambda i: advantage(i).mean(),
-        "share": lambda i: (np.sign(advantage(i)).mean() + 1) / 2}
+        "share": lambda i: (np.sign(advantage(i)).mean() + 1) / 2,
+    }
     return {name: estimate(f, len(m), None, n_boot, seed) for name, f in statistics.items()}
 
 
-def recipe_percentile(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike | None = None, *,
-                      larger_is_better: bool, n_boot: int = 2000, seed: int = 0) -> Estimate:
+def recipe_percentile(
+    values: ArrayLike,
+    chosen: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    larger_is_better: bool,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Estimate:
     """Mean share of the other cells that a cell of the recipe beats (`standing`).
 
-    The interval resamples clusters, the recipe's cells and the others apart, and holds Student's over the means of the
-    recipe's clusters too, which are few: ``clusters`` of the estimate counts them alone. Arguments as in
-    `group_difference`, but a cluster may have cells in both groups.
+    The interval resamples clusters, the recipe's cells and the others apart, and holds Student's
+    over the means of the recipe's clusters too, which are few: ``clusters`` of the estimate counts
+    them alone. Arguments as in `group_difference`, but a cluster may have cells in both groups.
 
     Raises
     ------
@@ -126,27 +187,54 @@ def recipe_percentile(values: ArrayLike, chosen: ArrayLike, clusters: ArrayLike 
     return found_share.widened(float(error), k - 1).within(0, 1)
 
 
-def top_share(accuracy: ArrayLike, value: ArrayLike, clusters: ArrayLike | None = None, *, limit: float = 0.5,
-              part: float = 0.25, n_boot: int = 2000, seed: int = 0) -> Estimate:
-    """Share of the most accurate models (the best ``part``, ties included) whose ``value`` is above ``limit``.
+def top_share(
+    accuracy: ArrayLike,
+    value: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    limit: float = 0.5,
+    part: float = 0.25,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Share of the most accurate models (the best ``part``, ties included) whose ``value`` is above
+    ``limit``.
 
     The interval resamples clusters of all models; the best part is that of the resample.
     """
     a, v = column("top_share", accuracy), column("top_share", value)
     same("top_share", a, v)
-    return estimate(lambda i: float((v[i][a[i] >= np.quantile(a[i], 1 - part, method="higher")] > limit).mean()),
-                     len(a), clusters, n_boot, seed)
+    return estimate(
+        lambda i: float(
+            (v[i][a[i] >= np.quantile(a[i], 1 - part, method="higher")] > limit).mean()
+        ),
+        len(a),
+        clusters,
+        n_boot,
+        seed,
+    )
 
 
-def spread_within(values: ArrayLike, groups: ArrayLike, clusters: ArrayLike | None = None, *,
-                  minus: ArrayLike | None = None, n_boot: int = 2000, seed: int = 0) -> Estimate:
-    """Standard deviation of ``values`` among models of one group, pooled over the groups (n,), for example the ID
-    accuracy in whole per cent, or the pretraining set; less that of other values where ``minus`` is given.
+def spread_within(
+    values: ArrayLike,
+    groups: ArrayLike,
+    clusters: ArrayLike | None = None,
+    *,
+    minus: ArrayLike | None = None,
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Standard deviation of ``values`` among models of one group, pooled over the groups (n,), for
+    example the ID accuracy in whole per cent, or the pretraining set; less that of other values
+    where ``minus`` is given.
 
-    sqrt(sum_g sum_i (v_i - m_g)^2 / sum_g (n_g - 1)); 0 where every model is alone. The interval resamples clusters;
-    models drawn twice make a resample narrower, so it lies a little low.
+    sqrt(sum_g sum_i (v_i - m_g)^2 / sum_g (n_g - 1)); 0 where every model is alone. The interval
+    resamples clusters; models drawn twice make a resample narrower, so it lies a little low.
     """
-    v, codes = column("spread_within", values), np.unique(np.asarray(groups), return_inverse=True)[1]
+    v, codes = (
+        column("spread_within", values),
+        np.unique(np.asarray(groups), return_inverse=True)[1],
+    )
     other = np.zeros(len(v)) if minus is None else column("spread_within", minus)
     same("spread_within", v, codes, other)
 
@@ -155,4 +243,11 @@ def spread_within(values: ArrayLike, groups: ArrayLike, clusters: ArrayLike | No
         centre = np.bincount(code, weights=x) / np.maximum(count, 1)
         freedom = int((count[count > 1] - 1).sum())
         return float(np.sqrt(np.square(x - centre[code]).sum() / freedom)) if freedom else 0.0
-    return estimate(lambda i: spread(v[i], codes[i]) - spread(other[i], codes[i]), len(v), clusters, n_boot, seed)
+
+    return estimate(
+        lambda i: spread(v[i], codes[i]) - spread(other[i], codes[i]),
+        len(v),
+        clusters,
+        n_boot,
+        seed,
+    )

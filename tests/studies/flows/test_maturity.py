@@ -20,12 +20,20 @@ def history(*rows):
     return [{"step": step, "epoch": step / 10, "validation_bpd": bpd} for step, bpd in rows]
 
 
-# --- the rule ----------------------------------------------------------------------------------------------------
+# --- the rule
+# ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("last", "gain", "mature"), [
-    ((200, 2.995), "gaining 0.005", True), ((200, 2.985), "gaining 0.015", False),
-    ((400, 2.986), "gaining 0.007", True), ((200, 3.5), "rising by 0.500 (past its best)", True)],
-    ids=["slow", "fast", "slow per doubling", "rising"])
+
+@pytest.mark.parametrize(
+    ("last", "gain", "mature"),
+    [
+        ((200, 2.995), "gaining 0.005", True),
+        ((200, 2.985), "gaining 0.015", False),
+        ((400, 2.986), "gaining 0.007", True),
+        ((200, 3.5), "rising by 0.500 (past its best)", True),
+    ],
+    ids=["slow", "fast", "slow per doubling", "rising"],
+)
 def test_mature_is_gaining_under_a_hundredth_per_doubling(last, gain, mature):
     found, why = is_mature(history((0, 8.0), (100, 3.0), last))
     assert found is mature and f"{gain} per doubling" in why and f"{last[1]:.2f} bits/dim" in why
@@ -45,22 +53,42 @@ def test_one_trained_step_says_nothing_about_gain():
     assert is_mature(history((0, 3.0), (100, 3.0))) == (False, "3.00 bits/dim, only one kept step")
 
 
-@pytest.mark.parametrize(("epochs", "step"), [(0.01, 3), (0.3, 3), (0.31, 12), (1, 12), (1.2, 12), (5, 90), (10, 90)])
+@pytest.mark.parametrize(
+    ("epochs", "step"), [(0.01, 3), (0.3, 3), (0.31, 12), (1, 12), (1.2, 12), (5, 90), (10, 90)]
+)
 def test_kept_step_is_the_first_of_so_many_epochs(epochs, step):
     assert kept_step(history((0, 8), (3, 7), (12, 6), (90, 5)), epochs) == step
 
 
-@pytest.mark.parametrize(("epochs", "step"), [(0.01, 3), (0.59, 3), (0.61, 12), (3.2, 12), (3.4, 90), (100, 90)])
+@pytest.mark.parametrize(
+    ("epochs", "step"), [(0.01, 3), (0.59, 3), (0.61, 12), (3.2, 12), (3.4, 90), (100, 90)]
+)
 def test_the_nearest_kept_step_is_nearest_by_ratio(epochs, step):
     assert kept_step(history((0, 8), (3, 7), (12, 6), (90, 5)), epochs, nearest=True) == step
 
 
-# --- AUROC along training ----------------------------------------------------------------------------------------
+# --- AUROC along training
+# ----------------------------------------------------------------------------------------
 
-def scores(steps=(0, 5), sets=(("id", 30), ("near", 20), ("far", 25)), group_sizes=(1, 5)) -> pd.DataFrame:
-    parts = [pd.DataFrame({"step": step, "group_size": size, "set": name, "index": range(n // size),
-                           "nll": RNG.normal(i, 1, n // size), "density": RNG.normal(i, 1, n // size)})
-             for step in steps for size in group_sizes for i, (name, n) in enumerate(sets)]
+
+def scores(
+    steps=(0, 5), sets=(("id", 30), ("near", 20), ("far", 25)), group_sizes=(1, 5)
+) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {
+                "step": step,
+                "group_size": size,
+                "set": name,
+                "index": range(n // size),
+                "nll": RNG.normal(i, 1, n // size),
+                "density": RNG.normal(i, 1, n // size),
+            }
+        )
+        for step in steps
+        for size in group_sizes
+        for i, (name, n) in enumerate(sets)
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -76,29 +104,46 @@ def values(table, step, name, column, size=1):
 def test_auroc_along_is_the_auroc_of_each_set(size):
     found = auroc_along(TABLE, ["nll", "density"], group_size=size, n_boot=7)
     assert found.sets == ["near", "far"] and found.n == 20 // size
-    assert set(found.values) == set(found.draws) == {(s, name) for s in (0, 5) for name in ("nll", "density")}
+    assert (
+        set(found.values)
+        == set(found.draws)
+        == {(s, name) for s in (0, 5) for name in ("nll", "density")}
+    )
     for (step, column), row in found.values.items():
         known = values(TABLE, step, "id", column, size)
-        assert row.tolist() == [auroc(known, values(TABLE, step, name, column, size)) for name in found.sets]
+        assert row.tolist() == [
+            auroc(known, values(TABLE, step, name, column, size)) for name in found.sets
+        ]
         assert found.draws[step, column].shape == (7, 2)
 
 
 def test_the_same_images_are_drawn_at_every_step_and_for_every_score():
     table = TABLE.assign(density=TABLE.nll)
-    table.loc[table.step == 5, ["nll", "density"]] = table.loc[table.step == 0, ["nll", "density"]].to_numpy()
+    table.loc[table.step == 5, ["nll", "density"]] = table.loc[
+        table.step == 0, ["nll", "density"]
+    ].to_numpy()
     draws = auroc_along(table, ["nll", "density"], n_boot=20).draws
-    assert all(np.array_equal(draws[key], draws[0, "nll"]) for key in draws) and np.ptp(draws[0, "nll"]) > 0
+    assert (
+        all(np.array_equal(draws[key], draws[0, "nll"]) for key in draws)
+        and np.ptp(draws[0, "nll"]) > 0
+    )
 
 
 def test_the_order_of_rows_does_not_matter():
     order = RNG.permutation(len(TABLE))
-    by_set = TABLE.iloc[order].sort_values("set", ascending=False, key=lambda s: s == "near", kind="stable")
+    by_set = TABLE.iloc[order].sort_values(
+        "set", ascending=False, key=lambda s: s == "near", kind="stable"
+    )
     one, other = (auroc_along(table, ["nll"], n_boot=20) for table in (TABLE, by_set))
-    assert one.sets == other.sets and all(np.array_equal(one.draws[key], other.draws[key]) for key in one.draws)
+    assert one.sets == other.sets and all(
+        np.array_equal(one.draws[key], other.draws[key]) for key in one.draws
+    )
 
 
 def test_draws_follow_the_seed():
-    one, same, other = (auroc_along(TABLE, ["nll"], n_boot=20, seed=seed).draws[0, "nll"] for seed in (0, 0, 1))
+    one, same, other = (
+        auroc_along(TABLE, ["nll"], n_boot=20, seed=seed).draws[0, "nll"] for seed in (0, 0, 1)
+    )
     assert np.array_equal(one, same) and not np.array_equal(one, other)
 
 
@@ -109,8 +154,11 @@ def test_sets_can_be_left_out():
 
 def test_a_score_that_was_not_computed_at_a_step_is_left_out():
     table = TABLE.assign(density=TABLE.density.where(TABLE.step == 5))
-    assert set(auroc_along(table, ["nll", "density", "else"], n_boot=3).values) == {(0, "nll"), (5, "nll"),
-                                                                                    (5, "density")}
+    assert set(auroc_along(table, ["nll", "density", "else"], n_boot=3).values) == {
+        (0, "nll"),
+        (5, "nll"),
+        (5, "density"),
+    }
 
 
 def test_infinite_scores_rank_last_and_are_counted():
@@ -127,7 +175,8 @@ def test_a_group_size_that_is_not_there_is_refused():
         auroc_along(TABLE, ["nll"], group_size=3)
 
 
-# --- overlap -----------------------------------------------------------------------------------------------------
+# --- overlap
+# -----------------------------------------------------------------------------------------------------
 
 A, B = RNG.normal(3.4, 0.3, 150), RNG.gamma(4, 0.2, 90) + 2.6
 
@@ -139,14 +188,18 @@ def test_overlap_is_the_integral_under_both_kernel_densities(bandwidth, shift):
     b = B + shift
     grid = np.linspace(-3, 9, 20_001)
     p, q = (gaussian_kde(v, bandwidth / v.std(ddof=1))(grid) for v in (A, b))
-    assert overlap(A, b, bandwidth=bandwidth) == pytest.approx(trapezoid(np.minimum(p, q), grid), abs=0.01)
-    assert overlap(A, b, bandwidth=bandwidth) == pytest.approx(overlap(b, A, bandwidth=bandwidth), abs=0.01)
+    assert overlap(A, b, bandwidth=bandwidth) == pytest.approx(
+        trapezoid(np.minimum(p, q), grid), abs=0.01
+    )
+    assert overlap(A, b, bandwidth=bandwidth) == pytest.approx(
+        overlap(b, A, bandwidth=bandwidth), abs=0.01
+    )
 
 
 def test_identical_samples_overlap_wholly_and_far_ones_not_at_all():
     assert overlap(A, A[::-1]) == pytest.approx(1, abs=1e-4)
     assert overlap(A, A + 100) == overlap([0.0], [50.0]) == 0
-    assert overlap([2.0], [2.0]) == pytest.approx(1, abs=1e-4)                  # no spread
+    assert overlap([2.0], [2.0]) == pytest.approx(1, abs=1e-4)  # no spread
 
 
 def test_overlap_does_not_depend_on_where_zero_is():

@@ -1,4 +1,6 @@
-"""The suite's flows: their image sets, training and scoring that go on after a kill, shipped folders, names."""
+"""The suite's flows: their image sets, training and scoring that go on after a kill, shipped
+folders, names.
+"""
 
 import json
 import os
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from oodlib import OodlibError
 from oodlib.__main__ import main
 from oodlib.data import EMBEDDED, ImageSet, assert_disjoint
-from oodlib.data.public.prepare import NotAtHand
+from oodlib.data.public.prepare import DatasetNotFound
 from oodlib.files import sha256
 from oodlib.models.shipped import SPECS
 from oodlib.models.training.flow import FlowRecipe
@@ -27,11 +29,24 @@ from oodlib.studies.flows.specs import FLOWS, flow_sets, flow_spec
 from oodlib.suite import doctor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Glow.initialise. .* images are few")
-SHIPPED = sorted(path.parent for path in
-                 (Path(__file__).resolve().parents[3] / "data" / "checkpoints").glob("*_glow_s*/run.json"))
-TINY = replace(FLOWS["latin_glow"], steps=1, hidden=4, n_train=60, n_validation=20, n=20, ood=("digits",),
-               recipe=FlowRecipe((0, 2, 4), batch_size=20, warmup=1, n_initialise=40), shipped=(2, 4))
-STEPS = (0, 2, 4)                                                        # 2 steps are an epoch
+SHIPPED = sorted(
+    path.parent
+    for path in (Path(__file__).resolve().parents[3] / "data" / "checkpoints").glob(
+        "*_glow_s*/run.json"
+    )
+)
+TINY = replace(
+    FLOWS["latin_glow"],
+    steps=1,
+    hidden=4,
+    n_train=60,
+    n_validation=20,
+    n=20,
+    ood=("digits",),
+    recipe=FlowRecipe((0, 2, 4), batch_size=20, warmup=1, n_initialise=40),
+    shipped=(2, 4),
+)
+STEPS = (0, 2, 4)  # 2 steps are an epoch
 
 
 def make(folder: Path, spec=TINY) -> None:
@@ -39,7 +54,10 @@ def make(folder: Path, spec=TINY) -> None:
 
 
 def tables(folder: Path) -> pd.DataFrame:
-    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("scores_*.parquet"))], ignore_index=True)
+    return pd.concat(
+        [pd.read_parquet(path) for path in sorted(folder.glob("scores_*.parquet"))],
+        ignore_index=True,
+    )
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -71,13 +89,15 @@ def trained(whole, tmp_path, monkeypatch):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Real sets made of noise instead: 40 images of the set's usual size, and which splits were asked for."""
+    """Real sets made of noise instead: 40 images of the set's usual size, and which splits were
+    asked for.
+    """
     asked = []
 
     def load(name, split):
         asked.append(f"{name}/{split}")
         if name == "svhn":
-            raise NotAtHand("svhn/test is not at hand: nowhere.")
+            raise DatasetNotFound("svhn/test is not available: nowhere.")
         shape = (1, 28, 28) if name in ("omniglot", "kmnist") else (3, 32, 32)
         pixels = np.random.default_rng(len(name)).integers(0, 256, (40, *shape), dtype=np.uint8)
         return ImageSet(name, split, pixels, np.arange(40))
@@ -86,14 +106,18 @@ def library(monkeypatch):
     return asked
 
 
-# --- image sets --------------------------------------------------------------------------------------------------
+# --- image sets
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["latin_glow", "textures_glow"])
 def test_fit_id_and_training_images_are_disjoint(name):
     spec = replace(FLOWS[name], ood=(), n_train=300, n_validation=100)
     sets = flow_sets(spec, n_fit=60, n_test=50, n_ood=1)
-    training = [ImageSet("training", part, x.numpy(), np.zeros(len(x))) for part, x in
-                zip(("images", "validation"), spec.training_images(), strict=True)]
+    training = [
+        ImageSet("training", part, x.numpy(), np.zeros(len(x)))
+        for part, x in zip(("images", "validation"), spec.training_images(), strict=True)
+    ]
     assert [len(x) for x in (*training, *sets.values())] == [200, 100, 60, 50]
     assert_disjoint(*training, *sets.values())
 
@@ -102,8 +126,12 @@ def test_sets_have_the_sizes_and_the_shape_of_the_flow(library):
     spec = replace(FLOWS["fashion_glow"], ood=("cifar10", "kmnist"))
     sets = flow_sets(spec, n_fit=5, n_test=6, n_ood=7)
     assert {name: images.images.shape for name, images in sets.items()} == {
-        "fit": (5, 1, 28, 28), "id": (6, 1, 28, 28), "cifar10": (7, 1, 28, 28), "kmnist": (7, 1, 28, 28)}
-    assert sets["fit"].split == "fit" != sets["id"].split                # each set has noise of its own
+        "fit": (5, 1, 28, 28),
+        "id": (6, 1, 28, 28),
+        "cifar10": (7, 1, 28, 28),
+        "kmnist": (7, 1, 28, 28),
+    }
+    assert sets["fit"].split == "fit" != sets["id"].split  # each set has noise of its own
 
 
 def test_too_few_id_images_are_refused(library):
@@ -112,9 +140,11 @@ def test_too_few_id_images_are_refused(library):
 
 
 def test_a_set_that_is_not_at_hand_is_left_out_and_named(library, capsys):
-    sets = flow_sets(replace(FLOWS["cifar10_glow"], ood=("svhn", "cifar100")), n_fit=5, n_test=5, n_ood=5)
+    sets = flow_sets(
+        replace(FLOWS["cifar10_glow"], ood=("svhn", "cifar100")), n_fit=5, n_test=5, n_ood=5
+    )
     assert list(sets) == ["fit", "id", "cifar100"]
-    assert capsys.readouterr().out == "left out: svhn/test is not at hand: nowhere.\n"
+    assert capsys.readouterr().out == "left out: svhn/test is not available: nowhere.\n"
 
 
 def test_an_unknown_set_is_an_error():
@@ -125,20 +155,30 @@ def test_an_unknown_set_is_an_error():
 def test_omniglot_is_inverted_and_other_sets_are_not(library):
     from oodlib.data import load
 
-    sets = flow_sets(replace(FLOWS["mnist_glow"], ood=("omniglot", "kmnist")), n_fit=5, n_test=5, n_ood=9)
+    sets = flow_sets(
+        replace(FLOWS["mnist_glow"], ood=("omniglot", "kmnist")), n_fit=5, n_test=5, n_ood=9
+    )
     for name, split in (("omniglot", "background"), ("kmnist", "test")):
         assert f"{name}/{split}" in library
         original = load(name, split).sample(9, seed=0).images
-        np.testing.assert_array_equal(sets[name].images, 255 - original if name == "omniglot" else original)
+        np.testing.assert_array_equal(
+            sets[name].images, 255 - original if name == "omniglot" else original
+        )
 
 
 def test_a_pooled_flow_trains_on_nothing_that_it_is_validated_or_tested_on(library):
-    spec = replace(FLOWS["notmnist_glow16"], ood=("omniglot", "cifar10"), n=5, n_validation=4, n_train=20)
+    spec = replace(
+        FLOWS["notmnist_glow16"], ood=("omniglot", "cifar10"), n=5, n_validation=4, n_train=20
+    )
     sets = flow_sets(spec, n_fit=5, n_test=5, n_ood=3)
-    training, validation = (ImageSet("x", "", x.numpy(), np.zeros(len(x))) for x in spec.training_images())
+    training, validation = (
+        ImageSet("x", "", x.numpy(), np.zeros(len(x))) for x in spec.training_images()
+    )
     assert {x.images.shape[1:] for x in (training, validation, *sets.values())} == {(1, 16, 16)}
     assert [len(x) for x in (training, validation, *sets.values())] == [20, 4, 5, 5, 3, 3]
-    assert {"notmnist/test", "omniglot/evaluation", "cifar10/test"} == set(library)   # one split for all its parts
+    assert {"notmnist/test", "omniglot/evaluation", "cifar10/test"} == set(
+        library
+    )  # one split for all its parts
     assert_disjoint(training, validation, sets["fit"], sets["id"])
     with pytest.raises(OodlibError, match=r"behind the first 10 of notmnist; n_fit \+ n_test = 11"):
         flow_sets(spec, n_fit=6, n_test=5, n_ood=3)
@@ -152,13 +192,19 @@ def test_jpeg_copies_are_those_of_pillow(shape):
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, *shape), dtype=np.uint8)
     copies = specs._jpeg(ImageSet("cifar10", "test", pixels, np.arange(3)))
-    assert copies.name == "cifar10-jpeg" and copies.images.shape == pixels.shape and copies.labels.tolist() == [0, 1, 2]
+    assert (
+        copies.name == "cifar10-jpeg"
+        and copies.images.shape == pixels.shape
+        and copies.labels.tolist() == [0, 1, 2]
+    )
     for original, copy in zip(pixels, copies.images, strict=True):
         file = BytesIO()
         picture = original[0] if len(original) == 1 else np.moveaxis(original, 0, 2)
         Image.fromarray(picture).save(file, "JPEG", quality=75)
         decoded = np.asarray(Image.open(file))
-        np.testing.assert_array_equal(copy[0] if len(copy) == 1 else np.moveaxis(copy, 0, 2), decoded)
+        np.testing.assert_array_equal(
+            copy[0] if len(copy) == 1 else np.moveaxis(copy, 0, 2), decoded
+        )
         assert (copy != original).mean() > 0.5
 
 
@@ -166,45 +212,69 @@ def test_jpeg_copies_come_from_id_images_that_are_not_tested_otherwise(library):
     spec = replace(FLOWS["cifar10_glow"], ood=("cifar10-jpeg",))
     sets = flow_sets(spec, n_fit=10, n_test=12, n_ood=8)
     everything = flow_sets(spec, n_fit=22, n_test=8, n_ood=1)
-    assert sets["cifar10-jpeg"].labels.tolist() == everything["id"].labels.tolist()       # labels number the images
+    assert (
+        sets["cifar10-jpeg"].labels.tolist() == everything["id"].labels.tolist()
+    )  # labels number the images
     assert len(np.unique(np.concatenate([images.labels for images in sets.values()]))) == 30
 
 
 def test_no_id_image_left_for_jpeg_copies_is_an_error(library):
     with pytest.raises(OodlibError, match="cifar10/test: the set is empty"):
-        flow_sets(replace(FLOWS["cifar10_glow"], ood=("cifar10-jpeg",)), n_fit=20, n_test=20, n_ood=8)
+        flow_sets(
+            replace(FLOWS["cifar10_glow"], ood=("cifar10-jpeg",)), n_fit=20, n_test=20, n_ood=8
+        )
 
 
-# --- training and scoring ----------------------------------------------------------------------------------------
+# --- training and scoring
+# ----------------------------------------------------------------------------------------
+
 
 def test_a_run_keeps_weights_and_scores_at_every_step(whole):
     assert {path.name for path in whole.iterdir()} == {"resume.pt", "run.json"} | {
-        f"{kind}_{step:07d}.{suffix}" for step in STEPS
-        for kind, suffix in (("step", "safetensors"), ("step", "json"), ("scores", "parquet"))}
+        f"{kind}_{step:07d}.{suffix}"
+        for step in STEPS
+        for kind, suffix in (("step", "safetensors"), ("step", "json"), ("scores", "parquet"))
+    }
 
 
 def test_the_table_has_every_set_at_every_step_and_variants_at_two(whole):
     table = tables(whole)
     assert table.groupby(["step", "set", "group_size"]).size().to_dict() == {
-        (step, name, size): 20 // size for step in STEPS for name in ("id", "digits") for size in (1, 5)}
+        (step, name, size): 20 // size
+        for step in STEPS
+        for name in ("id", "digits")
+        for size in (1, 5)
+    }
     assert not table[list(SCORES)].isna().to_numpy().any()
-    for name in VARIANTS:                                                # after one epoch, and at the last step
+    for name in VARIANTS:  # after one epoch, and at the last step
         assert table[~table[name].isna()].step.unique().tolist() == [2, 4]
 
 
 def test_the_record_says_what_was_done(whole):
     record = json.loads((whole / "run.json").read_text())
     sets = flow_sets(TINY, n_fit=20, n_test=20, n_ood=20)
-    assert record["sets"] == {name: {"n": 20, "fingerprint": s.fingerprint} for name, s in sets.items()}
-    assert record["flow"] == "latin_glow" and record["n_train"] == 40 and record["network"]["hidden"] == 4
+    assert record["sets"] == {
+        name: {"n": 20, "fingerprint": s.fingerprint} for name, s in sets.items()
+    }
+    assert (
+        record["flow"] == "latin_glow"
+        and record["n_train"] == 40
+        and record["network"]["hidden"] == 4
+    )
     assert [row["step"] for row in record["history"]] == list(STEPS)
     assert record["weights"] == sha256(whole / "step_0000004.safetensors")
 
 
 def test_only_what_is_missing_is_made_again(finished, monkeypatch):
     before, scored = results(finished), []
-    monkeypatch.setattr(runs, "score_flow", lambda *given, real=runs.score_flow, **options: (
-        scored.append(options["variants"]), real(*given, **options))[1])
+    monkeypatch.setattr(
+        runs,
+        "score_flow",
+        lambda *given, real=runs.score_flow, **options: (
+            scored.append(options["variants"]),
+            real(*given, **options),
+        )[1],
+    )
     (finished / "scores_0000002.parquet").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in finished.glob("*_*.*")}
     make(finished)
@@ -214,7 +284,9 @@ def test_only_what_is_missing_is_made_again(finished, monkeypatch):
 
 def test_scores_of_other_sets_are_made_again(finished):
     make(finished, replace(TINY, ood=("greek",)))
-    assert set(tables(finished)["set"]) == {"id", "greek"} and len(tables(finished)) == 3 * 2 * (20 + 4)
+    assert set(tables(finished)["set"]) == {"id", "greek"} and len(tables(finished)) == 3 * 2 * (
+        20 + 4
+    )
 
 
 def kill_while_writing(folder: str) -> None:
@@ -234,9 +306,11 @@ def kill_while_writing(folder: str) -> None:
 def test_a_run_killed_while_scoring_completes_with_the_same_table(whole, tmp_path, killed_process):
     killed_process("test_runs", f"kill_while_writing({str(tmp_path)!r})")
     assert [path.name for path in tmp_path.glob("scores_*")] == ["scores_0000000.parquet"]
-    assert len(list(tmp_path.glob(".scores_*"))) == 1                    # the half that nobody reads
+    assert len(list(tmp_path.glob(".scores_*"))) == 1  # the half that nobody reads
     make(tmp_path, replace(TINY, ood=()))
-    known = tables(whole).query("set == 'id'").reset_index(drop=True)    # not changed by the OOD sets beside them
+    known = (
+        tables(whole).query("set == 'id'").reset_index(drop=True)
+    )  # not changed by the OOD sets beside them
     pd.testing.assert_frame_equal(tables(tmp_path), known)
 
 
@@ -263,7 +337,9 @@ def test_a_damaged_record_of_weights_is_named(finished):
 def test_damaged_scores_are_named_and_made_again_once_deleted(finished, whole):
     path = finished / "scores_0000002.parquet"
     half(path)
-    with pytest.raises(OodlibError, match=r"scores_0000002\.parquet is missing or damaged.*delete it"):
+    with pytest.raises(
+        OodlibError, match=r"scores_0000002\.parquet is missing or damaged.*delete it"
+    ):
         make(finished)
     path.unlink()
     make(finished)
@@ -278,25 +354,39 @@ def test_scores_without_the_variants_of_their_moment_are_made_again(finished, wh
 
 
 def test_a_full_size_flow_has_the_variants_after_ten_epochs_too(tmp_path, monkeypatch):
-    spec = replace(TINY, name="paper_cifar10_glow", n=10, recipe=replace(TINY.recipe, snapshots=(0, 2, 20, 22)))
+    spec = replace(
+        TINY, name="paper_cifar10_glow", n=10, recipe=replace(TINY.recipe, snapshots=(0, 2, 20, 22))
+    )
     asked: dict[int, bool] = {}
-    monkeypatch.setattr(runs, "score_flow", lambda *given, variants, progress: (
-        asked.update({len(asked): variants}), pd.DataFrame({"group_size": [1], "set": ["id"]}))[1])
+    monkeypatch.setattr(
+        runs,
+        "score_flow",
+        lambda *given, variants, progress: (
+            asked.update({len(asked): variants}),
+            pd.DataFrame({"group_size": [1], "set": ["id"]}),
+        )[1],
+    )
     make(tmp_path, spec)
     assert list(asked.values()) == [False, True, True, True]
 
 
-# --- runs by name ------------------------------------------------------------------------------------------------
+# --- runs by name
+# ------------------------------------------------------------------------------------------------
+
 
 def test_an_unknown_flow_names_the_known_ones():
     for call in (flow_spec, lambda name: flow_run(f"{name}:0"), train_and_ship):
-        with pytest.raises(OodlibError, match=r"no flow 'latin_flow'.*latin_glow, .*paper_imagenet32_glow"):
+        with pytest.raises(
+            OodlibError, match=r"no flow 'latin_flow'.*latin_glow, .*paper_imagenet32_glow"
+        ):
             call("latin_flow")
 
 
 @pytest.mark.parametrize("name", ["latin_glow", "latin_glow:", "latin_glow:x", "latin_glow:-1"])
 def test_a_run_needs_a_seed(name):
-    with pytest.raises(OodlibError, match="needs a seed or live behind the colon: latin_glow:0 or latin_glow:live"):
+    with pytest.raises(
+        OodlibError, match="needs a seed or live behind the colon: latin_glow:0 or latin_glow:live"
+    ):
         flow_run(name)
 
 
@@ -308,10 +398,14 @@ def test_a_seed_that_is_not_there_says_the_command(trained):
 def test_a_run_that_was_trained_here_is_found(trained, whole):
     run = flow_run("latin_glow:0")
     assert isinstance(run, FlowRun) and (run.name, run.seed, run.spec) == ("latin_glow:0", 0, TINY)
-    assert run.weights == list(STEPS) == run.history.step.tolist() and run.history.epoch.tolist() == [0, 1, 2]
+    assert run.weights == list(
+        STEPS
+    ) == run.history.step.tolist() and run.history.epoch.tolist() == [0, 1, 2]
     pd.testing.assert_frame_equal(run.scores, tables(whole))
     model, kept = run.model(4), load_file(whole / "step_0000004.safetensors")
-    assert not model.training and all(torch.equal(v, kept[name]) for name, v in model.state_dict().items())
+    assert not model.training and all(
+        torch.equal(v, kept[name]) for name, v in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", ["run.json", "scores_0000002.parquet"])
@@ -319,7 +413,9 @@ def test_a_run_that_was_trained_here_is_found(trained, whole):
 def test_a_damaged_or_missing_file_of_a_run_is_named(trained, name, damage):
     flow_run("latin_glow:0")
     damage(trained / "data" / "training" / "latin_glow_s0" / name)
-    with pytest.raises(OodlibError, match=f"{name} is missing or damaged|neither shipped nor trained here"):
+    with pytest.raises(
+        OodlibError, match=f"{name} is missing or damaged|neither shipped nor trained here"
+    ):
         flow_run("latin_glow:0")
 
 
@@ -330,7 +426,9 @@ def test_scores_of_steps_outside_the_history_do_not_count(trained, whole):
 
 
 def test_weights_of_a_step_that_was_not_kept_name_those_that_were(trained):
-    with pytest.raises(OodlibError, match=r"present: step_0000000, step_0000002, step_0000004.*train latin_glow"):
+    with pytest.raises(
+        OodlibError, match=r"present: step_0000000, step_0000002, step_0000004.*train latin_glow"
+    ):
         flow_run("latin_glow:0").model(3)
 
 
@@ -344,11 +442,21 @@ def two_threads():
 
 def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_threads):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
-    monkeypatch.setitem(FLOWS, "latin_glow", replace(TINY, ood=(), recipe=replace(TINY.recipe, snapshots=(0, 1))))
+    monkeypatch.setitem(
+        FLOWS, "latin_glow", replace(TINY, ood=(), recipe=replace(TINY.recipe, snapshots=(0, 1)))
+    )
     used: list[int] = []
-    monkeypatch.setattr(runs, "run_flow", lambda *given, real=runs.run_flow, **options: (
-        used.append(torch.get_num_threads()), real(*given, **options, progress=False)))
-    first, again = (flow_run("latin_glow:live", n_fit=10, n_test=10, device="cpu") for _ in range(2))
+    monkeypatch.setattr(
+        runs,
+        "run_flow",
+        lambda *given, real=runs.run_flow, **options: (
+            used.append(torch.get_num_threads()),
+            real(*given, **options, progress=False),
+        ),
+    )
+    first, again = (
+        flow_run("latin_glow:live", n_fit=10, n_test=10, device="cpu") for _ in range(2)
+    )
     assert used == [1] and torch.get_num_threads() == 2
     assert first.folder == again.folder and first.scores.equals(again.scores)
     assert flow_run("latin_glow:live", n_fit=11, n_test=10, device="cpu").folder != first.folder
@@ -357,16 +465,24 @@ def test_a_live_flow_is_trained_once_by_one_thread(tmp_path, monkeypatch, two_th
 @pytest.mark.parametrize("id_set", ["cifar10", "svhn", "celeba", "gtsrb", "imagenet32"])
 def test_epochs_of_full_size_flows_are_those_of_their_images(id_set):
     spec = FLOWS[f"paper_{id_set}_glow"]
-    epoch = (spec.n_train - spec.n_validation) // spec.recipe.batch_size           # as `train_flow` counts them
-    assert {epoch, 10 * epoch, 250 * epoch} <= set(spec.recipe.snapshots) and spec.recipe.snapshots[-1] == 250 * epoch
+    epoch = (
+        spec.n_train - spec.n_validation
+    ) // spec.recipe.batch_size  # as `train_flow` counts them
+    assert {epoch, 10 * epoch, 250 * epoch} <= set(spec.recipe.snapshots) and spec.recipe.snapshots[
+        -1
+    ] == 250 * epoch
 
 
 def test_networks_follow_the_seed():
-    one, same, other = (TINY.network(seed).state_dict()["levels.0.steps.0.mix.lower"] for seed in (3, 3, 4))
+    one, same, other = (
+        TINY.network(seed).state_dict()["levels.0.steps.0.mix.lower"] for seed in (3, 3, 4)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-# --- shipping ----------------------------------------------------------------------------------------------------
+# --- shipping
+# ----------------------------------------------------------------------------------------------------
+
 
 def test_shipped_weights_are_half_precision_and_give_the_same_likelihoods(trained, whole):
     target = train_and_ship("latin_glow", device="cpu")
@@ -382,18 +498,26 @@ def test_shipped_weights_are_half_precision_and_give_the_same_likelihoods(traine
 
 def test_of_a_full_size_flow_nothing_is_shipped(trained, monkeypatch):
     monkeypatch.setitem(FLOWS, "paper_cifar10_glow", replace(TINY, name="paper_cifar10_glow"))
-    (trained / "data" / "training" / "latin_glow_s0").rename(trained / "data" / "training" / "paper_cifar10_glow_s0")
+    (trained / "data" / "training" / "latin_glow_s0").rename(
+        trained / "data" / "training" / "paper_cifar10_glow_s0"
+    )
     assert train_and_ship("paper_cifar10_glow", device="cpu").parent.name == "training"
     assert not (trained / "data" / "checkpoints").exists()
 
 
 def nll_error(run: FlowRun, step: int) -> float:
-    """Largest difference between the stored bits per dim of "id" images and those of the weights at hand."""
+    """Largest difference between the stored bits per dim of "id" images and those of the weights at
+    hand.
+    """
     sizes = {name: entry["n"] for name, entry in run.record["sets"].items()}
-    images = flow_sets(replace(run.spec, ood=()), n_fit=sizes["fit"], n_test=sizes["id"], n_ood=1)["id"]
+    images = flow_sets(replace(run.spec, ood=()), n_fit=sizes["fit"], n_test=sizes["id"], n_ood=1)[
+        "id"
+    ]
     assert images.fingerprint == run.record["sets"]["id"]["fingerprint"]
     table = run.scores
-    rows = table[(table.step == step) & (table["set"] == "id") & (table.group_size == 1)].sort_values("index")
+    rows = table[
+        (table.step == step) & (table["set"] == "id") & (table.group_size == 1)
+    ].sort_values("index")
     found = group_bits(run.model(step), dequantised(images)) / np.prod(run.spec.image_shape)
     return float(np.abs(found - rows.nll.to_numpy()).max())
 
@@ -412,8 +536,11 @@ def test_a_shipped_folder_is_complete(folder):
     del sets["fit"]
     assert {name.removesuffix("-incomplete") for name in sets} - {"id"} <= set(run.spec.ood)
     assert run.scores.groupby(["step", "set", "group_size"]).size().to_dict() == {
-        (step, name, size): entry["n"] // size for step in recipe.snapshots for name, entry in sets.items()
-        for size in (1, 5)}
+        (step, name, size): entry["n"] // size
+        for step in recipe.snapshots
+        for name, entry in sets.items()
+        for size in (1, 5)
+    }
     assert not run.scores[list(SCORES)].isna().to_numpy().any()
     assert set(run.scores[~run.scores.density_released.isna()].step) >= {recipe.snapshots[-1]}
     assert run.weights == (sorted(run.spec.shipped) if run.seed == 0 else [])
@@ -421,8 +548,11 @@ def test_a_shipped_folder_is_complete(folder):
         run.model(step)
 
 
-@pytest.mark.parametrize("folder", [folder for folder in SHIPPED if list(folder.glob("step_*"))],
-                         ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder",
+    [folder for folder in SHIPPED if list(folder.glob("step_*"))],
+    ids=lambda folder: folder.name,
+)
 def test_shipped_weights_reproduce_the_stored_likelihoods(folder):
     run = shipped_run(folder)
     if run.spec.id_set not in EMBEDDED:
@@ -430,7 +560,9 @@ def test_shipped_weights_reproduce_the_stored_likelihoods(folder):
     assert max(nll_error(run, step) for step in run.weights) < 0.02
 
 
-# --- the command line --------------------------------------------------------------------------------------------
+# --- the command line
+# --------------------------------------------------------------------------------------------
+
 
 def test_an_unknown_recipe_names_flows_and_classifiers(capsys):
     assert main(["train", "latin_glow", "nonsense"]) == 2
@@ -440,9 +572,14 @@ def test_an_unknown_recipe_names_flows_and_classifiers(capsys):
 
 
 @pytest.mark.parametrize("place", ["omniglot", "omniglot/raw"])
-@pytest.mark.parametrize(("file", "split"), [("images_background.zip", "background"),
-                                             ("images_background_small1.zip", "background"),
-                                             ("images_evaluation.zip", "evaluation")])
+@pytest.mark.parametrize(
+    ("file", "split"),
+    [
+        ("images_background.zip", "background"),
+        ("images_background_small1.zip", "background"),
+        ("images_evaluation.zip", "evaluation"),
+    ],
+)
 def test_doctor_sees_the_zips_of_omniglot_in_the_mirror(tmp_path, monkeypatch, place, file, split):
     (tmp_path / "mirror" / place).mkdir(parents=True)
     (tmp_path / "mirror" / place / file).touch()

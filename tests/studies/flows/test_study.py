@@ -26,9 +26,21 @@ def made_run(flow: str, seed: int, sets: tuple[str, ...], n: int = 40) -> FlowRu
     for step, size in ((step, size) for step in STEPS for size in (1, 5)):
         for k, name in enumerate(("id", *sets)):
             values = rng.normal(loc=k * STEPS.index(step), size=n // size)
-            rows.append(pd.DataFrame({"step": step, "group_size": size, "set": name, "index": np.arange(n // size),
-                                      "density": values, "nll": values + 5}))
-    history = [{"step": s, "epoch": s / 10, "validation_bpd": 8.0 - s / 10, "seconds": s} for s in STEPS]
+            rows.append(
+                pd.DataFrame(
+                    {
+                        "step": step,
+                        "group_size": size,
+                        "set": name,
+                        "index": np.arange(n // size),
+                        "density": values,
+                        "nll": values + 5,
+                    }
+                )
+            )
+    history = [
+        {"step": s, "epoch": s / 10, "validation_bpd": 8.0 - s / 10, "seconds": s} for s in STEPS
+    ]
     return FlowRun(
         name=f"{flow}:{seed}",
         spec=replace(FLOWS[flow], id_set=flow),
@@ -41,7 +53,10 @@ def made_run(flow: str, seed: int, sets: tuple[str, ...], n: int = 40) -> FlowRu
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    runs = [*(made_run("latin_glow", seed, ("a", "b")) for seed in (0, 1)), made_run("textures_glow", 0, ("c",))]
+    runs = [
+        *(made_run("latin_glow", seed, ("a", "b")) for seed in (0, 1)),
+        made_run("textures_glow", 0, ("c",)),
+    ]
     return Study(runs, ["density", "nll"], n_boot=30)
 
 
@@ -55,38 +70,56 @@ def test_pairs_average_seeds_first_and_then_count_alike(study: Study) -> None:
 
 
 def test_only_sets_that_all_seeds_have_are_averaged() -> None:
-    some = Study([made_run("latin_glow", 0, ("a", "b")), made_run("latin_glow", 1, ("a", "c"))], ["density"], n_boot=5)
+    some = Study(
+        [made_run("latin_glow", 0, ("a", "b")), made_run("latin_glow", 1, ("a", "c"))],
+        ["density"],
+        n_boot=5,
+    )
     assert some.pairs("density", "last").labels == ["latin_glow → a"]
     assert all(found.sets == ["a"] for found in some.aurocs.values())
 
 
 def test_seeds_without_a_common_set_are_refused() -> None:
     with pytest.raises(OodlibError, match=r"no OOD set is left of id, a without .*a.*Provide one"):
-        Study([made_run("latin_glow", 0, ("a",)), made_run("latin_glow", 1, ("b",))], ["density"], n_boot=5)
+        Study(
+            [made_run("latin_glow", 0, ("a",)), made_run("latin_glow", 1, ("b",))],
+            ["density"],
+            n_boot=5,
+        )
 
 
 def test_an_auroc_is_that_of_the_scores(study: Study) -> None:
     part = study.at(study.runs["textures_glow:0"], "last", 5)
     ids, ood = (part.density[part["set"] == name] for name in ("id", "c"))
-    assert study.pairs("density", "last", 5).values[-1] == metrics.auroc(ids.to_numpy(), ood.to_numpy())
+    assert study.pairs("density", "last", 5).values[-1] == metrics.auroc(
+        ids.to_numpy(), ood.to_numpy()
+    )
 
 
 def test_moments_are_kept_steps(study: Study) -> None:
     run = study.runs["latin_glow:0"]
-    assert [study.step(run, moment) for moment in ("one epoch", "ten epochs", "last")] == [10, 40, 40]
+    assert [study.step(run, moment) for moment in ("one epoch", "ten epochs", "last")] == [
+        10,
+        40,
+        40,
+    ]
 
 
 def test_a_difference_is_paired_and_needs_the_same_pairs(study: Study) -> None:
     change = study.pairs("density", "last") - study.pairs("density", "one epoch")
     assert (change.values > 0).all()
-    assert ((study.pairs("density", "last") - study.pairs("nll", "last")).draws == 0).all()    # the same ranking
+    assert (
+        (study.pairs("density", "last") - study.pairs("nll", "last")).draws == 0
+    ).all()  # the same ranking
     with pytest.raises(OodlibError, match="same pairs"):
         change - Pairs(change.values[:1], change.draws[:, :1], change.labels[:1])
 
 
 def test_only_the_chosen_runs_count(study: Study) -> None:
     chosen = study.pairs("density", "last", runs=[study.runs["latin_glow:1"]])
-    np.testing.assert_array_equal(chosen.values, study.aurocs["latin_glow:1", 1].values[40, "density"])
+    np.testing.assert_array_equal(
+        chosen.values, study.aurocs["latin_glow:1", 1].values[40, "density"]
+    )
 
 
 def test_n_is_the_smallest_set(study: Study) -> None:
@@ -110,7 +143,9 @@ def test_overlaps_are_those_of_the_likelihoods(study: Study) -> None:
 
 def test_spearman_along_is_scipys() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 6, 4))
-    np.testing.assert_allclose(spearman_along(a, b), [spearmanr(a[:, i], b[:, i]).statistic for i in range(4)])
+    np.testing.assert_allclose(
+        spearman_along(a, b), [spearmanr(a[:, i], b[:, i]).statistic for i in range(4)]
+    )
 
 
 def test_spearman_of_a_constant_is_zero() -> None:
@@ -122,7 +157,9 @@ def test_shared_half_is_one_for_agreement_zero_for_the_opposite_and_a_half_by_ch
     assert shared_half(values, 2 * values)[0] == 1
     assert shared_half(values, -values)[0] == 0
     found, draws = shared_half(values, np.random.default_rng(1).normal(size=1000), n_boot=200)
-    assert found == pytest.approx(0.5, abs=0.06) and np.quantile(draws, 0.01) < found < np.quantile(draws, 0.99)
+    assert found == pytest.approx(0.5, abs=0.06) and np.quantile(draws, 0.01) < found < np.quantile(
+        draws, 0.99
+    )
 
 
 def test_a_flow_beats_chance_where_the_interval_of_its_mean_does(study: Study) -> None:
@@ -134,8 +171,11 @@ def test_a_flow_beats_chance_where_the_interval_of_its_mean_does(study: Study) -
 
 def test_maturity_is_judged_on_the_mean_of_the_seeds(study: Study) -> None:
     first, second = (study.runs[f"latin_glow:{seed}"] for seed in (0, 1))
-    assert not study.mature("latin_glow")[0]                             # 8, 7, 4 bits/dim: 1.5 per doubling
-    flat = [{**row, "validation_bpd": 7.0 + 0.001 * (row["step"] == 10)} for row in first.record["history"]]
+    assert not study.mature("latin_glow")[0]  # 8, 7, 4 bits/dim: 1.5 per doubling
+    flat = [
+        {**row, "validation_bpd": 7.0 + 0.001 * (row["step"] == 10)}
+        for row in first.record["history"]
+    ]
     runs = [replace(run, record={"history": flat}) for run in (first, second)]
     assert Study(runs, ["density"], n_boot=5).mature("latin_glow")[0]
     assert not Study([runs[0], second], ["density"], n_boot=5).mature("latin_glow")[0]

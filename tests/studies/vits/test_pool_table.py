@@ -1,4 +1,6 @@
-"""Pools as tables: what is written is read, every fault is one error, and the shipped tables hold their facts."""
+"""Pools as tables: what is written is read, every fault is one error, and the shipped tables hold
+their facts.
+"""
 
 import fnmatch
 import re
@@ -9,11 +11,12 @@ from helpers import refuses
 
 from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool, write_pool
 
-HEADER = ("name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,head,penalty,"
-          "resolution,seed,role")
+HEADER = "name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,head,penalty,resolution,seed,role"
 ROW = "a,net,,in1k,sigmoid,none,0.1,0.0,0.0,0.01,raw,0.0,224,0,"
-AUGREG = re.compile(r"augreg/(?P<arch>\w+?)-(?P<data>i1k|i21k)-300ep-lr_0.001-aug_(?P<aug>\w+)-wd_(?P<wd>[\d.]+)-"
-                    r"do_(?P<do>[\d.]+)-sd_(?P<sd>[\d.]+)--imagenet2012-steps_20k-lr_(?P<lr>[\d.]+)-res_(?P<res>\d+)\.npz")
+AUGREG = re.compile(
+    r"augreg/(?P<arch>\w+?)-(?P<data>i1k|i21k)-300ep-lr_0.001-aug_(?P<aug>\w+)-wd_(?P<wd>[\d.]+)-"
+    r"do_(?P<do>[\d.]+)-sd_(?P<sd>[\d.]+)--imagenet2012-steps_20k-lr_(?P<lr>[\d.]+)-res_(?P<res>\d+)\.npz"
+)
 
 
 def table(path, *lines):
@@ -22,6 +25,7 @@ def table(path, *lines):
 
 
 # Reading and writing
+
 
 def test_rows_survive_writing_and_reading(tmp_path):
     rows = (
@@ -54,20 +58,32 @@ def test_order_of_columns_does_not_matter(tmp_path):
     assert read_pool(path) == read_pool(table(tmp_path / "same.csv", HEADER, ROW))
 
 
-@pytest.mark.parametrize(("lines", "parts"), [
-    ((HEADER.replace(",ft_lr", ""), ROW), ("the column ft_lr is missing", "A pool has the columns name, network")),
-    ((HEADER + ",colour", ROW + ",red"), ("the column 'colour' is unknown",)),
-    ((HEADER, ROW.replace("0.01", "small")), ("line 2: ft_lr must be a number or empty, got 'small'",)),
-    ((HEADER, ROW.replace("224", "22.4")), ("line 2: resolution must be a number or empty, got '22.4'",)),
-    ((HEADER, ROW, ROW[1:]), ("line 3: a model needs a name and a network",)),
-    ((HEADER, ROW.replace("net", "")), ("line 2: a model needs a name and a network",)),
-    ((HEADER, ROW, ROW), ("duplicate name a",)),
-    ((HEADER,), ("the pool has no row",)),
-    ((), ("the column name is missing",)),
-    ((HEADER, "a,net"), ("line 2: 15 cells are needed",)),
-    ((HEADER, ROW + ",1"), ("line 2: 15 cells are needed",)),
-    ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' must be fit for a file name",)),
-])
+@pytest.mark.parametrize(
+    ("lines", "parts"),
+    [
+        (
+            (HEADER.replace(",ft_lr", ""), ROW),
+            ("the column ft_lr is missing", "A pool has the columns name, network"),
+        ),
+        ((HEADER + ",colour", ROW + ",red"), ("the column 'colour' is unknown",)),
+        (
+            (HEADER, ROW.replace("0.01", "small")),
+            ("line 2: ft_lr must be a number or empty, got 'small'",),
+        ),
+        (
+            (HEADER, ROW.replace("224", "22.4")),
+            ("line 2: resolution must be a number or empty, got '22.4'",),
+        ),
+        ((HEADER, ROW, ROW[1:]), ("line 3: a model needs a name and a network",)),
+        ((HEADER, ROW.replace("net", "")), ("line 2: a model needs a name and a network",)),
+        ((HEADER, ROW, ROW), ("duplicate name a",)),
+        ((HEADER,), ("the pool has no row",)),
+        ((), ("the column name is missing",)),
+        ((HEADER, "a,net"), ("line 2: 15 cells are needed",)),
+        ((HEADER, ROW + ",1"), ("line 2: 15 cells are needed",)),
+        ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' must be fit for a file name",)),
+    ],
+)
 def test_faulty_tables(tmp_path, lines, parts):
     path = table(tmp_path / "pool.csv", *lines)
     with refuses(path, *parts):
@@ -91,19 +107,29 @@ def test_pool_is_found_by_stem_and_by_path():
 
 # The shipped tables
 
-@pytest.mark.parametrize(("pool", "arch", "patch"), [("imagenet", "B_16", 16), ("imagenet_b32", "B_32", 32)])
+
+@pytest.mark.parametrize(
+    ("pool", "arch", "patch"), [("imagenet", "B_16", 16), ("imagenet_b32", "B_32", 32)]
+)
 def test_augreg_rows_say_what_their_file_names_say(pool, arch, patch):
     rows = [row for row in read_pool(pool) if not row.role]
     for row in rows:
         facts = AUGREG.fullmatch(row.weights)
         assert facts and facts["arch"] == arch, row.name
-        assert row.network == f"vit_base_patch{patch}_{facts['res']}" and row.resolution == int(facts["res"])
-        assert (row.pretraining, row.objective, row.aug) == ({"i1k": "in1k", "i21k": "in21k"}[facts["data"]], "sigmoid",
-                                                             facts["aug"])
+        assert row.network == f"vit_base_patch{patch}_{facts['res']}" and row.resolution == int(
+            facts["res"]
+        )
+        assert (row.pretraining, row.objective, row.aug) == (
+            {"i1k": "in1k", "i21k": "in21k"}[facts["data"]],
+            "sigmoid",
+            facts["aug"],
+        )
         assert (row.weight_decay, row.dropout, row.stochastic_depth, row.ft_lr) == tuple(
-            float(facts[key]) for key in ("wd", "do", "sd", "lr"))
-        assert row.name == (f"B{patch}-{facts['data']}-{row.aug}-wd{row.weight_decay}-do{row.dropout}-ft{row.ft_lr}-"
-                            f"r{row.resolution}")
+            float(facts[key]) for key in ("wd", "do", "sd", "lr")
+        )
+        assert row.name == (
+            f"B{patch}-{facts['data']}-{row.aug}-wd{row.weight_decay}-do{row.dropout}-ft{row.ft_lr}-r{row.resolution}"
+        )
 
 
 @pytest.mark.parametrize("pool", ["imagenet", "imagenet_b32"])
@@ -125,12 +151,15 @@ def test_finetunes_of_one_checkpoint_share_it(pool):
 @pytest.mark.parametrize("pool", ["imagenet", "imagenet_b32"])
 def test_soups_are_the_72_released_files(pool):
     rows, soups = read_pool(pool), [row for row in read_pool(pool) if row.role == "member"]
-    assert len(rows) == 296 and [row.weights for row in soups] == [f"model-soups/model_{i}.pt" for i in range(72)]
+    assert len(rows) == 296 and [row.weights for row in soups] == [
+        f"model-soups/model_{i}.pt" for i in range(72)
+    ]
     assert {(row.head, row.pretraining, row.objective, row.resolution) for row in soups} == {
-        ("unit", "clip-openai", "cosine", 224)}
+        ("unit", "clip-openai", "cosine", 224)
+    }
     assert len({row.checkpoint for row in soups}) == 1
     rates = [row.ft_lr for row in soups]
-    assert rates[0] is None and all(1e-6 <= rate <= 1e-4 for rate in rates[1:])          # the note's range
+    assert rates[0] is None and all(1e-6 <= rate <= 1e-4 for rate in rates[1:])  # the note's range
 
 
 def test_timm_rows_are_the_patterns_of_the_note_and_tags_that_timm_knows():
@@ -138,17 +167,26 @@ def test_timm_rows_are_the_patterns_of_the_note_and_tags_that_timm_knows():
 
     from oodlib.models.timm_checks import check_timm_name
 
-    counts = {"vit_*.augreg_in21k_ft_in1k": 19, "vit_*.augreg2_in21k_ft_in1k": 2, "vit_*.orig_in21k_ft_in1k": 4,
-              "vit_*.augreg_in1k": 6, "vit_base_patch*_224.sam_in1k": 2, "vit_base_patch16_224_miil.in21k_ft_in1k": 1,
-              "vit_*clip*.*_ft_in1k": 10, "vit_*clip*.*_ft_in12k_in1k": 14, "deit3_*.fb_in1k": 8,
-              "deit3_*.fb_in22k_ft_in1k": 8}
+    counts = {
+        "vit_*.augreg_in21k_ft_in1k": 19,
+        "vit_*.augreg2_in21k_ft_in1k": 2,
+        "vit_*.orig_in21k_ft_in1k": 4,
+        "vit_*.augreg_in1k": 6,
+        "vit_base_patch*_224.sam_in1k": 2,
+        "vit_base_patch16_224_miil.in21k_ft_in1k": 1,
+        "vit_*clip*.*_ft_in1k": 10,
+        "vit_*clip*.*_ft_in12k_in1k": 14,
+        "deit3_*.fb_in1k": 8,
+        "deit3_*.fb_in22k_ft_in1k": 8,
+    }
     rows = read_pool("imagenet_timm")
-    assert {pattern: sum(fnmatch.fnmatch(row.network, pattern) for row in rows) for pattern in counts} == counts
+    assert {
+        pattern: sum(fnmatch.fnmatch(row.network, pattern) for row in rows) for pattern in counts
+    } == counts
     assert len(rows) == sum(counts.values())
     for row in rows:
         check_timm_name(row.network, tag_needed=True)
         config = get_pretrained_cfg(row.network)
         assert row.resolution == config.input_size[-1] and config.num_classes == 1000, row.name
-        cell = (f"aug_{row.aug}-wd_{row.weight_decay}-do_{row.dropout}-sd_{row.stochastic_depth}--imagenet2012-"
-                f"steps_20k-lr_{row.ft_lr}-")
+        cell = f"aug_{row.aug}-wd_{row.weight_decay}-do_{row.dropout}-sd_{row.stochastic_depth}--imagenet2012-steps_20k-lr_{row.ft_lr}-"
         assert ("augreg" in config.url) == (row.ft_lr is not None) == (cell in config.url), row.name

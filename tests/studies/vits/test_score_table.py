@@ -1,4 +1,6 @@
-"""Nine scores of one streaming pass against the detectors fitted on a whole bank; geometry against its definitions."""
+"""Nine scores of one streaming pass against the detectors fitted on a whole bank; geometry against
+its definitions.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,16 @@ CLASSES, SIZE = 6, 12
 def make_bank(n: int, seed: int, *, spread: float = 1.0, labelled: bool = True) -> FeatureBank:
     """Gaussian classes of unequal sizes and scales behind one fixed head."""
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
-    centres, weight, bias = fixed.normal(size=(CLASSES, SIZE)) * 2, fixed.normal(size=(CLASSES, SIZE)), np.arange(6.0)
+    centres, weight, bias = (
+        fixed.normal(size=(CLASSES, SIZE)) * 2,
+        fixed.normal(size=(CLASSES, SIZE)),
+        np.arange(6.0),
+    )
     labels = rng.permutation(np.minimum(np.arange(n) % (CLASSES + 2), CLASSES - 1))
     features = centres[labels] * spread + rng.normal(size=(n, SIZE)) * (1 + labels[:, None] / 3)
-    return FeatureBank.from_arrays(features.astype(np.float32), weight=weight, bias=bias,
-                                   labels=labels if labelled else None)
+    return FeatureBank.from_arrays(
+        features.astype(np.float32), weight=weight, bias=bias, labels=labels if labelled else None
+    )
 
 
 def unit_bank(bank: FeatureBank) -> FeatureBank:
@@ -50,12 +57,15 @@ def test() -> FeatureBank:
 @pytest.fixture(scope="module")
 def whole(train: FeatureBank) -> Reference:
     """A reference whose subsample is everything, from two parts of the pass."""
-    return reference([train.subset(slice(0, 250)), train.subset(slice(250, None))], CLASSES, per_class=600)
+    return reference(
+        [train.subset(slice(0, 250)), train.subset(slice(250, None))], CLASSES, per_class=600
+    )
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_with_all_rows_kept_a_score_is_the_detectors(name: str, train: FeatureBank, test: FeatureBank,
-                                                     whole: Reference) -> None:
+def test_with_all_rows_kept_a_score_is_the_detectors(
+    name: str, train: FeatureBank, test: FeatureBank, whole: Reference
+) -> None:
     base, normalised = name.removesuffix("++"), name.endswith("++")
     options = {"k": whole.neighbours} if name == "knn" else {}
     fit_on, score_on = (unit_bank(train), unit_bank(test)) if normalised else (train, test)
@@ -65,8 +75,13 @@ def test_with_all_rows_kept_a_score_is_the_detectors(name: str, train: FeatureBa
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_only_vim_and_knn_read_the_subsample(train: FeatureBank, test: FeatureBank, whole: Reference) -> None:
-    few, all_rows = all_scores(reference([train], CLASSES, per_class=20), test), all_scores(whole, test)
+def test_only_vim_and_knn_read_the_subsample(
+    train: FeatureBank, test: FeatureBank, whole: Reference
+) -> None:
+    few, all_rows = (
+        all_scores(reference([train], CLASSES, per_class=20), test),
+        all_scores(whole, test),
+    )
     changed = {name for name in SCORES if not np.allclose(few[name], all_rows[name], rtol=1e-9)}
     assert changed == {"vim", "knn"}
     assert np.corrcoef(few["vim"], all_rows["vim"])[0, 1] > 0.99
@@ -74,7 +89,9 @@ def test_only_vim_and_knn_read_the_subsample(train: FeatureBank, test: FeatureBa
 
 def test_the_subsample_is_the_first_rows_of_each_class(train: FeatureBank) -> None:
     assert train.labels is not None
-    kept = reference([train.subset(slice(i, i + 7)) for i in range(0, 600, 7)], CLASSES, per_class=5)
+    kept = reference(
+        [train.subset(slice(i, i + 7)) for i in range(0, 600, 7)], CLASSES, per_class=5
+    )
     first = np.sort(np.concatenate([np.flatnonzero(train.labels == c)[:5] for c in range(CLASSES)]))
     np.testing.assert_array_equal(kept.features, train.features[first])
     np.testing.assert_array_equal(kept.labels, train.labels[first])
@@ -85,7 +102,9 @@ def test_a_small_class_is_kept_whole(train: FeatureBank, whole: Reference) -> No
 
 
 @pytest.mark.parametrize(("rows", "k"), [(7, 7), (500, 10), (26_000, 26), (60_000, 50)])
-def test_the_number_of_neighbours_follows_the_subsample(whole: Reference, rows: int, k: int) -> None:
+def test_the_number_of_neighbours_follows_the_subsample(
+    whole: Reference, rows: int, k: int
+) -> None:
     assert replace(whole, features=np.zeros((rows, SIZE), np.float32)).neighbours == k
 
 
@@ -103,17 +122,23 @@ def test_the_score_table_has_a_row_an_image(whole: Reference, test: FeatureBank)
     far = table[table["set"] == "far"]
     assert (far["label"] == -1).all() and list(far["index"]) == list(range(30))
     assert {str(table[name].dtype) for name in SCORES} == {"float32"}
-    np.testing.assert_array_equal(table["knn"][:80], all_scores(whole, test)["knn"].astype(np.float32))
+    np.testing.assert_array_equal(
+        table["knn"][:80], all_scores(whole, test)["knn"].astype(np.float32)
+    )
 
 
 def collapsed(scale: np.ndarray | None = None, noise: float = 0.0) -> Reference:
-    """Class means at the corners of a regular simplex, the same residuals in each class (times ``scale``)."""
+    """Class means at the corners of a regular simplex, the same residuals in each class (times
+    ``scale``).
+    """
     rng = np.random.default_rng(0)
     residuals = rng.normal(size=(40, SIZE))
     residuals -= residuals.mean(0)
     labels = np.repeat(np.arange(CLASSES), 40)
     scales = np.ones(CLASSES) if scale is None else scale
-    features = 100 * np.eye(CLASSES, SIZE)[labels] + noise * scales[labels, None] * np.tile(residuals, (CLASSES, 1))
+    features = 100 * np.eye(CLASSES, SIZE)[labels] + noise * scales[labels, None] * np.tile(
+        residuals, (CLASSES, 1)
+    )
     bank = FeatureBank.from_arrays(features, weight=np.ones((CLASSES, SIZE)), labels=labels)
     return reference([bank], CLASSES)
 
@@ -132,7 +157,7 @@ def test_nc1_is_the_trace_of_its_definition(whole: Reference) -> None:
 
 def test_nc2_sees_unequal_lengths_and_angles() -> None:
     labels = np.arange(90) % 3
-    means = np.array([[3.0, 0], [-1, 1], [-2, -1]])                       # centred
+    means = np.array([[3.0, 0], [-1, 1], [-2, -1]])  # centred
     noise = np.random.default_rng(0).normal(size=(90, 2)) * 1e-6
     bank = FeatureBank.from_arrays(means[labels] + noise, weight=np.ones((3, 2)), labels=labels)
     norms = np.array([3, 2**0.5, 5**0.5])
@@ -148,10 +173,14 @@ def test_variance_deviation_is_zero_where_covariances_are_equal() -> None:
 
 def test_variance_deviation_is_that_of_the_scales() -> None:
     variances = np.array([0.5, 1.5, 0.5, 1.5, 0.5, 1.5])
-    assert geometry(collapsed(np.sqrt(variances), noise=1.0))["variance_deviation"] == pytest.approx(0.5, rel=1e-5)
+    assert geometry(collapsed(np.sqrt(variances), noise=1.0))[
+        "variance_deviation"
+    ] == pytest.approx(0.5, rel=1e-5)
 
 
-def test_unit_features_have_another_deviation_and_norms_are_measured(whole: Reference, train: FeatureBank) -> None:
+def test_unit_features_have_another_deviation_and_norms_are_measured(
+    whole: Reference, train: FeatureBank
+) -> None:
     found, norms = geometry(whole), np.linalg.norm(train.features, axis=1)
     assert found["norm_mean"] == pytest.approx(norms.mean(), rel=1e-5)
     assert found["norm_spread"] == pytest.approx(norms.std() / norms.mean(), rel=1e-5)
@@ -160,15 +189,20 @@ def test_unit_features_have_another_deviation_and_norms_are_measured(whole: Refe
 
 def test_norms_correlate_with_scores_that_are_norms(whole: Reference) -> None:
     far = make_bank(50, 4)
-    scaled = FeatureBank.from_arrays(np.outer(np.linspace(20, 40, 50), far.features[0]).astype(np.float32),
-                                     weight=far.head.weight, bias=far.head.bias)
-    found = norm_correlation(whole, scaled)                               # one direction: the length alone varies
+    scaled = FeatureBank.from_arrays(
+        np.outer(np.linspace(20, 40, 50), far.features[0]).astype(np.float32),
+        weight=far.head.weight,
+        bias=far.head.bias,
+    )
+    found = norm_correlation(whole, scaled)  # one direction: the length alone varies
     assert found["mahalanobis"] == pytest.approx(1) and set(found) == set(SCORES)
     assert np.isnan(norm_correlation(whole, scaled.subset(slice(0, 1)))["mahalanobis"])
 
 
 def test_bad_input_is_named(train: FeatureBank, whole: Reference, tmp_path) -> None:
-    other = FeatureBank.from_arrays(train.features, weight=2 * train.head.weight, labels=train.labels)
+    other = FeatureBank.from_arrays(
+        train.features, weight=2 * train.head.weight, labels=train.labels
+    )
     with pytest.raises(OodlibError, match="two banks have different heads"):
         reference([train, other], CLASSES)
     with pytest.raises(OodlibError, match="no batch"):

@@ -12,8 +12,23 @@ from pandas import DataFrame
 from scipy.stats import binomtest, spearmanr, ttest_1samp, ttest_ind
 
 from oodlib import OodlibError, metrics
-from oodlib.studies.vits.effects import common_levels, group_difference, interaction, mean, paired_effects, pool_frame
-from oodlib.studies.vits.measures import against_best, averaged, choose_weights, flat, model_frame, per_class, summary
+from oodlib.studies.vits.effects import (
+    common_levels,
+    group_difference,
+    interaction,
+    mean,
+    paired_effects,
+    pool_frame,
+)
+from oodlib.studies.vits.measures import (
+    against_best,
+    averaged,
+    choose_weights,
+    flat,
+    model_frame,
+    per_class,
+    summary,
+)
 from oodlib.studies.vits.pool_table import PoolRow
 from oodlib.studies.vits.statistics import (
     eta_squared,
@@ -31,15 +46,30 @@ NEAR = ["greek", "cyrillic"]
 
 
 def made_table(seed: int = 0, quality: float = 1.0) -> DataFrame:
-    """Scores of 120 ID images, 60 of validation, two near sets of three classes of unequal size, and 17 unit tests."""
+    """Scores of 120 ID images, 60 of validation, two near sets of three classes of unequal size,
+    and 17 unit tests.
+    """
     rng, parts = np.random.default_rng(seed), []
-    for name, labels, shift in (("id", [0] * 120, 0.0), ("val", [0] * 60, 0.0), ("val_ood", [0] * 50, 1.0),
-                                ("greek", [0] * 30 + [1] * 10 + [2] * 5, 1.0), ("cyrillic", [0] * 20 + [1] * 8, 0.5),
-                                ("unit_tests", [t for t in range(17) for _ in range(4)], 2.0)):
+    for name, labels, shift in (
+        ("id", [0] * 120, 0.0),
+        ("val", [0] * 60, 0.0),
+        ("val_ood", [0] * 50, 1.0),
+        ("greek", [0] * 30 + [1] * 10 + [2] * 5, 1.0),
+        ("cyrillic", [0] * 20 + [1] * 8, 0.5),
+        ("unit_tests", [t for t in range(17) for _ in range(4)], 2.0),
+    ):
         values = rng.normal(size=(len(labels), 2)) + shift * quality
-        parts.append(DataFrame({"set": name, "index": np.arange(len(labels)), "label": labels,
-                                "msp": values[:, 0].round(1).astype("float32"),                     # with ties
-                                "mahalanobis": values[:, 1].astype("float32")}))
+        parts.append(
+            DataFrame(
+                {
+                    "set": name,
+                    "index": np.arange(len(labels)),
+                    "label": labels,
+                    "msp": values[:, 0].round(1).astype("float32"),  # with ties
+                    "mahalanobis": values[:, 1].astype("float32"),
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -65,11 +95,23 @@ def test_a_summary_averages_classes_and_pools_images() -> None:
     table = made_table()
     found = summary(table, near=NEAR).set_index(["score", "suite"]).loc[("msp", "near")]
     ids = values_of(table, "msp", "id")
-    classes = [values_of(table, "msp", name, label) for name, label in
-               [("greek", 0), ("greek", 1), ("greek", 2), ("cyrillic", 0), ("cyrillic", 1)]]
-    assert found["fpr"] == pytest.approx(np.mean([metrics.fpr_at_tpr(ids, c, positive="id") for c in classes]))
+    classes = [
+        values_of(table, "msp", name, label)
+        for name, label in [
+            ("greek", 0),
+            ("greek", 1),
+            ("greek", 2),
+            ("cyrillic", 0),
+            ("cyrillic", 1),
+        ]
+    ]
+    assert found["fpr"] == pytest.approx(
+        np.mean([metrics.fpr_at_tpr(ids, c, positive="id") for c in classes])
+    )
     assert found["auroc"] == pytest.approx(np.mean([metrics.auroc(ids, c) for c in classes]))
-    assert found["fpr_pooled"] == pytest.approx(metrics.fpr_at_tpr(ids, np.concatenate(classes), positive="id"))
+    assert found["fpr_pooled"] == pytest.approx(
+        metrics.fpr_at_tpr(ids, np.concatenate(classes), positive="id")
+    )
     assert found["auroc_pooled"] == pytest.approx(metrics.auroc(ids, np.concatenate(classes)))
     assert (found["classes"], found["images"]) == (5, 73) and np.isnan(found["failed"])
 
@@ -77,9 +119,18 @@ def test_a_summary_averages_classes_and_pools_images() -> None:
 def test_a_unit_test_fails_above_ten_per_cent() -> None:
     table = made_table()
     tests = table["set"] == "unit_tests"
-    table.loc[tests, "mahalanobis"] = np.where(table.loc[tests, "label"] < 5, -99.0, 99.0)          # 5 accepted whole
-    table.loc[tests & (table["label"] == 16), "mahalanobis"] = [99, 99, 99, -99]                    # a quarter accepted
-    found = summary(table, near=NEAR).set_index(["score", "suite"]).loc[("mahalanobis", "unit_tests")]
+    table.loc[tests, "mahalanobis"] = np.where(
+        table.loc[tests, "label"] < 5, -99.0, 99.0
+    )  # 5 accepted whole
+    table.loc[tests & (table["label"] == 16), "mahalanobis"] = [
+        99,
+        99,
+        99,
+        -99,
+    ]  # a quarter accepted
+    found = (
+        summary(table, near=NEAR).set_index(["score", "suite"]).loc[("mahalanobis", "unit_tests")]
+    )
     assert found["failed"] == 6 and found["fpr"] == pytest.approx(5.25 / 17)
 
 
@@ -105,12 +156,15 @@ def test_a_nan_score_is_refused() -> None:
 
 # --- averages of several models
 
+
 def test_equal_weights_average_z_values() -> None:
     tables = {"a": made_table(1), "b": made_table(2)}
     expected = 0.0
     for table in tables.values():
         known = values_of(table, "mahalanobis", "val").astype(float)
-        expected = expected + (table["mahalanobis"].to_numpy(float) - known.mean()) / known.std() / 2
+        expected = (
+            expected + (table["mahalanobis"].to_numpy(float) - known.mean()) / known.std() / 2
+        )
     found = averaged(tables, "mahalanobis")
     np.testing.assert_allclose(found["mahalanobis"], expected)
     assert list(found) == ["set", "index", "label", "mahalanobis"]
@@ -137,36 +191,52 @@ def test_the_better_model_gets_the_weight_and_test_images_do_not_matter() -> Non
     tables = {"noise": made_table(1, quality=0.0), "good": made_table(2, quality=3.0)}
     weights = choose_weights(tables, "mahalanobis", validation_ood="val_ood")
     assert weights["good"] >= 0.75 and sum(weights.values()) == pytest.approx(1)
-    blind = {name: table.assign(mahalanobis=table["mahalanobis"].where(table["set"].isin(["val", "val_ood"]), 0))
-             for name, table in tables.items()}
+    blind = {
+        name: table.assign(
+            mahalanobis=table["mahalanobis"].where(table["set"].isin(["val", "val_ood"]), 0)
+        )
+        for name, table in tables.items()
+    }
     assert choose_weights(blind, "mahalanobis", validation_ood="val_ood") == weights
 
 
 def test_of_equally_good_weights_the_even_ones_are_taken() -> None:
     tables = dict.fromkeys("abcd", made_table(1))
-    assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys("abcd", 0.25)
+    assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys(
+        "abcd", 0.25
+    )
 
 
 def test_equal_weights_are_among_those_looked_at() -> None:
-    tables = dict.fromkeys("abcdefgh", made_table(1))                     # no multiple of a quarter is an eighth
-    assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys("abcdefgh", 0.125)
+    tables = dict.fromkeys("abcdefgh", made_table(1))  # no multiple of a quarter is an eighth
+    assert choose_weights(tables, "mahalanobis", validation_ood="val_ood") == dict.fromkeys(
+        "abcdefgh", 0.125
+    )
 
 
 def test_an_average_is_held_against_the_best_model() -> None:
     tables = {str(seed): made_table(seed) for seed in range(4)}
     average = averaged(tables, "mahalanobis")
     found = against_best(average, tables, "mahalanobis", near=NEAR, n_boot=50)
-    near = [summary(t, near=NEAR).query("score == 'mahalanobis' and suite == 'near'")["auroc"].item()
-            for t in (average, *tables.values())]
+    near = [
+        summary(t, near=NEAR).query("score == 'mahalanobis' and suite == 'near'")["auroc"].item()
+        for t in (average, *tables.values())
+    ]
     assert found.value == pytest.approx(near[0] - max(near[1:]))
     assert found.low < found.value < found.high and (found.n, found.clusters) == (120, 4)
     itself = against_best(tables["0"], {"0": tables["0"]}, "mahalanobis", near=NEAR, n_boot=5)
     assert (itself.value, itself.low, itself.high) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"weights": {"a": 1.0}}, "one weight of at least 0"), ({"weights": {"a": -1.0, "b": 2.0}}, "one weight of at"),
-    ({"scale": "log"}, 'scale "z" or "rank"'), ({"validation": "none"}, "no set none")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"a": 1.0}}, "one weight of at least 0"),
+        ({"weights": {"a": -1.0, "b": 2.0}}, "one weight of at"),
+        ({"scale": "log"}, 'scale "z" or "rank"'),
+        ({"validation": "none"}, "no set none"),
+    ],
+)
 def test_bad_averages_are_named(change: dict, message: str) -> None:
     with pytest.raises(OodlibError, match=message):
         averaged({"a": made_table(1), "b": made_table(2)}, "msp", **change)
@@ -182,15 +252,22 @@ def test_weights_need_their_set_and_a_small_grid() -> None:
     with pytest.raises(OodlibError, match="no set 'dev'"):
         choose_weights({"a": made_table()}, "msp", validation_ood="dev")
     with pytest.raises(OodlibError, match="more than 10000 vectors"):
-        choose_weights(dict.fromkeys("abcdefgh", made_table()), "msp", validation_ood="val_ood", steps=12)
+        choose_weights(
+            dict.fromkeys("abcdefgh", made_table()), "msp", validation_ood="val_ood", steps=12
+        )
 
 
 # --- effects
 
+
 def made_cells(effect: float = 0.3, noise: float = 0.0) -> DataFrame:
-    """Two pretraining sets x two weight decays x three seeds x two finetuning rates; the pretraining has an effect."""
+    """Two pretraining sets x two weight decays x three seeds x two finetuning rates; the
+    pretraining has an effect.
+    """
     rng, rows, found = np.random.default_rng(0), [], []
-    for data, decay, seed, rate in itertools.product(("cifar10", "tiny-imagenet"), (0.05, 1.0), range(3), (0.01, 0.03)):
+    for data, decay, seed, rate in itertools.product(
+        ("cifar10", "tiny-imagenet"), (0.05, 1.0), range(3), (0.01, 0.03)
+    ):
         rows.append(
             PoolRow(
                 name=f"m{len(rows)}",
@@ -210,9 +287,17 @@ def made_cells(effect: float = 0.3, noise: float = 0.0) -> DataFrame:
 def test_a_paired_effect_is_the_one_put_in() -> None:
     found = paired_effects(made_cells(), "pretraining", "cifar10", "tiny-imagenet", "maha")
     assert found.value == pytest.approx(0.3) and found.low == pytest.approx(0.3) == found.high
-    assert (found.n, found.clusters) == (12, 6)                          # finetunes of one pair of checkpoints: one
+    assert (found.n, found.clusters) == (12, 6)  # finetunes of one pair of checkpoints: one
     assert found.p == pytest.approx(binomtest(6, 6).pvalue)
-    assert set(found.pairs) >= {"weight_decay", "seed", "ft_lr", "low", "high", "difference", "cluster"}
+    assert set(found.pairs) >= {
+        "weight_decay",
+        "seed",
+        "ft_lr",
+        "low",
+        "high",
+        "difference",
+        "cluster",
+    }
 
 
 def test_a_factor_of_the_finetuning_is_clustered_by_checkpoint() -> None:
@@ -220,12 +305,22 @@ def test_a_factor_of_the_finetuning_is_clustered_by_checkpoint() -> None:
     cells["maha"] += np.where(cells["ft_lr"] == 0.03, -cells["seed"] / 10, 0)
     found = paired_effects(cells, "ft_lr", 0.01, 0.03, "maha")
     assert found.value == pytest.approx(-0.1) and (found.n, found.clusters) == (12, 12)
-    assert found.p == pytest.approx(binomtest(0, 8).pvalue)              # the four ties of seed 0 are dropped
+    assert found.p == pytest.approx(binomtest(0, 8).pvalue)  # the four ties of seed 0 are dropped
 
 
 def test_a_checkpoint_with_more_pairs_has_one_vote() -> None:
-    rows = [PoolRow(name=f"{lr}{head}{seed}", network="vit", objective="sigmoid", ft_lr=lr, head=head, seed=seed)
-            for lr in (0.01, 0.03) for head, seed in (("raw", 0), ("unit", 0), ("raw", 1))]
+    rows = [
+        PoolRow(
+            name=f"{lr}{head}{seed}",
+            network="vit",
+            objective="sigmoid",
+            ft_lr=lr,
+            head=head,
+            seed=seed,
+        )
+        for lr in (0.01, 0.03)
+        for head, seed in (("raw", 0), ("unit", 0), ("raw", 1))
+    ]
     cells = pool_frame(rows, [{"v": 0.0}] * 3 + [{"v": 1.0}, {"v": 1.0}, {"v": 4.0}])
     found = paired_effects(cells, "ft_lr", 0.01, 0.03, "v")
     assert (found.value, found.n, found.clusters) == (2.5, 3, 2)
@@ -240,7 +335,7 @@ def test_with_few_clusters_the_interval_is_students_over_clusters_not_models() -
 
 
 def test_where_clusters_are_skewed_the_bootstrap_is_the_wider() -> None:
-    values = np.repeat([0.0, 10.0], [98, 2])                            # a resample has five tens, rarely six
+    values = np.repeat([0.0, 10.0], [98, 2])  # a resample has five tens, rarely six
     found, t = mean(values), ttest_1samp(values, 0).confidence_interval()
     assert found.high == pytest.approx(0.5) and t.high < 0.49
     assert found.low == pytest.approx(t.low)
@@ -255,12 +350,16 @@ def test_an_interaction_is_the_difference_of_two_effects() -> None:
 
 
 def test_a_free_column_may_change_with_the_factor() -> None:
-    rows = [PoolRow(name=f"m{i}", network="vit", dropout=d, stochastic_depth=d, seed=s)
-            for i, (d, s) in enumerate(itertools.product((0.0, 0.1), range(2)))]
+    rows = [
+        PoolRow(name=f"m{i}", network="vit", dropout=d, stochastic_depth=d, seed=s)
+        for i, (d, s) in enumerate(itertools.product((0.0, 0.1), range(2)))
+    ]
     cells = pool_frame(rows, [{"maha": row.dropout or 0.0} for row in rows])
     with pytest.raises(OodlibError, match="no two cells differ in dropout alone"):
         paired_effects(cells, "dropout", 0.0, 0.1, "maha")
-    assert paired_effects(cells, "dropout", 0.0, 0.1, "maha", free=["stochastic_depth"]).value == pytest.approx(0.1)
+    assert paired_effects(
+        cells, "dropout", 0.0, 0.1, "maha", free=["stochastic_depth"]
+    ).value == pytest.approx(0.1)
 
 
 def test_cells_that_are_empty_in_a_factor_pair_with_empty_ones() -> None:
@@ -269,7 +368,9 @@ def test_cells_that_are_empty_in_a_factor_pair_with_empty_ones() -> None:
         PoolRow(name="b", network="vit", ft_lr=0.03),
         PoolRow(name="c", network="vit", ft_lr=0.01, aug="x"),
     ]
-    found = paired_effects(pool_frame(rows, [{"v": 1.0}, {"v": 3.0}, {"v": 9.0}]), "ft_lr", 0.01, 0.03, "v")
+    found = paired_effects(
+        pool_frame(rows, [{"v": 1.0}, {"v": 3.0}, {"v": 9.0}]), "ft_lr", 0.01, 0.03, "v"
+    )
     assert (found.value, found.n) == (2.0, 1)
 
 
@@ -294,8 +395,9 @@ def test_groups_differ_and_the_permutation_test_is_exact() -> None:
     found = group_difference(values, chosen)
     expected = ttest_ind(values[chosen], values[~chosen]).confidence_interval()
     assert found.value == pytest.approx(3.5) and (found.low, found.high) == pytest.approx(
-        (expected.low, expected.high))
-    assert found.p == pytest.approx(2 / 35)                               # the most extreme of 35, on both sides
+        (expected.low, expected.high)
+    )
+    assert found.p == pytest.approx(2 / 35)  # the most extreme of 35, on both sides
 
 
 def test_clusters_are_permuted_whole() -> None:
@@ -310,6 +412,7 @@ def test_clusters_are_permuted_whole() -> None:
 
 # --- correlations, ranks, soups
 
+
 def test_spearman_is_scipys_with_an_interval() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=60)
@@ -317,7 +420,9 @@ def test_spearman_is_scipys_with_an_interval() -> None:
     found = spearman(x, y)
     assert found.value == pytest.approx(spearmanr(x, y).statistic)
     draws = [spearmanr(x[i], y[i]).statistic for i in rng.integers(0, 60, (600, 60))]
-    np.testing.assert_allclose([found.low, found.high], np.quantile(draws, [0.025, 0.975]), atol=0.05)
+    np.testing.assert_allclose(
+        [found.low, found.high], np.quantile(draws, [0.025, 0.975]), atol=0.05
+    )
 
 
 def test_copies_in_one_cluster_do_not_narrow_an_interval() -> None:
@@ -339,7 +444,11 @@ def test_two_correlations_are_compared_on_the_same_models() -> None:
 
 def test_wins_are_shared_by_ties() -> None:
     cells = DataFrame({"a": [1.0, 2, 2], "b": [2.0, 2, 1], "c": [3.0, 3, 3]})
-    assert wins(cells, ["a", "b", "c"], larger_is_better=False).mean().to_dict() == {"a": 0.5, "b": 0.5, "c": 0.0}
+    assert wins(cells, ["a", "b", "c"], larger_is_better=False).mean().to_dict() == {
+        "a": 0.5,
+        "b": 0.5,
+        "c": 0.0,
+    }
     assert wins(cells, ["a", "b"], larger_is_better=True)["a"].tolist() == [0, 0.5, 1]
 
 
@@ -360,10 +469,12 @@ def test_a_soup_is_held_against_its_members() -> None:
     found = soup_against_members([0.35, 0.75], members, larger_is_better=True)
     assert found["percentile"].value == pytest.approx((3 / 4 + 2 / 4) / 2)
     assert found["advantage"].value == pytest.approx((0.1 + 0.0) / 2)
-    assert found["share"].value == pytest.approx(0.75)                    # better once, tied once
+    assert found["share"].value == pytest.approx(0.75)  # better once, tied once
     assert found["advantage"].low < 0.05 < found["advantage"].high and found["share"].clusters == 4
     turned = soup_against_members([0.35, 0.75], members, larger_is_better=False)
-    assert turned["advantage"].value == pytest.approx(-0.05) and turned["share"].value == pytest.approx(0.25)
+    assert turned["advantage"].value == pytest.approx(-0.05) and turned[
+        "share"
+    ].value == pytest.approx(0.25)
     with pytest.raises(OodlibError, match="at least two members"):
         soup_against_members([0.35], members, larger_is_better=True)
 
@@ -382,8 +493,8 @@ def test_the_recipe_is_ranked_among_the_others() -> None:
 def test_two_checkpoints_that_disagree_leave_a_recipe_open() -> None:
     values, chosen = [0.9, 0.9, 0.1, 0.5, 0.6], [True, True, True, False, False]
     found = recipe_percentile(values, chosen, list("aabcd"), larger_is_better=True)
-    assert found.value == pytest.approx(2 / 3) and found.clusters == 2   # the recipe's alone
-    assert (found.low, found.high) == (0, 1)                             # Student's is wider; a share ends at 0 and 1
+    assert found.value == pytest.approx(2 / 3) and found.clusters == 2  # the recipe's alone
+    assert (found.low, found.high) == (0, 1)  # Student's is wider; a share ends at 0 and 1
 
 
 def test_share_of_the_most_accurate_that_fail() -> None:
@@ -394,20 +505,28 @@ def test_share_of_the_most_accurate_that_fail() -> None:
 
 def test_spread_within_groups() -> None:
     groups, values = ["a", "a", "b", "b", "c"], [0.0, 0.2, 5.0, 5.4, 77.0]
-    expected = np.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2)                     # alone in its group: no part
+    expected = np.sqrt((2 * 0.1**2 + 2 * 0.2**2) / 2)  # alone in its group: no part
     assert spread_within(values, groups).value == pytest.approx(expected)
     assert spread_within([1.0, 2.0], [0, 1]).value == 0
-    assert spread_within(values, groups, minus=[0.0, 1, 0, 0, 0]).value == pytest.approx(expected - 0.5)
+    assert spread_within(values, groups, minus=[0.0, 1, 0, 0, 0]).value == pytest.approx(
+        expected - 0.5
+    )
 
 
 # --- a pool as one table of models
 
+
 def test_the_two_levels_that_most_pairs_have_are_compared() -> None:
     def rows(*cells: tuple[float, float]) -> DataFrame:
-        pool = [PoolRow(name=f"m{i}", network="vit", weight_decay=wd, ft_lr=lr) for i, (wd, lr) in enumerate(cells)]
+        pool = [
+            PoolRow(name=f"m{i}", network="vit", weight_decay=wd, ft_lr=lr)
+            for i, (wd, lr) in enumerate(cells)
+        ]
         return pool_frame(pool, [{}] * len(pool))
 
-    assert common_levels(rows((0.1, 1), (0.5, 1), (0.1, 2), (0.5, 2), (1.0, 1)), "weight_decay") == (0.1, 0.5)
+    assert common_levels(
+        rows((0.1, 1), (0.5, 1), (0.1, 2), (0.5, 2), (1.0, 1)), "weight_decay"
+    ) == (0.1, 0.5)
     assert common_levels(rows((0.1, 1), (0.5, 1), (1.0, 1)), "weight_decay") == (0.5, 1.0)
     assert common_levels(rows((0.1, 1), (0.5, 2)), "weight_decay") is None
 

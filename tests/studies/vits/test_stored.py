@@ -1,4 +1,6 @@
-"""What is kept of the small pools' models: shipped scores say the same as the original ones, or nothing."""
+"""What is kept of the small pools' models: shipped scores say the same as the original ones, or
+nothing.
+"""
 
 import json
 import os
@@ -41,29 +43,52 @@ CONSTANT = ("msp", "max_logit", "energy", "vim", "gradnorm")
 def table(seed, sizes=SETS, constant=()):
     """Scores as a model gives them: float32, of any scale, with ties, and some that overflowed."""
     rng = np.random.default_rng(seed)
-    parts = [pd.DataFrame({"set": name, "index": np.arange(n), "label": np.arange(n) % (17 if name == "unit_tests"
-                                                                                         else 10)})
-             for name, n in sizes.items()]
+    parts = [
+        pd.DataFrame(
+            {
+                "set": name,
+                "index": np.arange(n),
+                "label": np.arange(n) % (17 if name == "unit_tests" else 10),
+            }
+        )
+        for name, n in sizes.items()
+    ]
     keys = pd.concat(parts, ignore_index=True)
     shift = np.where(keys["set"].isin(["val", "id"]), 0.0, 1.0)
-    scores = {name: np.exp(np.round(rng.normal(shift), 2) * (i + 1)).astype(np.float32)
-              for i, name in enumerate(STORED)}
+    scores = {
+        name: np.exp(np.round(rng.normal(shift), 2) * (i + 1)).astype(np.float32)
+        for i, name in enumerate(STORED)
+    }
     scores["knn"][-5:], scores["msp"][:3] = np.inf, -np.inf
-    return keys.assign(**scores | {name: np.float32(0) for name in constant}, gradnorm_v=np.float32(1))
+    return keys.assign(
+        **scores | {name: np.float32(0) for name in constant}, gradnorm_v=np.float32(1)
+    )
 
 
 def record(row, sizes=SETS):
-    history = [{"step": 1, "loss": 2.34567, "seconds": 1.0}, {"step": 2, "loss": 1.0, "seconds": 2.52}]
+    history = [
+        {"step": 1, "loss": 2.34567, "seconds": 1.0},
+        {"step": 2, "loss": 1.0, "seconds": 2.52},
+    ]
     trained = {"recipe": asdict(finetune_recipe(row)), "history": history} if not row.role else {}
-    return {"row": asdict(row), "accuracy": 0.8, "geometry": {"norm_mean": 2.0}, "norm_correlation": {"msp": None},
-            "sha256": "0" * 64, "sets": {name: {"n": n, "fingerprint": "f"} for name, n in sizes.items()}, **trained}
+    return {
+        "row": asdict(row),
+        "accuracy": 0.8,
+        "geometry": {"norm_mean": 2.0},
+        "norm_correlation": {"msp": None},
+        "sha256": "0" * 64,
+        "sets": {name: {"n": n, "fingerprint": "f"} for name, n in sizes.items()},
+        **trained,
+    }
 
 
 def train(row, tables, seed, **options):
-    """Leave what `made_row` leaves of a row."""
+    """Leave what `train_row` leaves of a row."""
     pretrained_path(row).parent.mkdir(parents=True, exist_ok=True)
-    write_json(pretrained_path(row).with_suffix(".json"),
-               {"checkpoint": row.checkpoint, "history": [{"step": 1, "loss": 3.0, "seconds": 9.0}]})
+    write_json(
+        pretrained_path(row).with_suffix(".json"),
+        {"checkpoint": row.checkpoint, "history": [{"step": 1, "loss": 3.0, "seconds": 9.0}]},
+    )
     made_folder(row).mkdir(parents=True)
     tables[row.name] = table(seed, constant=CONSTANT if row.role else (), **options)
     tables[row.name].to_parquet(made_folder(row) / "scores.parquet")
@@ -109,7 +134,11 @@ def test_the_record_keeps_what_the_study_asks_for(shipped):
     cell, start = pool_models("cifar")
     assert cell.record["losses"] == [2.3457, 1.0] and cell.record["seconds"] == 2.5
     assert cell.record["recipe"]["lr"] == 0.1 and "recipe" not in start.record
-    assert cell.record["pretraining"] == {"checkpoint": CELL.checkpoint, "losses": [3.0], "seconds": 9.0}
+    assert cell.record["pretraining"] == {
+        "checkpoint": CELL.checkpoint,
+        "losses": [3.0],
+        "seconds": 9.0,
+    }
     assert cell.record["sets"]["id"] == {"n": 120, "fingerprint": "f"}
 
 
@@ -118,7 +147,10 @@ def test_auroc_and_fpr_are_those_of_the_original_scores(tables, shipped, score):
     for model in pool_models("cifar"):
         before, after = tables[model.row.name], model.table
         for ood in ("cifar100-seen", "unit_tests"):
-            a, b = ([t.loc[t["set"] == name, score].to_numpy() for name in ("id", ood)] for t in (before, after))
+            a, b = (
+                [t.loc[t["set"] == name, score].to_numpy() for name in ("id", ood)]
+                for t in (before, after)
+            )
             assert auroc(*a) == auroc(*b)
             assert fpr_at_tpr(*a, positive="id") == fpr_at_tpr(*b, positive="id")
 
@@ -126,14 +158,19 @@ def test_auroc_and_fpr_are_those_of_the_original_scores(tables, shipped, score):
 def test_summaries_and_averages_on_ranks_are_those_of_the_original_scores(tables, shipped):
     after = {model.row.name: model.table for model in pool_models("cifar")}
     for name, found in after.items():
-        pd.testing.assert_frame_equal(summary(found, near=["cifar100-seen"]),
-                                      summary(tables[name], near=["cifar100-seen"]))
+        pd.testing.assert_frame_equal(
+            summary(found, near=["cifar100-seen"]), summary(tables[name], near=["cifar100-seen"])
+        )
     for score in ("mahalanobis", "knn"):
-        pd.testing.assert_frame_equal(averaged(after, score, scale="rank"), averaged(tables, score, scale="rank"))
+        pd.testing.assert_frame_equal(
+            averaged(after, score, scale="rank"), averaged(tables, score, scale="rank")
+        )
 
 
 def test_ranks_keep_ties_and_infinities(tables):
-    original = tables["cell"].assign(msp=[np.inf, 2.0, 2.0, -np.inf, *[3.0] * (sum(SETS.values()) - 4)])
+    original = tables["cell"].assign(
+        msp=[np.inf, 2.0, 2.0, -np.inf, *[3.0] * (sum(SETS.values()) - 4)]
+    )
     assert ranked(original)["msp"].head(5).tolist() == [3, 1, 1, 0, 2]
     assert "gradnorm_v" not in ranked(original)
     with pytest.raises(OodlibError, match="vim holds NaN"):
@@ -156,7 +193,9 @@ def test_a_row_that_was_changed_is_not_the_one_that_was_shipped(shipped, tmp_pat
 
 def test_models_scored_on_other_images_are_refused(shipped, tables):
     train(OTHER, tables, 2, sizes={**SETS, "id": 119})
-    with pytest.raises(OodlibError, match=r"other was scored on other images than cell.*--models other"):
+    with pytest.raises(
+        OodlibError, match=r"other was scored on other images than cell.*--models other"
+    ):
         pool_models("cifar")
 
 
@@ -166,15 +205,25 @@ def flipped(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("scores.parquet", flipped), ("scores.parquet", os.remove), ("runs.json", os.remove),
-    ("runs.json", lambda path: path.write_text(path.read_text()[:-100])),
-    ("runs.json", lambda path: path.write_text("[]")),
-    ("runs.json", lambda path: write_json(path, {**json.loads(path.read_text()), "pretraining": {}})),
-])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("scores.parquet", flipped),
+        ("scores.parquet", os.remove),
+        ("runs.json", os.remove),
+        ("runs.json", lambda path: path.write_text(path.read_text()[:-100])),
+        ("runs.json", lambda path: path.write_text("[]")),
+        (
+            "runs.json",
+            lambda path: write_json(path, {**json.loads(path.read_text()), "pretraining": {}}),
+        ),
+    ],
+)
 def test_a_damaged_file_is_one_clear_error(shipped, name, damage):
     damage(shipped / name)
-    with pytest.raises(OodlibError, match=r"vits_cifar: runs\.json or scores\.parquet is missing or damaged"):
+    with pytest.raises(
+        OodlibError, match=r"vits_cifar: runs\.json or scores\.parquet is missing or damaged"
+    ):
         pool_models("cifar")
 
 
@@ -197,7 +246,14 @@ def test_a_large_pool_fits_the_repository(tmp_path, monkeypatch):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     rows = [replace(CELL, name=f"tiny-imagenet-wd0.5-ft0.{i}") for i in range(46)]
     write_pool(tmp_path / "data" / "pools" / "cifar.csv", rows)
-    sizes = {"val": 200, "id": 1200, "ood_val": 200, "cifar100-seen": 588, "cifar100-unseen": 588, "unit_tests": 680}
+    sizes = {
+        "val": 200,
+        "id": 1200,
+        "ood_val": 200,
+        "cifar100-seen": 588,
+        "cifar100-unseen": 588,
+        "unit_tests": 680,
+    }
     tables, rng = {}, np.random.default_rng(0)
     for row in rows:
         train(row, tables, 0, sizes=sizes)
@@ -215,19 +271,29 @@ def test_the_command_ships_without_training(tables, tmp_path, capsys):
     assert not made_folder(OTHER).exists()
 
 
-def test_of_the_embedded_pool_checkpoints_are_shipped_where_rows_are_finetuned_on_the_spot(tmp_path, monkeypatch):
+def test_of_the_embedded_pool_checkpoints_are_shipped_where_rows_are_finetuned_on_the_spot(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     live = replace(CELL, pretraining="latin")
     other = replace(live, name="other", weight_decay=0.5)
-    write_pool(tmp_path / "data" / "pools" / "embedded.csv", [live, replace(live, name="low", ft_lr=0.03), other])
+    write_pool(
+        tmp_path / "data" / "pools" / "embedded.csv",
+        [live, replace(live, name="low", ft_lr=0.03), other],
+    )
     train(other, {}, 0)
-    with pytest.raises(OodlibError, match=rf"ship: {re.escape(live.checkpoint)}\.safetensors .* is missing"):
+    with pytest.raises(
+        OodlibError, match=rf"ship: {re.escape(live.checkpoint)}\.safetensors .* is missing"
+    ):
         ship("embedded")
     path = pretrained_path(live)
     path.write_bytes(b"weights")
     write_json(path.with_suffix(".json"), {})
     folder = ship("embedded")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "runs.json", "scores.parquet", *(path.with_suffix(suffix).name for suffix in (".json", ".safetensors"))]
+        "runs.json",
+        "scores.parquet",
+        *(path.with_suffix(suffix).name for suffix in (".json", ".safetensors")),
+    ]
     assert pretrained_path(live) == folder / path.name
     assert list(json.loads((folder / "runs.json").read_text())["models"]) == ["other"]

@@ -13,10 +13,10 @@ from oodlib.studies.vits.sweep.models_and_images import FIT
 
 __all__ = ["Cost", "Plan", "describe_plan", "estimate", "network_cost"]
 
-GPU_TFLOPS = 12.0      # assumed, in float32 without tensor cores
-CPU_TFLOPS = 0.03      # assumed, of one core
+GPU_TFLOPS = 12.0  # assumed, in float32 without tensor cores
+CPU_TFLOPS = 0.03  # assumed, of one core
 BATCH = 64
-DECODED = 150          # JPEGs that one core decodes and resizes in a second, assumed
+DECODED = 150  # JPEGs that one core decodes and resizes in a second, assumed
 SCORES = 9
 
 
@@ -24,7 +24,8 @@ SCORES = 9
 class Cost:
     """Of one architecture.
 
-    flops : of one image, two per multiply-add; width : of the features; peak : bytes of a batch's largest activation
+    flops : of one image, two per multiply-add; width : of the features; peak : bytes of a batch's
+        largest activation
     """
 
     flops: float
@@ -74,26 +75,38 @@ def network_cost(network: str, resolution: int | None, head: str) -> Cost:
         else:
             try:
                 model = timm.create_model(network)
-            except Exception as error:                                       # timm raises several types
-                raise OodlibError(f"sweep: timm has no network {network!r} ({error}). Correct the pool's "
-                                  "table.") from error
+            except Exception as error:  # timm raises several types
+                raise OodlibError(
+                    f"sweep: timm has no network {network!r} ({error}). Correct the pool's table."
+                ) from error
             side, classes = model.pretrained_cfg["input_size"][-1], 1000
         model.eval().requires_grad_(False)
         outputs: list[int] = []
         for module in model.modules():
             module.register_forward_hook(
-                lambda _m, _i, output: outputs.append(output.numel() if isinstance(output, torch.Tensor) else 0))
+                lambda _m, _i, output: outputs.append(
+                    output.numel() if isinstance(output, torch.Tensor) else 0
+                )
+            )
         image = torch.empty(1, 3, resolution or side, resolution or side)
         with FlopCounterMode(display=False) as counter:
             model(image)
     # a head on unit features sits behind the projection, which is the network's own last layer
-    width = int(model.num_classes if head == "unit" and network not in NETWORKS else model.head_hidden_size)
-    return Cost(float(counter.get_total_flops()), sum(p.numel() for p in model.parameters()), width, classes,
-                4 * BATCH * max(outputs))
+    width = int(
+        model.num_classes if head == "unit" and network not in NETWORKS else model.head_hidden_size
+    )
+    return Cost(
+        float(counter.get_total_flops()),
+        sum(p.numel() for p in model.parameters()),
+        width,
+        classes,
+        4 * BATCH * max(outputs),
+    )
 
 
 def estimate(jobs: Sequence[Job], *, tflops: float, cpus: int) -> list[Plan]:
-    """One plan per network, in the order of the pool; an image takes the longer of computing and decoding.
+    """One plan per network, in the order of the pool; an image takes the longer of computing and
+    decoding.
 
     Parameters
     ----------
@@ -111,20 +124,39 @@ def describe_plan(jobs: Sequence[Job], *, tflops: float | None = None, cpus: int
     files = jobs[0].source.files
     tflops = tflops or (GPU_TFLOPS if files else CPU_TFLOPS)
     plans = estimate(jobs, tflops=tflops, cpus=cpus)
-    total = Plan("total", sum(p.models for p in plans), len(jobs), sum(p.images for p in plans),
-                 sum(p.hours for p in plans), max(p.gpu for p in plans), max(p.host for p in plans),
-                 sum(p.disk for p in plans))
+    total = Plan(
+        "total",
+        sum(p.models for p in plans),
+        len(jobs),
+        sum(p.images for p in plans),
+        sum(p.hours for p in plans),
+        max(p.gpu for p in plans),
+        max(p.host for p in plans),
+        sum(p.disk for p in plans),
+    )
     width, unit = max(len(p.name) for p in (*plans, total)), "GPU" if files else "CPU"
-    lines = [f"{'network':{width}}   models     jobs        images{unit + ' h':>9}   GPU GB  host GB  disk GB"]
-    lines += [f"{p.name:{width}}{p.models:>9,}{p.jobs:>9,}{p.images:>14,}{p.hours:>9,.1f}{p.gpu / 1e9:>9.1f}"
-              f"{p.host / 1e9:>9.1f}{p.disk / 1e9:>9,.1f}" for p in (*plans, total)]
-    lines += ["", "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
-              f"{tflops:g} TFLOP/s" + (f", or {cpus} processes that decode {DECODED} images a second each (assumed), "
-                                       "whichever takes longer" if files else " (one CPU core, assumed)")
-              + "; --tflops sets what your device reaches."
-              + ("" if files else " Training that a model still needs comes on top."),
-              f"Memory: of one job, batches of {BATCH}. Disk: moments and {jobs[0].source.per_class} features a class "
-              "of the training images, float32 features of the others, score tables."]
+    lines = [
+        f"{'network':{width}}   models     jobs        images{unit + ' h':>9}   GPU GB  host GB  disk GB"
+    ]
+    lines += [
+        f"{p.name:{width}}{p.models:>9,}{p.jobs:>9,}{p.images:>14,}{p.hours:>9,.1f}{p.gpu / 1e9:>9.1f}{p.host / 1e9:>9.1f}{p.disk / 1e9:>9,.1f}"
+        for p in (*plans, total)
+    ]
+    lines += [
+        "",
+        "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
+        f"{tflops:g} TFLOP/s"
+        + (
+            f", or {cpus} processes that decode {DECODED} images a second each (assumed), "
+            "whichever takes longer"
+            if files
+            else " (one CPU core, assumed)"
+        )
+        + "; --tflops sets what your device reaches."
+        + ("" if files else " Training that a model still needs comes on top."),
+        f"Memory: of one job, batches of {BATCH}. Disk: moments and {jobs[0].source.per_class} "
+        "features a class of the training images, float32 features of the others, score tables.",
+    ]
     return "\n".join(lines)
 
 
@@ -138,13 +170,27 @@ def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:
         decoding = n / (DECODED * cpus) if source.files else 0.0
         images, seconds = images + n, seconds + max(n * cost.flops / (tflops * 1e12), decoding)
         disk += _disk(job, cost, n)
-        peak, fit = max(peak, 4 * cost.parameters + 3 * cost.peak), max(fit, _reference(cost, source.per_class))
+        peak, fit = (
+            max(peak, 4 * cost.parameters + 3 * cost.peak),
+            max(fit, _reference(cost, source.per_class)),
+        )
     host = 2e9 + (0.4e9 * cpus if source.files else 0) + 2 * fit
-    return Plan(name, len({job.row.name for job in jobs}), len(jobs), images, seconds / 3600, peak, host, disk)
+    return Plan(
+        name,
+        len({job.row.name for job in jobs}),
+        len(jobs),
+        images,
+        seconds / 3600,
+        peak,
+        host,
+        disk,
+    )
 
 
 def _reference(cost: Cost, per_class: int) -> int:
-    """Bytes of a `Reference`: two sets of moments in float64, the subsample and the head in float32."""
+    """Bytes of a `Reference`: two sets of moments in float64, the subsample and the head in
+    float32.
+    """
     moments = 2 * 8 * (2 * cost.width**2 + cost.classes * cost.width)
     return moments + 4 * cost.width * cost.classes * (per_class + 1)
 
@@ -153,4 +199,4 @@ def _disk(job: Job, cost: Cost, n: int) -> int:
     features = n * (4 * cost.width + 8) + 4 * cost.classes * cost.width
     if job.split == FIT:
         return _reference(cost, job.source.per_class) + (features if job.all_features else 0)
-    return features + n * (4 * SCORES + 12)                                  # and its rows of scores.parquet
+    return features + n * (4 * SCORES + 12)  # and its rows of scores.parquet

@@ -1,9 +1,11 @@
-"""Sweeps of a pool: one job per (model, split), each redone only where its result is missing, failed or out of date.
+"""Sweeps of a pool: one job per (model, split), each redone only where its result is missing,
+failed or out of date.
 
-A job's result lies below ``<output>/<model>/``: for "fit" the file ``fit.safetensors`` (a `Reference`), for any other
-split a folder with a `FeatureBank` that leaves out the logits (its head gives them). ``<split>.json`` is written last:
-where it stands with the job's key and says "done", the result is whole. A job that raised leaves "failed" and its
-error. A lock that ends with its process says what is running. So nothing needs a daemon, a data base or accounting.
+A job's result lies below ``<output>/<model>/``: for "fit" the file ``fit.safetensors`` (a
+`Reference`), for any other split a folder with a `FeatureBank` that leaves out the logits (its head
+gives them). ``<split>.json`` is written last: where it stands with the job's key and says "done",
+the result is whole. A job that raised leaves "failed" and its error. A lock that ends with its
+process says what is running. So nothing needs a daemon, a data base or accounting.
 """
 
 from __future__ import annotations
@@ -37,7 +39,18 @@ from oodlib.workspace import code_hash
 if TYPE_CHECKING:
     from oodlib.features.feature_bank import FeatureBank
 
-__all__ = ["STATES", "Job", "chosen", "claim", "describe", "make_jobs", "note_death", "prepare", "run_job", "state"]
+__all__ = [
+    "STATES",
+    "Job",
+    "chosen",
+    "describe",
+    "make_jobs",
+    "note_death",
+    "prepare",
+    "run_job",
+    "state",
+    "try_lock",
+]
 
 STATES = ("done", "running", "failed", "missing")
 _DTYPE = "float32"
@@ -80,9 +93,15 @@ class Job:
     @cached_property
     def request(self) -> str:
         """Hash of what is asked for, as far as it shows without weights and images."""
-        asked = {"format": 1, "version": version("oodlib"), "dtype": _DTYPE, "row": asdict(self.row),
-                 "split": self.split, "source": self.source.settings(),
-                 "all": self.all_features and self.split == FIT}
+        asked = {
+            "format": 1,
+            "version": version("oodlib"),
+            "dtype": _DTYPE,
+            "row": asdict(self.row),
+            "split": self.split,
+            "source": self.source.settings(),
+            "all": self.all_features and self.split == FIT,
+        }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -91,23 +110,42 @@ def chosen(pool: Path, glob: str) -> list[PoolRow]:
     rows = read_pool(pool)
     found = [row for row in rows if fnmatch.fnmatchcase(row.name, glob)]
     if not found:
-        raise OodlibError(f"sweep: no model of {pool.name} is called {glob!r}. Its first is {rows[0].name}.")
+        raise OodlibError(
+            f"sweep: no model of {pool.name} is called {glob!r}. Its first is {rows[0].name}."
+        )
     return found
 
 
-def make_jobs(rows: Iterable[PoolRow], source: Source, output: Path, *, all_features: bool = False,
-              device: str = "auto") -> list[Job]:
-    """All jobs of a pool; the long ones ("fit") first, so that every shard ``jobs[i::n]`` gets its part of them."""
+def make_jobs(
+    rows: Iterable[PoolRow],
+    source: Source,
+    output: Path,
+    *,
+    all_features: bool = False,
+    device: str = "auto",
+) -> list[Job]:
+    """All jobs of a pool; the long ones ("fit") first, so that every shard ``jobs[i::n]`` gets its
+    part of them.
+    """
     rows = list(rows)
     return [
-        Job(row=row, split=split, source=source, output=output, all_features=all_features, device=device)
+        Job(
+            row=row,
+            split=split,
+            source=source,
+            output=output,
+            all_features=all_features,
+            device=device,
+        )
         for split in source.splits()
         for row in rows
     ]
 
 
 def prepare(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
-    """The jobs with the hashes of their inputs, and the splits whose images are not at hand with the reason."""
+    """The jobs with the hashes of their inputs, and the splits whose images are not available with
+    the reason.
+    """
     images: dict[str, str] = {}
     absent: dict[str, str] = {}
     for split in dict.fromkeys(job.split for job in jobs):
@@ -116,32 +154,43 @@ def prepare(jobs: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
         except OodlibError as error:
             absent[split] = str(error)
     if absent and not images:
-        raise OodlibError(f"sweep: the images of no split are at hand. {next(iter(absent.values()))}")
+        raise OodlibError(
+            f"sweep: the images of no split are available. {next(iter(absent.values()))}"
+        )
     weights = {job.row.name: job.source.weights(job.row) for job in jobs}
-    return [replace(job, inputs=(weights[job.row.name], images[job.split])) for job in jobs
-            if job.split in images], absent
+    return [
+        replace(job, inputs=(weights[job.row.name], images[job.split]))
+        for job in jobs
+        if job.split in images
+    ], absent
 
 
 def state(job: Job) -> tuple[str, str]:
-    """One of `STATES`, and the error of a failed job. Reads small files only: no weights, no images, no torch."""
+    """One of `STATES`, and the error of a failed job. Reads small files only: no weights, no
+    images, no torch.
+    """
     record = read_record(job.sidecar)
-    current = record.get("request") == job.request and (not job.inputs or record.get("inputs") == list(job.inputs))
+    current = record.get("request") == job.request and (
+        not job.inputs or record.get("inputs") == list(job.inputs)
+    )
     if current and record["state"] == "done":
         return "done", ""
-    with claim(job, patience=0) as mine:
+    with try_lock(job, patience=0) as mine:
         if not mine:
             return "running", ""
     return ("failed", record["error"]) if current else ("missing", "")
 
 
 @contextlib.contextmanager
-def claim(job: Job, *, patience: float = 2) -> Iterator[bool]:
-    """Hold the job's lock, or yield False where another process has held it for ``patience`` seconds.
+def try_lock(job: Job, *, patience: float = 2) -> Iterator[bool]:
+    """Hold the job's lock, or yield False where another process has held it for ``patience``
+    seconds.
 
-    Somebody who only looks (`state`) holds it for an instant, so that one who means to work waits a little.
+    Somebody who only looks (`state`) holds it for an instant, so that one who means to work waits a
+    little.
     """
     if patience == 0 and not job.folder.is_dir():
-        yield True                                      # looking leaves no trace
+        yield True  # looking leaves no trace
         return
     job.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(job.folder / f".{job.split}.lock", timeout=patience)
@@ -157,8 +206,10 @@ def claim(job: Job, *, patience: float = 2) -> Iterator[bool]:
 
 
 def run_job(job: Job) -> str:
-    """Do one job unless it is done or another process is at it; its `state` afterwards. An error becomes its record."""
-    with claim(job) as mine:
+    """Do one job unless it is done or another process is at it; its `state` afterwards. An error
+    becomes its record.
+    """
+    with try_lock(job) as mine:
         if not mine:
             return "running"
         if state_known(job) == "done":
@@ -168,7 +219,7 @@ def run_job(job: Job) -> str:
         started = time.time()
         try:
             found = _pass(job)
-        except Exception as error:                                       # whatever it is, the sweep goes on
+        except Exception as error:  # whatever it is, the sweep goes on
             _record(job, "failed", error=_one_line(error), traceback=traceback.format_exc())
             return "failed"
         _record(job, "done", seconds=round(time.time() - started, 2), **found)
@@ -179,12 +230,18 @@ def run_job(job: Job) -> str:
 def state_known(job: Job) -> str:
     """The state on record, for the process that holds the lock."""
     record = read_record(job.sidecar)
-    return record["state"] if record.get("request") == job.request and record["inputs"] == list(job.inputs) else ""
+    return (
+        record["state"]
+        if record.get("request") == job.request and record["inputs"] == list(job.inputs)
+        else ""
+    )
 
 
 def note_death(job: Job, reason: str) -> None:
-    """Record that the job's process ended without leaving anything, unless it is done or running after all."""
-    with claim(job) as mine:
+    """Record that the job's process ended without leaving anything, unless it is done or running
+    after all.
+    """
+    with try_lock(job) as mine:
         if mine and not state_known(job):
             _record(job, "failed", error=reason, traceback="")
 
@@ -211,9 +268,24 @@ def _pass(job: Job) -> dict[str, Any]:
                 count["right"] += int((bank.logits.argmax(1) == bank.labels).sum())
             yield bank
 
-    banks = counted(stream(opened.model, opened.data, mean=opened.mean, std=opened.std, device=device, progress=False))
-    facts = {"model": job.row.name, "data": job.split, "weights": weights_hash(opened.model), "dtype": _DTYPE,
-             "transform": opened.transform, **opened.provenance}
+    banks = counted(
+        stream(
+            opened.model,
+            opened.data,
+            mean=opened.mean,
+            std=opened.std,
+            device=device,
+            progress=False,
+        )
+    )
+    facts = {
+        "model": job.row.name,
+        "data": job.split,
+        "weights": weights_hash(opened.model),
+        "dtype": _DTYPE,
+        "transform": opened.transform,
+        **opened.provenance,
+    }
     if job.split != FIT:
         with atomic_folder(job.folder / job.split) as folder:
             for _ in _kept(banks, folder, opened, facts):
@@ -221,29 +293,49 @@ def _pass(job: Job) -> dict[str, Any]:
     else:
         with contextlib.ExitStack() as stack:
             if job.all_features:
-                banks = _kept(banks, stack.enter_context(atomic_folder(job.folder / FIT)), opened, facts)
+                banks = _kept(
+                    banks, stack.enter_context(atomic_folder(job.folder / FIT)), opened, facts
+                )
             first = next(banks)
-            fitted = reference(itertools.chain([first], banks), first.head.num_classes, per_class=job.source.per_class)
+            fitted = reference(
+                itertools.chain([first], banks),
+                first.head.num_classes,
+                per_class=job.source.per_class,
+            )
         fitted.save(job.folder / f"{FIT}.safetensors")
     labelled = count["labelled"] if job.split in (FIT, "id") else 0
     accuracy = {"accuracy": count["right"] / labelled} if labelled else {}
-    return {"images": count["images"], "device": str(pick_device(device)), "torch": torch.__version__,
-            "code": code_hash(__name__), **accuracy, **facts}
+    return {
+        "images": count["images"],
+        "device": str(pick_device(device)),
+        "torch": torch.__version__,
+        "code": code_hash(__name__),
+        **accuracy,
+        **facts,
+    }
 
 
-def _kept(banks: Iterable[FeatureBank], folder: Path, opened: Opened, facts: dict[str, Any]) -> Iterator[FeatureBank]:
-    """The same banks, written to a folder as they pass, without logits: the head must give them again."""
+def _kept(
+    banks: Iterable[FeatureBank], folder: Path, opened: Opened, facts: dict[str, Any]
+) -> Iterator[FeatureBank]:
+    """The same banks, written to a folder as they pass, without logits: the head must give them
+    again.
+    """
     import numpy as np
 
-    from oodlib.features.feature_bank import check_head, seal
+    from oodlib.features.feature_bank import check_head, write_checksums
 
     rows, done = opened.rows, 0
     labels = np.empty(rows, dtype=np.int64)
     for bank in banks:
         check_head(bank.head, bank.features, bank.logits, rtol=1e-4, rows=len(bank))
         path, stop = folder / "features.npy", done + len(bank)
-        array = np.lib.format.open_memmap(path, "r+" if done else "w+", bank.features.dtype,
-                                          None if done else (rows, bank.features.shape[1]))
+        array = np.lib.format.open_memmap(
+            path,
+            "r+" if done else "w+",
+            bank.features.dtype,
+            None if done else (rows, bank.features.shape[1]),
+        )
         array[done:stop] = bank.features
         labels[done:stop] = -1 if bank.labels is None else bank.labels
         array.flush()
@@ -251,13 +343,23 @@ def _kept(banks: Iterable[FeatureBank], folder: Path, opened: Opened, facts: dic
         yield bank
     for name, value in (("labels", labels), ("weight", head.weight), ("bias", head.bias)):
         np.save(folder / f"{name}.npy", value)
-    seal(folder, facts)
+    write_checksums(folder, facts)
 
 
 def _record(job: Job, outcome: str, **content: Any) -> None:
-    write_json(job.sidecar, {"state": outcome, "request": job.request, "inputs": list(job.inputs),
-                             "version": version("oodlib"), "host": socket.gethostname(), "process": os.getpid(),
-                             "finished": round(time.time(), 1), **content})
+    write_json(
+        job.sidecar,
+        {
+            "state": outcome,
+            "request": job.request,
+            "inputs": list(job.inputs),
+            "version": version("oodlib"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "finished": round(time.time(), 1),
+            **content,
+        },
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -266,15 +368,27 @@ def _one_line(error: BaseException) -> str:
 
 
 def describe(jobs: Sequence[Job]) -> str:
-    """The table of `STATES` by split, and the error of every failed job and of every table that could not be made."""
+    """The table of `STATES` by split, and the error of every failed job and of every table that
+    could not be made.
+    """
     states = {job: state(job) for job in jobs}
     counts = Counter((job.split, found) for job, (found, _) in states.items())
     splits = list(dict.fromkeys(job.split for job in jobs))
     width = max(len(split) for split in [*splits, "split", "total"])
     lines = [f"{'split':{width}}" + "".join(f"{name:>9}" for name in STATES)]
-    lines += [f"{split:{width}}" + "".join(f"{counts[split, name]:>9,}" for name in STATES) for split in splits]
-    lines.append(f"{'total':{width}}" + "".join(f"{sum(counts[s, name] for s in splits):>9,}" for name in STATES))
-    lines += [f"failed  {job.name}: {error}" for job, (found, error) in states.items() if found == "failed"]
+    lines += [
+        f"{split:{width}}" + "".join(f"{counts[split, name]:>9,}" for name in STATES)
+        for split in splits
+    ]
+    lines.append(
+        f"{'total':{width}}"
+        + "".join(f"{sum(counts[s, name] for s in splits):>9,}" for name in STATES)
+    )
+    lines += [
+        f"failed  {job.name}: {error}"
+        for job, (found, error) in states.items()
+        if found == "failed"
+    ]
     for folder in dict.fromkeys(job.folder for job in jobs):
         table = read_record(folder / "scores.json")
         if table.get("state") == "failed":

@@ -1,4 +1,5 @@
-"""Where a sweep finds models and images: one class for the pools trained here, one for ImageNet models on disk.
+"""Where a sweep finds models and images: one class for the pools trained here, one for ImageNet
+models on disk.
 
 A source is small and can be pickled; what it opens is opened in the process that does the job.
 """
@@ -28,13 +29,14 @@ FIT = "fit"
 # of `oodlib.data.imagenet`, whose import takes seconds
 IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", "unit_tests")
 UNIT_TESTS = "unit_tests"
-_N_UNIT = 30                             # pictures of each unit test for 32-pixel models
+_N_UNIT = 30  # pictures of each unit test for 32-pixel models
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """A model in evaluation mode with the images of one split, ready for `oodlib.features.extract.stream`.
+    """A model in evaluation mode with the images of one split, ready for
+    `oodlib.features.extract.stream`.
 
     Attributes
     ----------
@@ -66,7 +68,7 @@ class Source(Protocol):
     per_class: ClassVar[int]
 
     def splits(self) -> tuple[str, ...]:
-        """"fit" (ID training images), "id" (ID test images), then the OOD sets."""
+        """ "fit" (ID training images), "id" (ID test images), then the OOD sets."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the results and shows without weights and images; part of every job's key."""
@@ -75,7 +77,7 @@ class Source(Protocol):
         """Images of each split, as far as known without having them."""
 
     def manifest(self, split: str) -> str:
-        """Hash of the split's images; OodlibError where they are not at hand."""
+        """Hash of the split's images; OodlibError where they are not available."""
 
     def weights(self, row: PoolRow) -> str:
         """Hash of the model's file, "" where it has none or it is not there."""
@@ -84,20 +86,30 @@ class Source(Protocol):
         """Model and images of one job."""
 
 
-def find_source(pool: Path, store: Path, *, data: Path | None, weights: Path | None, workers: int,
-                sizes: dict[str, str]) -> Source:
-    """The source of a pool: files called ``embedded*`` and ``cifar*`` are of models trained here, others of ImageNet's.
+def find_source(
+    pool: Path,
+    store: Path,
+    *,
+    data: Path | None,
+    weights: Path | None,
+    workers: int,
+    sizes: dict[str, str],
+) -> Source:
+    """The source of a pool: files called ``embedded*`` and ``cifar*`` are of models trained here,
+    others of ImageNet's.
 
-    ``store`` : folder for images that are drawn once for all models
-    ``sizes`` : ``n_fit``, ``n_test``, ``n_ood`` of the pools that are trained here, as typed, where not as in the study
+    ``store`` : folder for images that are drawn once for all models ``sizes`` : ``n_fit``,
+    ``n_test``, ``n_ood`` of the pools that are trained here, as typed, where not as in the study
 
     OodlibError: another name, or no whole number.
     """
     known = next((name for name in ("embedded", "cifar") if pool.stem.startswith(name)), None)
     unknown = sorted(set(sizes) - ({"n_fit", "n_test", "n_ood"} if known else set()))
     if unknown:
-        raise OodlibError(f"sweep: the pool {pool.stem} has no parameter {unknown[0]!r}. The pools trained here have "
-                          "n_fit, n_test and n_ood; the ImageNet pools are judged on whole sets.")
+        raise OodlibError(
+            f"sweep: the pool {pool.stem} has no parameter {unknown[0]!r}. The pools trained here "
+            "have n_fit, n_test and n_ood; the ImageNet pools are judged on whole sets."
+        )
     wrong = next((name for name, text in sizes.items() if not text.isdigit()), None)
     if wrong:
         raise OodlibError(f"sweep: {wrong} must be a number of images, got {sizes[wrong]!r}.")
@@ -106,13 +118,22 @@ def find_source(pool: Path, store: Path, *, data: Path | None, weights: Path | N
     from oodlib.studies.vits.trained import BUDGETS
 
     budget = BUDGETS[known]
-    return TrainedSource(known, store, **{"n_fit": budget.n_fit, "n_test": budget.n_test, "n_ood": budget.n_ood,
-                                                **{name: int(text) for name, text in sizes.items()}})
+    return TrainedSource(
+        known,
+        store,
+        **{
+            "n_fit": budget.n_fit,
+            "n_test": budget.n_test,
+            "n_ood": budget.n_ood,
+            **{name: int(text) for name, text in sizes.items()},
+        },
+    )
 
 
 @dataclass(frozen=True)
 class TrainedSource:
-    """The ``embedded`` and ``cifar`` pools: `oodlib.studies.vits.trained` and `oodlib.studies.vits.image_sets`.
+    """The ``embedded`` and ``cifar`` pools: `oodlib.studies.vits.trained` and
+    `oodlib.studies.vits.image_sets`.
 
     Attributes
     ----------
@@ -135,8 +156,13 @@ class TrainedSource:
         return (FIT, "id", *NEAR[self.pool], UNIT_TESTS)
 
     def settings(self) -> dict[str, Any]:
-        return {"pool": self.pool, "n_fit": self.n_fit, "n_test": self.n_test, "n_ood": self.n_ood,
-                "code": code_hash("oodlib.studies.vits.trained")}
+        return {
+            "pool": self.pool,
+            "n_fit": self.n_fit,
+            "n_test": self.n_test,
+            "n_ood": self.n_ood,
+            "code": code_hash("oodlib.studies.vits.trained"),
+        }
 
     def counts(self) -> dict[str, int]:
         from oodlib.data import EMBEDDED
@@ -149,7 +175,12 @@ class TrainedSource:
             seen = len({c.cifar100_class for c in tiny_imagenet_classes()} - {"", *OVERLAPS})
             classes = {"cifar100-seen": seen, "cifar100-unseen": 100 - len(OVERLAPS) - seen}
         near = {name: self.n_ood * n for name, n in classes.items()}
-        return {FIT: self.n_fit, "id": self.n_test, **near, UNIT_TESTS: 17 * min(_N_UNIT, self.n_test)}
+        return {
+            FIT: self.n_fit,
+            "id": self.n_test,
+            **near,
+            UNIT_TESTS: 17 * min(_N_UNIT, self.n_test),
+        }
 
     def manifest(self, split: str) -> str:
         return json.loads((self._drawn() / "manifest.json").read_text(encoding="utf-8"))[split]
@@ -158,11 +189,11 @@ class TrainedSource:
         from oodlib.studies.vits.trained import load_row
 
         if self.pool == "embedded":
-            return ""                                 # trained on demand: the code and the row decide them
+            return ""  # trained on demand: the code and the row decide them
         try:
             return load_row(row).provenance["sha256"]
         except OodlibError:
-            return ""                                 # the job will say so
+            return ""  # the job will say so
 
     def open(self, row: PoolRow, split: str) -> Opened:
         import numpy as np
@@ -171,11 +202,21 @@ class TrainedSource:
         from oodlib.studies.vits.trained import load_row
 
         drawn = self._drawn()
-        images, labels = (np.load(drawn / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
+        images, labels = (
+            np.load(drawn / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("images", "labels")
+        )
         loaded = load_row(row)
-        return Opened(model=loaded.model, data=ImageSet(split, "sweep", images, np.asarray(labels)),
-                      transform=f"(pixel / 255 - {loaded.mean}) / {loaded.std}", mean=loaded.mean, std=loaded.std,
-                      provenance={"file": loaded.provenance["sha256"], "command": loaded.provenance["command"]})
+        return Opened(
+            model=loaded.model,
+            data=ImageSet(split, "sweep", images, np.asarray(labels)),
+            transform=f"(pixel / 255 - {loaded.mean}) / {loaded.std}",
+            mean=loaded.mean,
+            std=loaded.std,
+            provenance={
+                "file": loaded.provenance["sha256"],
+                "command": loaded.provenance["command"],
+            },
+        )
 
     def _drawn(self) -> Path:
         """Folder of the image sets, drawn by the first process that asks for them."""
@@ -190,19 +231,29 @@ class TrainedSource:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not folder.is_dir():
-                sets = pool_sets(self.pool, n_fit=self.n_fit, n_test=self.n_test, n_ood=self.n_ood, n_unit=_N_UNIT)
+                sets = pool_sets(
+                    self.pool,
+                    n_fit=self.n_fit,
+                    n_test=self.n_test,
+                    n_ood=self.n_ood,
+                    n_unit=_N_UNIT,
+                )
                 check_test_images(self.pool, sets)
                 with atomic_folder(folder) as temporary:
                     for split in self.splits():
                         np.save(temporary / f"{split}.images.npy", sets[split].images)
                         np.save(temporary / f"{split}.labels.npy", sets[split].labels)
-                    write_json(temporary / "manifest.json", {split: sets[split].fingerprint for split in self.splits()})
+                    write_json(
+                        temporary / "manifest.json",
+                        {split: sets[split].fingerprint for split in self.splits()},
+                    )
         return folder
 
 
 @dataclass(frozen=True)
 class ImagenetSource:
-    """ImageNet classifiers by timm tag or file, on the sets of the paper profile and the unit tests at native size.
+    """ImageNet classifiers by timm tag or file, on the sets of the paper profile and the unit tests
+    at native size.
 
     Attributes
     ----------
@@ -227,7 +278,10 @@ class ImagenetSource:
         from oodlib.data.imagenet import PAPER_SETS
 
         sets = {FIT: "imagenet-1k-train", "id": "imagenet-1k"}
-        found = {split: max(PAPER_SETS[sets.get(split, split)].counts.values()) for split in IMAGENET[:-1]}
+        found = {
+            split: max(PAPER_SETS[sets.get(split, split)].counts.values())
+            for split in IMAGENET[:-1]
+        }
         return {**found, UNIT_TESTS: 17 * 400}
 
     def manifest(self, split: str) -> str:
@@ -247,7 +301,7 @@ class ImagenetSource:
         try:
             return _sampled(find_weights(row, self.models)) if row.weights else ""
         except OodlibError:
-            return ""                                    # the job will say so
+            return ""  # the job will say so
 
     def open(self, row: PoolRow, split: str) -> Opened:
         import timm
@@ -259,8 +313,12 @@ class ImagenetSource:
 
         model, transform = load_tagged(row, weights=self.models)
         images = imagenet_split(split, data_root(self.data), transform)
-        return Opened(model=model, data=image_loader(images, workers=self.workers), transform=repr(transform),
-                      provenance={"network": row.network, "file": row.weights, "timm": timm.__version__})
+        return Opened(
+            model=model,
+            data=image_loader(images, workers=self.workers),
+            transform=repr(transform),
+            provenance={"network": row.network, "file": row.weights, "timm": timm.__version__},
+        )
 
 
 def _sampled(path: Path) -> str:

@@ -1,4 +1,6 @@
-"""Models of an ImageNet-scale pool from a sweep: what is missing is done now, on this machine, the rest is read."""
+"""Models of an ImageNet-scale pool from a sweep: what is missing is done now, on this machine, the
+rest is read.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,14 @@ from oodlib.workspace import root
 __all__ = ["swept_models"]
 
 
-def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", weights: str = "",
-                 device: str = "auto") -> Models:
+def swept_models(
+    networks: Sequence[str],
+    *,
+    data_root: str,
+    output: str = "",
+    weights: str = "",
+    device: str = "auto",
+) -> Models:
     """Scores of ImageNet models, in the form of `oodlib.studies.vits.stored.pool_models`.
 
     Parameters
@@ -32,8 +40,8 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
     networks : one pool (a name of ``data/pools`` or a table), or timm models by name and tag
     data_root : folder laid out as ``python -m oodlib data --profile paper`` prints; "" where the sweep has done it all
     output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``. What is done there
-        counts, whether or not its images and weights are at hand here too. Other jobs are done now, one after the
-        other; those of a split that is not at hand are left out
+        counts, whether or not its images and weights are available here too. Other jobs are done now,
+        one after the other; those of a split that is not available are left out
     weights : folder that the ``weights`` of a pool lie below
 
     Raises
@@ -42,42 +50,69 @@ def swept_models(networks: Sequence[str], *, data_root: str, output: str = "", w
     """
     rows, name = _rows(networks)
     folder = Path(output) if output else root() / "data" / "sweeps" / name
-    source = ImagenetSource(Path(data_root) if data_root else None, Path(weights) if weights else None,
-                            min(16, os.cpu_count() or 1))
+    source = ImagenetSource(
+        Path(data_root) if data_root else None,
+        Path(weights) if weights else None,
+        min(16, os.cpu_count() or 1),
+    )
     jobs = make_jobs(rows, source, folder, device=str(pick_device(device)))
-    todo = [job for job in jobs if state(job)[0] != "done"]          # asked without inputs: they may be elsewhere
-    reason = "" if data_root else ("Give data_root, the folder of the ImageNet-scale sets; `python -m oodlib data "
-                                   "--profile paper` says what must be in it.")
+    todo = [
+        job for job in jobs if state(job)[0] != "done"
+    ]  # asked without inputs: they may be elsewhere
+    reason = (
+        ""
+        if data_root
+        else (
+            "Give data_root, the folder of the ImageNet-scale sets; `python -m oodlib data "
+            "--profile paper` says what must be in it."
+        )
+    )
     if todo and data_root:
         try:
             for job in prepare(todo)[0]:
                 run_job(job)
-        except OodlibError as error:                                 # of none of these splits are the images at hand
+        except OodlibError as error:  # of none of these splits are the images available
             reason = str(error)
     collect(folder, [row.name for row in rows], source.splits())
     found, missing = [], {}
     for row in rows:
-        records = {split: read_record(folder / row.name / f"{split}.json") for split in (*source.splits(), "scores")}
-        bad = next((split for split in (FIT, "id", "scores") if records[split]["state"] != "done"), None)
+        records = {
+            split: read_record(folder / row.name / f"{split}.json")
+            for split in (*source.splits(), "scores")
+        }
+        bad = next(
+            (split for split in (FIT, "id", "scores") if records[split]["state"] != "done"), None
+        )
         if bad:
             missing[row.name] = str(records[bad].get("error", f"{bad} is not done"))
             continue
         fitted = Reference.load(folder / row.name / f"{FIT}.safetensors")
-        sets = {split: {"fingerprint": record["inputs"][1]} for split, record in records.items()
-                if split != "scores" and record["state"] == "done"}
-        record = {"accuracy": records["id"]["accuracy"], "geometry": geometry(fitted), "sets": sets,
-                  "sha256": records["id"]["weights"]}
+        sets = {
+            split: {"fingerprint": record["inputs"][1]}
+            for split, record in records.items()
+            if split != "scores" and record["state"] == "done"
+        }
+        record = {
+            "accuracy": records["id"]["accuracy"],
+            "geometry": geometry(fitted),
+            "sets": sets,
+            "sha256": records["id"]["weights"],
+        }
         found.append(Scored(row, record, pd.read_parquet(folder / row.name / "scores.parquet")))
     if not found:
-        raise OodlibError(f"swept_models: no model could be scored. {reason or next(iter(missing.values()))}")
+        raise OodlibError(
+            f"swept_models: no model could be scored. {reason or next(iter(missing.values()))}"
+        )
     return Models(found, missing)
 
 
 def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
-    """Rows of the pool that is named, or of the models that are: with their factors where a pool knows them."""
+    """Rows of the pool that is named, or of the models that are: with their factors where a pool
+    knows them.
+    """
     if len(networks) == 1:
         table = None
-        with contextlib.suppress(OodlibError):                       # no such table: the name of a timm model
+        with contextlib.suppress(OodlibError):  # no such table: the name of a timm model
             table = find_pool(networks[0])
         if table or networks[0].endswith(".csv"):
             return list(read_pool(networks[0])), Path(networks[0]).stem

@@ -1,4 +1,6 @@
-"""From finished jobs to tables: the scores of every image of a model (parquet), and a summary of all models (CSV)."""
+"""From finished jobs to tables: the scores of every image of a model (parquet), and a summary of
+all models (CSV).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,26 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "collect", "make_table", "read_record"]
 
-# of the summary; fractions, FPR at 95 % TPR with ID positive; the plain ones are unweighted means over the OOD classes
-COLUMNS = ("model", "accuracy", "set", "score", "fpr", "auroc", "fpr_pooled", "auroc_pooled", "failed", "classes",
-           "images")
+# of the summary; fractions, FPR at 95 % TPR with ID positive; the plain ones are unweighted means
+# over the OOD classes
+COLUMNS = (
+    "model",
+    "accuracy",
+    "set",
+    "score",
+    "fpr",
+    "auroc",
+    "fpr_pooled",
+    "auroc_pooled",
+    "failed",
+    "classes",
+    "images",
+)
 
 
 def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = False) -> str:
-    """Score a model's finished splits into ``scores.parquet``, once; ``scores.json`` is written last.
+    """Score a model's finished splits into ``scores.parquet``, once; ``scores.json`` is written
+    last.
 
     Parameters
     ----------
@@ -41,7 +56,10 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
     records = {split: record for split, record in found.items() if record["state"] == "done"}
     if not {FIT, "id"} <= set(records) or len(records) < (len(splits) if wait_for_all else 3):
         return "missing"
-    made_of = {split: [record["request"], record["inputs"], record["finished"]] for split, record in records.items()}
+    made_of = {
+        split: [record["request"], record["inputs"], record["finished"]]
+        for split, record in records.items()
+    }
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     path = folder / "scores.json"
     with FileLock(folder / ".scores.lock"):
@@ -51,17 +69,26 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
         path.unlink(missing_ok=True)
         try:
             if len({(record["weights"], record["transform"]) for record in records.values()}) > 1:
-                raise OodlibError(f"the splits went through other weights or transforms. Delete {folder}, run again.")
-            summary = _score(folder, [split for split in records if split != FIT], records["id"]["accuracy"])
-        except Exception as error:                                # one model's table never stops the others
-            write_json(path, {"state": "failed", "key": key, "error": f"{type(error).__name__}: {error}"})
+                raise OodlibError(
+                    f"the splits went through other weights or transforms. Delete {folder}, run "
+                    "again."
+                )
+            summary = _score(
+                folder, [split for split in records if split != FIT], records["id"]["accuracy"]
+            )
+        except Exception as error:  # one model's table never stops the others
+            write_json(
+                path, {"state": "failed", "key": key, "error": f"{type(error).__name__}: {error}"}
+            )
             return "failed"
         write_json(path, {"state": "done", "key": key, "summary": summary})
     return "done"
 
 
 def collect(output: Path, models: Iterable[str], splits: Sequence[str]) -> Path | None:
-    """Bring every model's table up to date and write ``summary.csv``; its path, or None where no model has one yet."""
+    """Bring every model's table up to date and write ``summary.csv``; its path, or None where no
+    model has one yet.
+    """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
@@ -71,7 +98,9 @@ def collect(output: Path, models: Iterable[str], splits: Sequence[str]) -> Path 
     if not rows:
         return None
     path = output / "summary.csv"
-    write_text(path, pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, float_format="%.6f"))
+    write_text(
+        path, pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, float_format="%.6f")
+    )
     return path
 
 
@@ -96,13 +125,22 @@ def _score(folder: Path, splits: Sequence[str], accuracy: float) -> list[dict[st
 
 
 def _summary(table: DataFrame, sets: Sequence[str]) -> DataFrame:
-    """One row a set and score: means over the OOD classes and over the images, and how many classes exceed 10 % FPR."""
+    """One row a set and score: means over the OOD classes and over the images, and how many classes
+    exceed 10 % FPR.
+    """
     import pandas as pd
 
     from oodlib.studies.vits.measures import FAILED, over_classes, per_class
 
-    rows = [{"set": name, "score": score, **over_classes(part), "failed": int((part["fpr"] > FAILED).sum())}
-            for (name, score), part in per_class(table, sets).groupby(["set", "score"], sort=False)]
+    rows = [
+        {
+            "set": name,
+            "score": score,
+            **over_classes(part),
+            "failed": int((part["fpr"] > FAILED).sum()),
+        }
+        for (name, score), part in per_class(table, sets).groupby(["set", "score"], sort=False)
+    ]
     if not rows:
         raise OodlibError("sweep: there is no OOD set to judge.")
     return pd.DataFrame(rows)

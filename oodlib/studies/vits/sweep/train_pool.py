@@ -1,4 +1,6 @@
-"""Training a whole pool: independent processes of one thread, each taking what is neither done nor being done."""
+"""Training a whole pool: independent processes of one thread, each taking what is neither done nor
+being done.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ __all__ = ["train_pool"]
 
 
 def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "auto") -> list[str]:
-    """Pretrain, finetune and score the rows of a small pool; returns the names of those that are done.
+    """Pretrain, finetune and score the rows of a small pool; returns the names of those that are
+    done.
 
-    Rows whose results are there are skipped; what was interrupted goes on. Two calls at a time share the work.
+    Rows whose results are there are skipped; what was interrupted goes on. Two calls at a time
+    share the work.
 
     Parameters
     ----------
@@ -37,15 +41,31 @@ def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "au
     rows = read_pool(pool)
     chosen = [row for row in rows if fnmatch(row.name, models)]
     if not chosen:
-        raise OodlibError(f"train-vit: no row of the pool {pool} matches {models!r}. It has "
-                          f"{', '.join(row.name for row in rows[:6])}, ...")
+        raise OodlibError(
+            f"train-vit: no row of the pool {pool} matches {models!r}. It has "
+            f"{', '.join(row.name for row in rows[:6])}, ..."
+        )
     soups = {row.checkpoint for row in chosen if row.role.startswith("soup-")}
-    chosen = [row for row in rows if row in chosen or (row.role == "member" and row.checkpoint in soups)]
+    chosen = [
+        row for row in rows if row in chosen or (row.role == "member" and row.checkpoint in soups)
+    ]
     if jobs == 1:
         _work(chosen, rows, device)
     else:
-        command = [sys.executable, "-m", "oodlib", "train-vit", "--pool", str(pool), "--models", models,
-                   "--device", device, "--jobs", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "oodlib",
+            "train-vit",
+            "--pool",
+            str(pool),
+            "--models",
+            models,
+            "--device",
+            device,
+            "--jobs",
+            "1",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
         try:
@@ -55,8 +75,10 @@ def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "au
                 worker.terminate()
             raise
         if failed:
-            raise OodlibError(f"train-vit: {len(failed)} of {jobs} processes failed; their messages stand above. The "
-                              "same command goes on with what is missing.")
+            raise OodlibError(
+                f"train-vit: {len(failed)} of {jobs} processes failed; their messages stand above. "
+                "The same command goes on with what is missing."
+            )
     return [row.name for row in chosen]
 
 
@@ -64,9 +86,9 @@ def _work(chosen: Sequence[PoolRow], rows: Sequence[PoolRow], device: str) -> No
     """Go round the rows until each is done, by this process or another."""
     import torch
 
-    from oodlib.studies.vits.trained import made_row, pool_of, pretrain
+    from oodlib.studies.vits.trained import pool_of, pretrain, train_row
 
-    torch.set_num_threads(1)               # the order of sums follows the number of threads
+    torch.set_num_threads(1)  # the order of sums follows the number of threads
     waiting = list(chosen)
     while waiting:
         before = len(waiting)
@@ -79,8 +101,8 @@ def _work(chosen: Sequence[PoolRow], rows: Sequence[PoolRow], device: str) -> No
                 with _lock(locks / f"{row.checkpoint}.lock"):
                     pretrain(row, device=device)
                 with _lock(locks / f"{row.name}.lock"):
-                    made_row(row, device=device, rows=rows)
-            except Timeout:                # another process is at it
+                    train_row(row, device=device, rows=rows)
+            except Timeout:  # another process is at it
                 continue
             waiting.remove(row)
             print(f"{row.name}: done", flush=True)

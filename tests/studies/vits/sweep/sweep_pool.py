@@ -1,4 +1,6 @@
-"""A pool of tiny networks for the sweep's tests: images and weights follow from names, and traps can be set."""
+"""A pool of tiny networks for the sweep's tests: images and weights follow from names, and traps
+can be set.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ from oodlib.studies.vits.sweep.models_and_images import Opened
 from oodlib.studies.vits.sweep.tables import read_record
 
 CLASSES = 3
-ROWS = {"fit": 400, "id": 200, "odd": 10_300}        # the last is more than one bank, so that a kill can hit its middle
+ROWS = {
+    "fit": 400,
+    "id": 200,
+    "odd": 10_300,
+}  # the last is more than one bank, so that a kill can hit its middle
 NAMES = ("killed", "broken")
 
 
 class TinyNet(nn.Module):
-    """Two layers. In the middle of a large set it deletes the file ``trap`` and sends itself the signal named there."""
+    """Two layers. In the middle of a large set it deletes the file ``trap`` and sends itself the
+    signal named there.
+    """
 
     def __init__(self, seed: int, trap: Path):
         super().__init__()
@@ -48,7 +56,9 @@ class TinyNet(nn.Module):
 
 @dataclass(frozen=True)
 class TinySource:
-    """Three splits of noise. In its store, ``traps/<model>`` hits a pass over "odd", ``traps/error`` broken/id."""
+    """Three splits of noise. In its store, ``traps/<model>`` hits a pass over "odd",
+    ``traps/error`` broken/id.
+    """
 
     files: ClassVar[bool] = False
     per_class: ClassVar[int] = 20
@@ -82,7 +92,13 @@ class TinySource:
         if (row.name, split) == ("broken", "id") and (self.store / "traps" / "error").exists():
             raise OodlibError("the weights are missing.")
         model = TinyNet(row.seed, self.store / "traps" / row.name).eval()
-        return Opened(model=model, data=self.images(split), transform="noise", mean=(0.5,) * 3, std=(0.25,) * 3)
+        return Opened(
+            model=model,
+            data=self.images(split),
+            transform="noise",
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+        )
 
 
 def tiny_jobs(output: Path, names: Iterable[str] = NAMES) -> list[Job]:
@@ -99,13 +115,16 @@ def set_traps(output: Path, **traps: str) -> None:
 def run_until_killed(output: str) -> None:
     """One job in this process, which its trap kills."""
     set_traps(Path(output))
-    job, = (job for job in prepare(tiny_jobs(Path(output)))[0] if job.name == "killed/odd")
+    (job,) = (job for job in prepare(tiny_jobs(Path(output)))[0] if job.name == "killed/odd")
     run_job(job)
 
 
-def check_scenario(output: Path, where: str, resources: Resources, capsys: Any, *, poll: float = 0.2,
-                   **traps: str) -> None:
-    """A sweep with a job that is killed and a model that fails; then, mended, a run that does only what is left."""
+def check_scenario(
+    output: Path, where: str, resources: Resources, capsys: Any, *, poll: float = 0.2, **traps: str
+) -> None:
+    """A sweep with a job that is killed and a model that fails; then, mended, a run that does only
+    what is left.
+    """
     set_traps(output, **traps)
     jobs = tiny_jobs(output)
     assert run_sweep(jobs, output, where, resources, poll=poll) == 1
@@ -125,7 +144,9 @@ def check_scenario(output: Path, where: str, resources: Resources, capsys: Any, 
     assert {path: path.read_bytes() for path in done} == done
     assert not list(output.rglob("*.part"))
     summary = pd.read_csv(output / "summary.csv")
-    assert list(summary["model"].drop_duplicates()) == list(NAMES) and len(summary) == len(NAMES) * 9
+    assert (
+        list(summary["model"].drop_duplicates()) == list(NAMES) and len(summary) == len(NAMES) * 9
+    )
     for name in NAMES:
         assert len(pd.read_parquet(output / name / "scores.parquet")) == ROWS["id"] + ROWS["odd"]
         assert read_record(output / name / "fit.json")["images"] == ROWS["fit"]

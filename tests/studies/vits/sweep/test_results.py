@@ -1,4 +1,6 @@
-"""What the notebook gets of a sweep: what is done counts wherever it was done, the rest needs images."""
+"""What the notebook gets of a sweep: what is done counts wherever it was done, the rest needs
+images.
+"""
 
 from pathlib import Path
 
@@ -16,8 +18,12 @@ def test_images_have_to_be_somewhere(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_no_imagenet(tmp_path: Path) -> None:
-    with pytest.raises(OodlibError, match="the images of no split are at hand"):
-        swept_models(["vit_base_patch16_224.augreg_in21k_ft_in1k"], data_root=str(tmp_path), output=str(tmp_path / "o"))
+    with pytest.raises(OodlibError, match="the images of no split are available"):
+        swept_models(
+            ["vit_base_patch16_224.augreg_in21k_ft_in1k"],
+            data_root=str(tmp_path),
+            output=str(tmp_path / "o"),
+        )
 
 
 def test_a_damaged_table_is_no_timm_model(tmp_path: Path) -> None:
@@ -28,8 +34,9 @@ def test_a_damaged_table_is_no_timm_model(tmp_path: Path) -> None:
         swept_models([str(tmp_path / "absent.csv")], data_root="")
 
 
-def test_what_is_done_counts_where_neither_images_nor_weights_are(tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_counts_where_neither_images_nor_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def absent(*_: object) -> str:
         raise OodlibError("the folder is missing.")
 

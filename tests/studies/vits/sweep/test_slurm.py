@@ -1,4 +1,6 @@
-"""The same sweep on a real SLURM cluster of one node, which the test starts and stops; needs root and two packages."""
+"""The same sweep on a real SLURM cluster of one node, which the test starts and stops; needs root
+and two packages.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,13 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=SEARCHED) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"no SLURM here ({', '.join(MISSING)}): apt-get install slurm-wlm munge"),
-    pytest.mark.skipif(sys.platform != "win32" and os.geteuid() != 0, reason="SLURM's daemons need root"),
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=f"no SLURM here ({', '.join(MISSING)}): apt-get install slurm-wlm munge",
+    ),
+    pytest.mark.skipif(
+        sys.platform != "win32" and os.geteuid() != 0, reason="SLURM's daemons need root"
+    ),
 ]
 
 
@@ -40,21 +47,50 @@ def one_node_slurm(folder: Path) -> Iterator[dict[str, str]]:
     key, sock = munge / "key", munge / "socket"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    (home / "slurm.conf").write_text("\n".join([
-        "ClusterName=oodlib", f"SlurmctldHost={host}", f"SlurmctldPort={_free_port()}", f"SlurmdPort={_free_port()}",
-        "SlurmUser=root", "AuthType=auth/munge", "MpiDefault=none", "ReturnToService=2",
-        f"AuthInfo=socket={sock},cred_expire=6",             # a requeued job waits as long as a credential lives
-        f"StateSaveLocation={home}/state", f"SlurmdSpoolDir={home}/spool", f"SlurmctldPidFile={home}/ctld.pid",
-        f"SlurmdPidFile={home}/slurmd.pid", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none",
-        "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none",
-        "SelectType=select/cons_tres", "SelectTypeParameters=CR_Core",
-        f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
-        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""]))
+    (home / "slurm.conf").write_text(
+        "\n".join(
+            [
+                "ClusterName=oodlib",
+                f"SlurmctldHost={host}",
+                f"SlurmctldPort={_free_port()}",
+                f"SlurmdPort={_free_port()}",
+                "SlurmUser=root",
+                "AuthType=auth/munge",
+                "MpiDefault=none",
+                "ReturnToService=2",
+                f"AuthInfo=socket={sock},cred_expire=6",  # a requeued job waits as long as a credential lives
+                f"StateSaveLocation={home}/state",
+                f"SlurmdSpoolDir={home}/spool",
+                f"SlurmctldPidFile={home}/ctld.pid",
+                f"SlurmdPidFile={home}/slurmd.pid",
+                "ProctrackType=proctrack/linuxproc",
+                "TaskPlugin=task/none",
+                "JobAcctGatherType=jobacct_gather/none",
+                "AccountingStorageType=accounting_storage/none",
+                "SelectType=select/cons_tres",
+                "SelectTypeParameters=CR_Core",
+                f"NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN",
+                "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+                "",
+            ]
+        )
+    )
     environment = {"PATH": SEARCHED, "SLURM_CONF": str(home / "slurm.conf")}
     # --force: a temporary folder that others may not look into will do
-    commands = (["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={sock}",
-                 f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"],
-                ["slurmctld", "-D", "-i"], ["slurmd", "-D"])
+    commands = (
+        [
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={sock}",
+            f"--pid-file={munge}/pid",
+            f"--log-file={munge}/log",
+            f"--seed-file={munge}/seed",
+        ],
+        ["slurmctld", "-D", "-i"],
+        ["slurmd", "-D"],
+    )
     everything, running = {**os.environ, **environment}, []
     try:
         with open(folder / "daemons.log", "wb") as log:
@@ -62,13 +98,19 @@ def one_node_slurm(folder: Path) -> Iterator[dict[str, str]]:
                 running.append(subprocess.Popen(command, stdout=log, stderr=log, env=everything))
                 _wait(sock.exists, seconds=5)
         srun = ["srun", "--immediate=1", "true"]
-        _wait(lambda: subprocess.run(srun, capture_output=True, env=everything).returncode == 0, seconds=20)
+        _wait(
+            lambda: subprocess.run(srun, capture_output=True, env=everything).returncode == 0,
+            seconds=20,
+        )
         yield environment
     finally:
         subprocess.run(["scancel", "--user=root"], capture_output=True, env=everything)
-        squeue = ["squeue", "--noheader"]                    # daemons that go first would leave their jobs behind
+        squeue = ["squeue", "--noheader"]  # daemons that go first would leave their jobs behind
         with contextlib.suppress(TimeoutError):
-            _wait(lambda: not subprocess.run(squeue, capture_output=True, env=everything).stdout, seconds=20)
+            _wait(
+                lambda: not subprocess.run(squeue, capture_output=True, env=everything).stdout,
+                seconds=20,
+            )
         for process in reversed(running):
             process.terminate()
             try:
@@ -106,13 +148,18 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_rerun_on_slurm_does_only_what_was_killed_or_failed(cluster: Path, monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rerun_on_slurm_does_only_what_was_killed_or_failed(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("submitit", reason="needs submitit (pip install 'oodlib[sweep]')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(root())]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = cluster / "sweep"
-    check_scenario(output, "slurm", Resources(at_once=2, timeout=60), capsys, poll=0.5, broken="SIGUSR2")
+    check_scenario(
+        output, "slurm", Resources(at_once=2, timeout=60), capsys, poll=0.5, broken="SIGUSR2"
+    )
     logs = [path.read_text() for path in (output / "logs").rglob("*.err")]
-    assert sum("this job is preempted" in text for text in logs) == 1          # broken/odd: requeued, then done
+    assert (
+        sum("this job is preempted" in text for text in logs) == 1
+    )  # broken/odd: requeued, then done
     assert not (output / "traps" / "broken").exists()
