@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their checksums."""
+"""Files written whole or not at all; sealed files, locks and cache keys."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "remove_parts", "sha256", "write_json", "write_text"]
+from oodlib.errors import OodlibError
+
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "key_of",
+    "locked",
+    "read_json",
+    "read_sealed",
+    "remove_parts",
+    "sha256",
+    "write_json",
+    "write_sealed",
+    "write_text",
+]
 
 
 @contextlib.contextmanager
@@ -103,3 +117,90 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key_of(value: Any, length: int = 16) -> str:
+    """Cache key: the first ``length`` hexadecimal digits of the SHA-256 of ``value`` as JSON.
+
+    >>> key_of({"b": 1, "a": 2}) == key_of({"a": 2, "b": 1})
+    True
+    """
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], timeout: float = -1) -> Iterator[bool]:
+    """Hold the lock file ``path`` and yield True; False where another process holds it for longer
+    than ``timeout`` seconds (negative: wait until it is free).
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def read_json(path: str | os.PathLike[str], what: str, remedy: str) -> dict[str, Any]:
+    """A JSON object from a file; OodlibError "``what``: <path> is missing or damaged. ``remedy``"."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        fault = f"damaged (a {type(content).__name__}, not an object)"
+    except FileNotFoundError:
+        fault = "missing"
+    except (OSError, ValueError) as error:
+        fault = f"damaged ({error})"
+    raise OodlibError(f"{what}: {path} is {fault}. {remedy}")
+
+
+def write_sealed(
+    path: str | os.PathLike[str],
+    write: Callable[[Path], object],
+    record: Mapping[str, Any],
+    *,
+    record_path: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a file by ``write(temporary path)``, then its JSON record with the file's SHA-256.
+
+    The record lies beside the file as ``<stem>.json`` unless ``record_path`` names another place.
+    A reader that comes between the two writes sees a damaged file, never a wrong one.
+    """
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        write(temporary)
+    write_json(record_path or path.with_suffix(".json"), {**record, "sha256": sha256(path)})
+
+
+def read_sealed(
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str,
+    *,
+    record_path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """The record that `write_sealed` wrote, after the file has been checked against it.
+
+    Raises
+    ------
+    OodlibError : "``what``: <path> is missing or damaged. ``remedy``" (which fault it is, in words)
+    """
+    path = Path(path)
+    record = read_json(record_path or path.with_suffix(".json"), what, remedy)
+    if not path.is_file():
+        raise OodlibError(f"{what}: {path} is missing. {remedy}")
+    if record.get("sha256") != sha256(path):
+        raise OodlibError(
+            f"{what}: {path} is damaged: its checksum is not the recorded one. {remedy}"
+        )
+    return record

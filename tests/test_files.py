@@ -1,6 +1,7 @@
 """Files and folders are replaced whole or not at all, whatever goes wrong on the way."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from oodlib import files
+from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, remove_parts
 
 
@@ -98,3 +101,37 @@ def test_the_cleaner_leaves_other_names_alone(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_parts(tmp_path / "run[1]")
     assert sorted(os.listdir(tmp_path)) == sorted(set(names) - {".run[1].x.part"})
+
+
+def test_a_sealed_file_is_read_back_with_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    files.write_sealed(path, lambda part: part.write_bytes(b"abc"), {"step": 3})
+    assert files.read_sealed(path, "flow", "Train again.")["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda path: path.unlink(), "weights.bin is missing"),
+        (lambda path: path.write_bytes(b"abd"), "weights.bin is damaged: its checksum"),
+        (lambda path: path.with_suffix(".json").unlink(), "weights.json is missing"),
+        (lambda path: path.with_suffix(".json").write_text("{"), "weights.json is damaged"),
+        (lambda path: path.with_suffix(".json").write_text("[]"), "not an object"),
+    ],
+)
+def test_a_damaged_sealed_file_is_refused_with_the_remedy(tmp_path, fault, message) -> None:
+    path = tmp_path / "weights.bin"
+    files.write_sealed(path, lambda part: part.write_bytes(b"abc"), {})
+    fault(path)
+    with pytest.raises(OodlibError, match=re.escape(message) + ".*Train again."):
+        files.read_sealed(path, "flow", "Train again.")
+
+
+def test_a_lock_that_is_held_is_not_given_twice(tmp_path: Path) -> None:
+    with files.locked(tmp_path / "a.lock") as first, files.locked(tmp_path / "a.lock", 0) as second:
+        assert first and not second
+
+
+def test_the_key_ignores_the_order_of_a_mapping_only() -> None:
+    assert files.key_of({"a": 1, "b": [2, 3]}) == files.key_of({"b": [2, 3], "a": 1})
+    assert files.key_of({"a": 1, "b": [2, 3]}) != files.key_of({"a": 1, "b": [3, 2]})
