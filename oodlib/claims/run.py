@@ -45,7 +45,7 @@ class Run:
 
     Parameters
     ----------
-    notebook : name of the notebook, "01_gradnorm"
+    notebook : name of the notebook, "01b_gradnorm"
     profile : smoke, laptop, benchmark or paper
     seed : seed of the run, written into the rows of the results that name none
     device : where the networks ran, for the provenance; "auto" is written as what it stands for

@@ -79,7 +79,7 @@ class _Engine(NBClientEngine):
 
 
 class _Progress:
-    """``01_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s
+    """``01a_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s
     in a log.
     """
 
