@@ -73,8 +73,9 @@ def spearman_along(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     x, y = (rankdata(v, axis=0) for v in (a, b))
     x, y = x - x.mean(0), y - y.mean(0)
     norm = np.sqrt((x**2).sum(0) * (y**2).sum(0))
-    zero: NDArray[np.float64] = np.zeros_like(norm)
-    return np.divide((x * y).sum(0), norm, out=zero, where=norm > 0)
+    rho: NDArray[np.float64] = np.zeros_like(norm)
+    np.divide((x * y).sum(0), norm, out=rho, where=norm > 0)
+    return rho
 
 
 def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
