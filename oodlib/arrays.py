@@ -27,8 +27,8 @@ def tensor64(value: Any) -> Tensor:
     import torch  # late: metrics and claims read arrays without it
 
     if isinstance(value, torch.Tensor):
-        value = value.detach()
-        return (value.cpu() if value.device.type == "mps" else value).double()
+        detached: torch.Tensor = value.detach()
+        return (detached.cpu() if detached.device.type == "mps" else detached).double()
     # a copy: memory-mapped banks are read-only
     return torch.from_numpy(np.array(value, dtype=np.float64))
 

@@ -205,7 +205,8 @@ class Run:
             part = board.on(network)
             rows: list[dict[str, Any]] = part.results(metrics, variants=variants).to_dict("records")
             for row in rows:
-                self.result(**{str(k): None if v is pd.NA else v for k, v in row.items()})
+                columns: Any = {k: None if v is pd.NA else v for k, v in row.items()}
+                self.result(**columns)
             id_name = board.id_name.get(network, "id")
             for metric in tables:
                 table = part.table(network, metric)
