@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["augment", "hash_seed", "normalise"]
+__all__ = ["augment", "hash_seed", "normalise", "seeded"]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -27,8 +27,7 @@ class _Augmentation(Protocol):
 def augment(
     x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator
 ) -> Tensor:
-    """Flip and translate a batch (n, c, h, w), image by image, as ``recipe.flip`` and
-    ``recipe.shift`` say.
+    """Flip and translate each image of a batch (n, c, h, w) by ``recipe.flip`` and ``recipe.shift``.
 
     ``keys`` (n,) decides which images the alternating flip starts with; other flips need none.
     """
@@ -55,7 +54,10 @@ def augment(
 
 
 def hash_seed(*numbers: int) -> int:
-    """A reproducible generator seed for each combination of numbers: seed and epoch, or seed,
-    purpose and step.
-    """
+    """A reproducible seed for each combination of numbers, such as seed, purpose and step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator seeded by `hash_seed`."""
+    return torch.Generator().manual_seed(hash_seed(*numbers))

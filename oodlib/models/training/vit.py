@@ -1,5 +1,4 @@
-"""One training loop for the pool's ViTs, pretraining and finetuning: seeded, resumable after a
-kill.
+"""Training of the pool's small ViTs: pretraining and finetuning.
 
 After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the
 head's bias at -log C and Adam with decoupled weight decay, of weight matrices and filters only;
@@ -13,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,16 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, normalize
-from tqdm import tqdm
 
 from oodlib.errors import OodlibError
 from oodlib.models.device import random_state
-from oodlib.models.training.augment import augment, hash_seed, normalise
-from oodlib.models.training.state import load_state, save_state
+from oodlib.models.training.augment import augment, hash_seed, normalise, seeded
+from oodlib.models.training.loop import TrainingRun
 
 __all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
 
-SAVE_EVERY = 30.0  # seconds between two states to resume from
 Objective = Literal["sigmoid", "softmax", "cosine"]
 # AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); its light0, of
 # magnitude 0, is left out: there timm's posterize keeps no bit, which Pillow refuses
@@ -142,99 +139,44 @@ def fit_vit(
     ------
     OodlibError : a loss that overflows, a checkpoint that is damaged or belongs to another run
     """
-    n, order = len(images), None
-    model.to(device).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    n = len(images)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = _class_codes(model, recipe, seed).to(device)
-    optimiser = _optimiser(model, codes, recipe)
-    key = [repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())]
-    history: list[dict[str, float]] = []
-    step, seconds, losses = 0, 0.0, []
-    if checkpoint and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state["key"] != key:
-            raise OodlibError(
-                f"fit_vit: {checkpoint} belongs to another recipe, seed or images. Delete it to "
-                "start afresh."
-            )
-        model.load_state_dict(state["model"])
-        codes.load_state_dict(state["codes"])
-        optimiser.load_state_dict(state["optimiser"])
-        history, step, seconds, losses = (
-            state["history"],
-            state["step"],
-            state["seconds"],
-            state["losses"],
-        )
-    started = saved = time.monotonic()
-    policy, epoch_of_order = _rand_augment(recipe), -1
-    bar = tqdm(
-        total=recipe.steps,
-        initial=step,
-        desc=title,
-        unit="step",
-        disable=None if progress else True,
+    policy = _rand_augment(recipe)
+    run = TrainingRun(
+        "fit_vit",
+        model,
+        _optimiser(model, codes, recipe),
+        key=[repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())],
+        path=checkpoint,
+        parts={"codes": codes},
     )
+
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(n, generator=seeded(seed, epoch))
+
+    def loss(step: int) -> Tensor:
+        first = step * recipe.batch_size
+        samples = range(first, min(first + recipe.batch_size, recipe.samples))
+        index = [int(order(i // n)[i % n]) for i in samples]
+        seed_all(hash_seed(seed, recipe.steps, step))
+        x, targets = _batch(
+            images[index], labels[index], len(codes.weight), recipe, policy, mean, std
+        )
+        x = x.to(device, memory_format=torch.channels_last)
+        return _loss(model, codes, x, targets.to(device), recipe)
+
     with _random_state(device) as seed_all:
-        while step < recipe.steps:
-            rows = range(
-                step * recipe.batch_size, min((step + 1) * recipe.batch_size, recipe.samples)
-            )
-            index = []
-            for row in rows:
-                if row // n != epoch_of_order:
-                    epoch_of_order = row // n
-                    order = torch.randperm(
-                        n, generator=torch.Generator().manual_seed(hash_seed(seed, epoch_of_order))
-                    )
-                assert order is not None
-                index.append(int(order[row % n]))
-            seed_all(hash_seed(seed, recipe.steps, step))
-            x, targets = _batch(
-                images[index], labels[index], codes.weight.shape[0], recipe, policy, mean, std
-            )
-            x = x.to(device, memory_format=torch.channels_last)
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(step)
-            loss = _loss(model, codes, x, targets.to(device), recipe)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimiser.step()
-            losses.append(loss.item())
-            step += 1
-            bar.update()
-            if not math.isfinite(losses[-1]):
-                raise OodlibError(
-                    f"fit_vit: the loss became infinite or NaN at step {step}. Lower the learning "
-                    "rate."
-                )
-            if step == recipe.steps or step % max(1, recipe.steps // 10) == 0:
-                history.append(
-                    {
-                        "step": step,
-                        "loss": float(np.mean(losses)),
-                        "seconds": seconds + time.monotonic() - started,
-                    }
-                )
-                losses = []
-            if checkpoint and (step == recipe.steps or time.monotonic() - saved > SAVE_EVERY):
-                saved = time.monotonic()
-                save_state(
-                    checkpoint,
-                    {
-                        "key": key,
-                        "model": model.state_dict(),
-                        "codes": codes.state_dict(),
-                        "step": step,
-                        "optimiser": optimiser.state_dict(),
-                        "history": history,
-                        "losses": losses,
-                        "seconds": seconds + saved - started,
-                    },
-                )
-    bar.close()
-    model.eval()
-    return history
+        tenth = max(1, recipe.steps // 10)
+        return run.run_steps(
+            loss,
+            rate=recipe.rate,
+            rows={*range(tenth, recipe.steps, tenth), recipe.steps},
+            clip=recipe.clip,
+            progress=progress,
+            title=title,
+        )
 
 
 class _Codes(nn.Module):
