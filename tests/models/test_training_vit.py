@@ -404,7 +404,7 @@ def interrupted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change", [{"recipe": replace(PLAIN, lr=0.04)}, {"seed": 1}])
 def test_a_checkpoint_of_another_run_is_refused_and_kept(interrupted, change):
     before = interrupted.read_bytes()
-    with pytest.raises(OodlibError, match="resume belongs to another run: .* this one is"):
+    with pytest.raises(OodlibError, match=r"resume belongs to another run: .* this one is"):
         run(**{"recipe": PLAIN, **change}, checkpoint=interrupted)
     assert interrupted.read_bytes() == before
 

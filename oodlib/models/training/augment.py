@@ -27,7 +27,7 @@ class _Augmentation(Protocol):
 def augment(
     x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator
 ) -> Tensor:
-    """Flip and translate each image of a batch (n, c, h, w) by ``recipe.flip`` and ``recipe.shift``.
+    """Flip and shift each image of a batch (n, c, h, w) by ``recipe.flip`` and ``recipe.shift``.
 
     ``keys`` (n,) decides which images the alternating flip starts with; other flips need none.
     """

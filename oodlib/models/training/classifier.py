@@ -212,7 +212,7 @@ class _Shuffle:
 
 @torch.no_grad()
 def _look_ahead(model: nn.Module, slow: nn.Module, decay: float) -> None:
-    """slow <- decay slow + (1 - decay) model, then model <- slow (Zhang et al. 2019, with a ramp)."""
+    """slow <- decay slow + (1 - decay) model, then model <- slow (Zhang et al. 2019)."""
     fast = model.state_dict()
     for name, value in slow.state_dict().items():
         if value.is_floating_point():

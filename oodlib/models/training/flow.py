@@ -30,16 +30,15 @@ from oodlib.models.training.loop import TrainingRun
 
 __all__ = ["FlowRecipe", "kept_step", "mean_bits_per_dim", "snapshot_path", "train_flow"]
 
-_ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # what a generator is for
+_ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # purposes of generators
 
 
 @dataclass(frozen=True)
 class FlowRecipe:
     """Everything that decides a training run, besides the images, the network and the seed.
 
-    ``snapshots`` are the steps whose weights are kept, 0 being the state after actnorm's
-    initialisation; the last one ends the run. Without decay, a longer run with the same first
-    snapshots repeats the shorter one.
+    ``snapshots`` are the steps whose weights are saved, 0 being the state after actnorm's
+    initialisation; the last one ends the run.
     """
 
     snapshots: tuple[int, ...]
@@ -51,22 +50,17 @@ class FlowRecipe:
     n_initialise: int = 512  # images that set the actnorms
     flip: Literal["none", "random"] = "none"
     shift: int = 0  # random translation by up to so many pixels, reflected border
-    decay: Literal["none", "cosine"] = (
-        "none"  # of the rate, over the whole run: a longer run is another run
-    )
+    decay: Literal["none", "cosine"] = "none"  # of the rate, over the whole run
 
     def rate(self, step: int) -> float:
-        """Learning rate of the step that follows ``step`` others: lr min(1, (step + 1) / warmup) (1
-        + cos pi t) / 2.
+        """Learning rate: lr min(1, (step + 1) / warmup) (1 + cos(pi step / last step)) / 2.
 
-        t = step / last step; without decay the last factor is 1.
+        The last factor is that of the cosine decay.
         """
         rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
-        return (
-            rate
-            if self.decay == "none"
-            else rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
-        )
+        if self.decay == "cosine":
+            rate = rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
+        return rate
 
     def __post_init__(self) -> None:
         steps = self.snapshots
@@ -74,25 +68,23 @@ class FlowRecipe:
             raise OodlibError(
                 f"FlowRecipe: snapshots must rise from 0 to the last step, got {steps}."
             )
-        positive, others = (
-            (self.batch_size, self.n_initialise, self.lr, self.clip),
-            (self.warmup, self.weight_decay),
-        )
-        if not (
-            min(positive) > 0 and min(others) >= 0 and all(map(math.isfinite, positive + others))
-        ):
+        positive = (self.batch_size, self.n_initialise, self.lr, self.clip)
+        others = (self.warmup, self.weight_decay)
+        finite = all(map(math.isfinite, positive + others))
+        if not (finite and min(positive) > 0 and min(others) >= 0):
             raise OodlibError(
-                f"FlowRecipe: batch_size, n_initialise, lr and clip must be positive, warmup and "
+                "FlowRecipe: batch_size, n_initialise, lr and clip must be positive, warmup and "
                 f"weight_decay not negative, all finite, got {self}. A large clip clips nothing."
             )
-        if self.flip not in ("none", "random"):
-            raise OodlibError(f'FlowRecipe: flip must be "none" or "random", got {self.flip!r}.')
-        if self.decay not in ("none", "cosine"):
-            raise OodlibError(f'FlowRecipe: decay must be "none" or "cosine", got {self.decay!r}.')
+        if self.flip not in ("none", "random") or self.decay not in ("none", "cosine"):
+            raise OodlibError(
+                "FlowRecipe: flip must be none or random and decay none or cosine, got "
+                f"{self.flip!r} and {self.decay!r}."
+            )
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """Where the weights after ``step`` steps lie; a JSON file with their checksum lies beside them."""
+    """File of the weights after ``step`` steps; beside it lies a JSON record with its checksum."""
     return folder / f"step_{step:07d}.safetensors"
 
 
@@ -105,15 +97,10 @@ def mean_bits_per_dim(
     batch_size: int = 250,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Mean bits per dim of uint8 images; noise of a seed, so that two models are compared on the
-    same numbers.
-    """
+    """Mean bits per dim of uint8 images; compared on the same noise, of ``seed``."""
     x = dequantise(images, bits=model.bits, generator=seeded(seed, _VALIDATE, 0))
-    values = [
-        bits_per_dim(model.log_prob(part.to(device)), model.image_shape).cpu()
-        for part in x.split(batch_size)
-    ]
-    return float(torch.cat(values).mean())
+    log_probs = torch.cat([model.log_prob(part.to(device)).cpu() for part in x.split(batch_size)])
+    return float(bits_per_dim(log_probs, model.image_shape).mean())
 
 
 def train_flow(
@@ -129,16 +116,15 @@ def train_flow(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place by maximum likelihood; returns one row of history per snapshot.
 
-    loss = mean bits per dim of a batch; Adamax. A run that was killed goes on from the last saved
-    state and gives the same weights as one that was not: bit by bit on a CPU with the same number
-    of threads.
+    loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights as one
+    that was not killed: bit by bit on a CPU with the same number of threads.
 
     Parameters
     ----------
     images, validation : (n, c, h, w) uint8 on the CPU, disjoint
-    seed : of order, augmentation and noise; initialise the weights yourself under a seed of its own
-    folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``, with which a finished
-        run without decay can be made longer
+    seed : of order, augmentation and noise; initialise the weights yourself
+    folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``,
+        with which a finished run without decay can be made longer
 
     Returns
     -------
@@ -146,8 +132,8 @@ def train_flow(
 
     Raises
     ------
-    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss or gradient that
-        overflows (the last good state stays on disk); a state in ``folder`` that is damaged or
+    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss
+        or gradient that overflows (the last good state stays on disk); a state that is damaged or
         belongs to another run
     """
     _check(model, images, validation, recipe)
@@ -225,12 +211,8 @@ def train_flow(
 
 def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) -> None:
     for name, part, least in (("images", images, recipe.batch_size), ("validation", validation, 1)):
-        if (
-            not isinstance(part, Tensor)
-            or part.dtype != torch.uint8
-            or part.device.type != "cpu"
-            or tuple(part.shape[1:]) != model.image_shape
-        ):
+        facts = (type(part), part.dtype, str(part.device), tuple(part.shape[1:]))
+        if facts != (Tensor, torch.uint8, "cpu", model.image_shape):
             raise OodlibError(
                 f"train_flow: {name} must be a tensor (n, "
                 f"{', '.join(map(str, model.image_shape))}) torch.uint8 on the CPU, got "
@@ -242,10 +224,11 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
                 f"train_flow: needs at least {least} {name} (a batch of the recipe, and one to "
                 f"validate with), got {len(part)}. Give more, or use a smaller batch_size."
             )
-    if not 0 <= recipe.shift < min(model.image_shape[1:]):
+    side = min(model.image_shape[1:])
+    if not 0 <= recipe.shift < side:
         raise OodlibError(
-            f"train_flow: shift must lie in [0, {min(model.image_shape[1:])}), the border is "
-            f"reflected; got {recipe.shift}."
+            f"train_flow: shift must lie in [0, {side}), the border is reflected; got "
+            f"{recipe.shift}."
         )
 
 
@@ -278,9 +261,7 @@ def _load(model: Glow, path: Path) -> None:
 
 
 def kept_step(history: Sequence[Mapping[str, Any]], epochs: float, *, nearest: bool = False) -> int:
-    """The first kept step of at least so many epochs, the last one if there is none; or the
-    nearest, by ratio.
-    """
+    """The first saved step of at least so many epochs, else the last; or the nearest, by ratio."""
     rows = [row for row in history if row["step"] > 0]
     if nearest:
         return min(rows, key=lambda row: abs(math.log(row["epoch"] / epochs)))["step"]

@@ -1,4 +1,4 @@
-"""The training loop of every recipe: resumable, with history, a progress bar, one overflow error."""
+"""The training loop of every recipe: resumable, with history, progress bar and overflow error."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def save_state(path: str | Path, packed: memoryview) -> None:
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """Read what `save_state` wrote, its tensors on the CPU; OodlibError where the file is damaged."""
+    """Read what `save_state` wrote, tensors on the CPU; OodlibError for a damaged file."""
     data = Path(path).read_bytes()
     if hashlib.sha256(_FORMAT + data[32:]).digest() != data[:32]:
         raise OodlibError(
