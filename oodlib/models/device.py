@@ -22,9 +22,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device
+            reason = str(error).splitlines()[0][:60]
             raise OodlibError(
-                f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, "
-                "cpu, cuda or mps."
+                f"device {device!s} cannot be used ({reason}). Use auto, cpu, cuda or mps."
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():

@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+FilePath = str | os.PathLike[str]
+Transform = Callable[[Any], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """Facts about one public checkpoint.
@@ -86,9 +90,9 @@ PUBLIC = {name: _entry(name, **facts) for name, facts in _FACTS.items()}
 def public_model(
     name: str,
     *,
-    mirror: str | os.PathLike[str] | None = None,
+    mirror: FilePath | None = None,
     download: bool = True,
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: FilePath | None = None,
 ) -> tuple[nn.Module, ModelInfo]:
     """A public checkpoint in evaluation mode, with its facts; its last layer is an ``nn.Linear``.
 
@@ -109,30 +113,26 @@ def public_model(
 
 
 def _weights_file(
-    info: ModelInfo,
-    mirror: str | os.PathLike[str] | None,
-    download: bool,
-    data_dir: str | os.PathLike[str] | None,
+    info: ModelInfo, mirror: FilePath | None, download: bool, data_dir: FilePath | None
 ) -> Path:
     folder, mirror = data_root(data_dir) / "weights", mirror or os.environ.get("OODLIB_MIRROR")
     candidates = [Path(mirror) / "weights" / info.file] if mirror else []
     for path in (*candidates, folder / info.file):
-        if path.is_file():
-            digest = sha256(path)
-            if digest != info.sha256:
-                raise OodlibError(
-                    f"{path}: SHA-256 is {digest}, {info.name} has {info.sha256}. Delete the file "
-                    "and copy or download it again."
-                )
-            return path
+        if not path.is_file():
+            continue
+        if (digest := sha256(path)) != info.sha256:
+            raise OodlibError(
+                f"{path}: SHA-256 is {digest}, {info.name} has {info.sha256}. Delete the file and "
+                "copy or download it again."
+            )
+        return path
     reason = "downloads are off"
     if download:
         import pooch
 
+        checksum = f"sha256:{info.sha256}"
         try:
-            return Path(
-                pooch.retrieve(info.address, f"sha256:{info.sha256}", fname=info.file, path=folder)
-            )
+            return Path(pooch.retrieve(info.address, checksum, fname=info.file, path=folder))
         except Exception as error:  # requests' and pooch's errors have no common base
             reason = f"the download failed ({first_line(error)})"
     raise OodlibError(
@@ -141,7 +141,7 @@ def _weights_file(
     )
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: FilePath) -> dict[str, Tensor]:
     """The state dict in a checkpoint, without DataParallel's ``module.``; OodlibError if none."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -162,7 +162,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+def fill(model: nn.Module, state: dict[str, Tensor], path: FilePath) -> None:
     """Load a state dict read from ``path``; OodlibError unless names and shapes fit."""
     try:
         model.load_state_dict(state)
@@ -174,9 +174,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str
         ) from error
 
 
-def resnet18_32x32(
-    checkpoint: str | os.PathLike[str] | None = None, *, num_classes: int = 10
-) -> nn.Module:
+def resnet18_32x32(checkpoint: FilePath | None = None, *, num_classes: int = 10) -> nn.Module:
     """OpenOOD's ResNet-18 for 32-pixel images, in evaluation mode; 512 features.
 
     torchvision's with a 3x3 stem and no max-pool. ``checkpoint`` is the user's copy of an OpenOOD
@@ -192,7 +190,7 @@ def resnet18_32x32(
     return model.eval()
 
 
-def _fill_torchvision(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def _fill_torchvision(model: nn.Module, path: FilePath) -> None:
     """Fill a ResNet; what other code calls ``shortcut`` is torchvision's ``downsample``."""
     state = read_state_dict(path)
     fill(model, {k.replace(".shortcut.", ".downsample."): v for k, v in state.items()}, path)
@@ -200,12 +198,12 @@ def _fill_torchvision(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def paper_model(
     timm_name: str,
-    weights_file: str | os.PathLike[str] | None = None,
+    weights_file: FilePath | None = None,
     *,
     preprocessing: Literal["own", "gradnorm"] = "own",
     pretrained: bool = True,
     num_classes: int | None = None,
-) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+) -> tuple[nn.Module, Transform]:
     """A timm or torchvision classifier in evaluation mode and its image transform.
 
     Parameters
@@ -278,9 +276,7 @@ def paper_model(
     elif suffix == ".safetensors":
         with safe_open(str(weights_file), framework="pt") as file:
             if "pos_embed" in file.keys():  # noqa: SIM118 no dict
-                require_positions(
-                    model, file.get_slice("pos_embed").get_shape()[1], str(weights_file)
-                )
+                require_positions(model, file.get_slice("pos_embed").get_shape()[1], weights_file)
     elif weights_file is not None:
         state = read_state_dict(weights_file)
         fill(model, {_bit_name(key): value for key, value in state.items()}, weights_file)
@@ -289,24 +285,17 @@ def paper_model(
     if preprocessing == "gradnorm":
         from torchvision import transforms
 
-        transform = transforms.Compose(
-            [
-                transforms.Resize((480, 480)),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
+        normalisation = transforms.Normalize([0.5] * 3, [0.5] * 3)
+        steps = [transforms.Resize((480, 480)), transforms.ToTensor(), normalisation]
+        transform = transforms.Compose(steps)
     else:
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return model.eval(), transform
 
 
 def _torchvision_model(
-    name: str,
-    weights_file: str | os.PathLike[str] | None,
-    pretrained: bool,
-    num_classes: int | None,
-) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    name: str, weights_file: FilePath | None, pretrained: bool, num_classes: int | None
+) -> tuple[nn.Module, Transform]:
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -315,12 +304,10 @@ def _torchvision_model(
             "torchvision.models.list_models()."
         )
     weights = models.get_model_weights(name)["IMAGENET1K_V1"]
+    own = weights if pretrained and weights_file is None else None
+    options = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = models.get_model(
-            name,
-            weights=weights if pretrained and weights_file is None else None,
-            **({} if num_classes is None else {"num_classes": num_classes}),
-        )
+        model = models.get_model(name, weights=own, **options)
     except Exception as error:  # urllib and hash errors have no common base
         raise OodlibError(
             f"paper_model: torchvision's weights of {name} could not be loaded "
@@ -331,6 +318,15 @@ def _torchvision_model(
     return model.eval(), weights.transforms()
 
 
+_BIT_NAMES = {
+    "root.conv": "stem.conv",
+    "before_head.gn": "norm",
+    "head.conv": "head.fc",
+    ".downsample.": ".downsample.conv.",
+    ".gn": ".norm",
+}
+
+
 def _bit_name(key: str) -> str:
     """A tensor's name in the GradNorm paper's BiT code, translated to timm's; other names stay."""
     if not key.startswith(("root.", "body.", "before_head.", "head.conv.")):
@@ -338,14 +334,8 @@ def _bit_name(key: str) -> str:
     if match := re.match(r"body\.block(\d+)\.unit(\d+)\.", key):
         stage, block = int(match[1]) - 1, int(match[2]) - 1
         key = f"stages.{stage}.blocks.{block}.{key[match.end() :]}"
-    for old, new in (
-        ("root.conv", "stem.conv"),
-        ("before_head.gn", "norm"),
-        ("head.conv", "head.fc"),
-        (".downsample.", ".downsample.conv."),
-        (".gn", ".norm"),
-    ):
-        key = key.replace(old, new)
+    for theirs, timms in _BIT_NAMES.items():
+        key = key.replace(theirs, timms)
     return key
 
 
@@ -364,14 +354,8 @@ def assert_accuracy(
     To be called before any OOD score is shown: wrong weights, label order or normalisation show
     here first.
     """
-    measured = evaluate(
-        model,
-        torch.from_numpy(images.images[:].copy()),
-        torch.from_numpy(images.labels),
-        torch.tensor(mean),
-        torch.tensor(std),
-        device=device,
-    )
+    pixels, labels = torch.from_numpy(images.images[:].copy()), torch.from_numpy(images.labels)
+    measured = evaluate(model, pixels, labels, torch.tensor(mean), torch.tensor(std), device=device)
     if not abs(measured - expected) <= tolerance:
         raise OodlibError(
             f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "

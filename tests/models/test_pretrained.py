@@ -35,7 +35,7 @@ def last_module(model):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A registered checkpoint of a small ResNet, saved as akamaster's files are, and its network."""
+    """A registered checkpoint of a small ResNet, saved like akamaster's files, and its network."""
     torch.manual_seed(0)
     model = ResNetA(1)
     path = tmp_path / "mirror" / "weights" / "toy.th"

@@ -118,7 +118,6 @@ def finished(whole, tmp_path):
 
 
 # --- what is computed
-# --------------------------------------------------------------------------------------------
 
 
 def test_it_learns(tmp_path):
@@ -259,7 +258,6 @@ def test_seed_decides_the_result_and_the_global_generator_is_left_alone(whole, t
 
 
 # --- resume
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_trains_nothing_and_gives_the_same(whole, finished):
@@ -375,7 +373,6 @@ def test_other_snapshots_than_those_kept_are_refused(finished, snapshots):
 
 
 # --- overflow
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -411,7 +408,6 @@ def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
 
 
 # --- bad input
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,6 @@ def give_up():
 
 
 # --- recipes
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
@@ -151,7 +150,6 @@ def test_a_recipe_out_of_range_is_refused(option):
 
 
 # --- what a run does
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +251,6 @@ def test_an_infinite_loss_stops_the_run():
 
 
 # --- objectives
-# --------------------------------------------------------------------------------------------------
 
 
 class Features(nn.Module):
@@ -366,7 +363,6 @@ def test_a_batch_keeps_its_shape_and_its_targets_sum_to_one(aug, n):
 
 
 # --- resume
-# ------------------------------------------------------------------------------------------------------
 
 
 def run_until_killed(checkpoint: str) -> None:

@@ -44,11 +44,9 @@ def augment(
         r = recipe.shift
         padded = nn.functional.pad(x, (r, r, r, r), mode="reflect")
         dy, dx = torch.randint(0, 2 * r + 1, (2, n), generator=generator)
-        rows = dy.view(-1, 1) + torch.arange(x.shape[2])  # (n, h)
-        columns = dx.view(-1, 1) + torch.arange(x.shape[3])  # (n, w)
-        x = padded.permute(0, 2, 3, 1)[
-            torch.arange(n).view(-1, 1, 1), rows[:, :, None], columns[:, None, :]
-        ]
+        rows = dy.view(-1, 1, 1) + torch.arange(x.shape[2])[:, None]  # (n, h, 1)
+        columns = dx.view(-1, 1, 1) + torch.arange(x.shape[3])  # (n, 1, w)
+        x = padded.permute(0, 2, 3, 1)[torch.arange(n).view(-1, 1, 1), rows, columns]
         x = x.permute(0, 3, 1, 2)
     return x
 

@@ -23,9 +23,8 @@ __all__ = ["Recipe", "evaluate", "train"]
 class Recipe:
     """Everything that decides a training run, besides the data, the network and the seed.
 
-    ``lr`` is the peak learning rate for the *mean* loss of a batch. ``decay`` is the share by which
-    a weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms), the same
-    for every parameter group.
+    ``lr`` is the peak learning rate for the *mean* loss of a batch; ``decay`` the share by which
+    every weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms).
     """
 
     epochs: float = 10
@@ -64,20 +63,12 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
             if head is not None and parameter is head.weight:
                 factor = recipe.head_lr
             groups.setdefault(factor, []).append(parameter)
-    return torch.optim.SGD(
-        [
-            {
-                "params": p,
-                "lr": f * recipe.lr,
-                "peak": f * recipe.lr,
-                "weight_decay": recipe.decay / (f * recipe.lr),
-            }
-            for f, p in groups.items()
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-    )
+    options = []
+    for factor, parameters in groups.items():
+        peak = factor * recipe.lr
+        decay = recipe.decay / peak
+        options.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
 
 
 @torch.no_grad()
@@ -93,13 +84,11 @@ def evaluate(
 ) -> float:
     """Share of images (uint8, n x c x h x w) whose arg-max class is the label, in [0, 1]."""
     model.eval()
-    right = 0
-    for i in range(0, len(images), batch_size):
-        x = normalise(images[i : i + batch_size], mean, std).to(
-            device, memory_format=torch.channels_last
-        )
-        right += int((model(x).argmax(1).cpu() == labels[i : i + batch_size]).sum())
-    return right / len(images)
+    correct = 0
+    for batch, classes in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        x = normalise(batch, mean, std).to(device, memory_format=torch.channels_last)
+        correct += int((model(x).argmax(1).cpu() == classes).sum())
+    return correct / len(images)
 
 
 def train(

@@ -200,13 +200,11 @@ def _optimiser(model: nn.Module, codes: nn.Module, recipe: VitRecipe) -> torch.o
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9)
     kernels = [p for name, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in name]
     decayed = {id(p) for p in kernels}
-    return torch.optim.AdamW(
-        [
-            {"params": kernels, "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
 def _batch(
