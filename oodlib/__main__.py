@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
                 metavar=("NAME", "VALUE"),
                 help="set a notebook's parameter",
             )
-            command.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+            command.add_argument(
+                "--jobs", type=int, help="notebooks at a time (default: as cores and memory allow)"
+            )
             command.add_argument("--force", action="store_true", help="run even what is up to date")
         if name in ("notebook", "train"):
             command.add_argument(

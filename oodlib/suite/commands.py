@@ -41,14 +41,14 @@ def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
         seed=given.seed,
         device=given.device,
         extra=dict(given.parameter or []),
-        jobs=max(1, given.jobs),
+        jobs=given.jobs,
         force=given.force,
         output=output,
     )
 
 
 def reproduce(given: argparse.Namespace) -> int:
-    """Run every notebook of the profile that is not up to date; then the report and the verdicts."""
+    """Run what is not up to date in the profile; then print the report's path and the verdicts."""
     options = _options(given)
     plans, skipped = make_plans(None, options)
     if not plans:
