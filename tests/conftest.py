@@ -14,6 +14,18 @@ from PIL import Image
 from oodlib import FeatureBank
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first; of the slow ones those that run notebooks first, since they take longest
+    and all cores should end at the same time.
+    """
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        slow = item.get_closest_marker("slow") is not None
+        return slow, slow and item.path.name != "test_notebooks.py"
+
+    items.sort(key=order)
+
+
 @pytest.fixture
 def batch():
     """Features h (20, 8) of either sign, head W (5, 8), b (5,), logits (20, 5); float64 torch."""

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGETS = (
     "reproduce",
     "test",
+    "test-quick",
     "lab",
     "data",
     "report",

@@ -304,7 +304,7 @@ def _environment(folder: Path, options: Options, threads: int = 1) -> dict[str, 
 
 @contextlib.contextmanager
 def _lock(folder: Path, progress: Progress, stop: threading.Event) -> Iterator[None]:
-    """Let one process at a time run a notebook; the system frees the lock of a process that dies."""
+    """Let one process at a time run a notebook; the lock of a process that dies is free."""
     path = root() / "build" / "locks" / f"{folder.parent.name}-{folder.name}.lock"
     waiting = False
     while not stop.is_set():

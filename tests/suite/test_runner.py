@@ -112,7 +112,7 @@ def test_an_interrupt_stops_all_kernels_and_leaves_no_trace(
             f"pathlib.Path(os.environ['OODLIB_ROOT'], '{name}').write_text(str(os.getpid()))\n"
             "time.sleep(60)",
         )
-    command = "notebook slow deaf --profile smoke --jobs 2".split()
+    command = ["notebook", "slow", "deaf", "--profile", "smoke", "--jobs", "2"]
     child = subprocess.Popen(
         [sys.executable, "-m", "oodlib", *command],
         stderr=subprocess.PIPE,
