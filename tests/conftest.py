@@ -41,7 +41,8 @@ def killed_process(request: pytest.FixtureRequest):
     """
 
     def run(module: str, call: str) -> None:
-        code = f"import sys; sys.path.insert(0, {str(request.path.parent)!r}); import {module}; {module}.{call}"
+        folder = str(request.path.parent)
+        code = f"import sys; sys.path.insert(0, {folder!r}); import {module}; {module}.{call}"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

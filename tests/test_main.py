@@ -83,7 +83,7 @@ def test_clean_keeps_references_and_data(root: Path) -> None:
 
 def test_nothing_to_do_imports_nothing_heavy() -> None:
     code = (
-        "import sys, contextlib, oodlib.__main__ as m, oodlib.suite.runner as r, oodlib.suite.report\n"
+        "import sys, oodlib.__main__, oodlib.suite.runner as r, oodlib.suite.report\n"
         "r.make_plans(None, r.Options(profile='smoke'))\n"
         "assert not {'torch', 'papermill', 'matplotlib.pyplot', 'torchvision'} & set(sys.modules)"
     )

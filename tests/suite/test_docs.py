@@ -222,7 +222,7 @@ UNTESTED = {
 
 
 def toy_root(root: Path, *claims: dict[str, object]) -> Path:
-    """A project with two reference runs of one notebook, and pages whose generated text is stale."""
+    """A project with two reference runs of one notebook, and pages with stale generated text."""
     for name, blocks in readme.PAGES.items():
         (root / name).parent.mkdir(exist_ok=True)
         stale = [f"<!-- {x}:begin -->\nstale\n<!-- {x}:end -->\nprose\n" for x in blocks]
