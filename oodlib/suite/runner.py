@@ -73,13 +73,10 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
     wanted = load_profile(options.profile, notebooks)
     extra = {key: yaml.safe_load(value) for key, value in options.extra.items()}
     if extra and notebooks:
-        lacking = [
-            name
-            for name in extra
-            if not any(name in notebook.parameters() for notebook in notebooks)
-        ]
-        for notebook in notebooks if lacking else []:
-            check_names(notebook, extra, where="-p")
+        known = {name for notebook in notebooks for name in notebook.parameters()}
+        if not set(extra) <= known:
+            for notebook in notebooks:
+                check_names(notebook, extra, where="-p")
     data = _data_hash()
     plans, skipped = [], {}
     for notebook in notebooks:
@@ -87,15 +84,9 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
         if isinstance(values, str):
             skipped[notebook.name] = values
             continue
-        given = {**extra, "seed": options.seed, "device": options.device}
-        values = {
-            **values,
-            **{
-                name: value
-                for name, value in given.items()
-                if value is not None and name in notebook.parameters()
-            },
-        }
+        for name, value in {**extra, "seed": options.seed, "device": options.device}.items():
+            if value is not None and name in notebook.parameters():
+                values[name] = value
         folder = (options.output or root() / "figures") / options.profile / notebook.name
         plans.append(Plan(notebook, values, folder, _key(notebook, values, options, data)))
     return plans, skipped
@@ -104,28 +95,22 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
 def _key(notebook: Notebook, values: dict[str, Any], options: Options, data: dict[str, str]) -> str:
     """Hash over everything that can change the run's result."""
     modules = code_closure(*imported_modules("\n".join(notebook.code())))
-    judge = {
-        path: re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for path in (root() / "data" / "claims").glob("*.yaml")
-    }
-    own = {
-        f"claims/{path.name}"
-        for path, found in judge.items()
-        if found and found[1] == notebook.name
-    }
-    others = (
-        {f"claims/{path.name}" for path in judge} - own if own else set()
-    )  # without own claims: may read all
+    # a notebook with claims of its own reads those; one without may read all
+    judged_by = {}
+    for path in (root() / "data" / "claims").glob("*.yaml"):
+        found = re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        judged_by[f"claims/{path.name}"] = found[1] if found else ""
+    if notebook.name in judged_by.values():
+        data = {k: v for k, v in data.items() if judged_by.get(k, notebook.name) == notebook.name}
+    real = options.profile in ("benchmark", "paper")
     content = {
         "cells": notebook.cells,
         "parameters": values,
         "device": options.device,
         "seed": options.seed,
         "modules": {name: sha256(path) for name, path in modules.items()},
-        "data": {name: value for name, value in data.items() if name not in others},
-        "mirror": os.environ.get("OODLIB_MIRROR", "")
-        if options.profile in ("benchmark", "paper")
-        else "",
+        "data": data,
+        "mirror": os.environ.get("OODLIB_MIRROR", "") if real else "",
     }
     return key_of(content, length=64)
 
