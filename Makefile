@@ -13,8 +13,9 @@ OODLIB = $(PY) -m oodlib
 OPTIONS = $(if $(PROFILE),--profile $(PROFILE)) $(if $(DEVICE),--device $(DEVICE)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 NAMES := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
-# `make 01_gradnorm` or any word of the name: `make gradnorm`
-WORDS := $(sort $(foreach name,$(NAMES),$(wordlist 2,9,$(subst _, ,$(name)))))
+# `make 01a_gradnorm` or `make 01a`; both halves of a notebook: `make 01`, or any word of the name, `make gradnorm`
+HALVES := $(foreach name,$(NAMES),$(firstword $(subst _, ,$(name))))
+WORDS := $(sort $(HALVES) $(patsubst %a,%,$(HALVES:%b=%)) $(foreach name,$(NAMES),$(wordlist 2,9,$(subst _, ,$(name)))))
 COMMANDS := reproduce test test-quick lab data report verify student docs lint doctor clean train-vit
 
 .PHONY: help setup train sweep $(COMMANDS) $(NAMES) $(WORDS)

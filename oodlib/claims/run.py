@@ -65,7 +65,7 @@ class Run:
 
     Parameters
     ----------
-    notebook : name of the notebook, "01_gradnorm"
+    notebook : name of the notebook, "01b_gradnorm"
     profile : smoke, laptop, benchmark or paper
     seed : seed of the run, written into the rows of the results that name none
     device : where the networks ran, for the provenance; "auto" is written as what it stands for
@@ -76,7 +76,7 @@ class Run:
 
     Examples
     --------
-    >>> run = Run("01_gradnorm", profile="laptop", seed=0)                                          # doctest: +SKIP
+    >>> run = Run("01b_gradnorm", profile="laptop", seed=0)                                         # doctest: +SKIP
     >>> run.result(model="cnn", id="latin", ood="greek", group="near", method="msp", metric="auroc", value=0.93)
     ...                                                                                             # doctest: +SKIP
     >>> run.claim("gradnorm/C1", value=0.75, low=0.73, high=0.77, n=2000)                           # doctest: +SKIP

@@ -54,7 +54,7 @@ def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) ->
 
     References
     ----------
-    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062; the closed form is derived in notebook 02_opnp
+    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062; the closed form is derived in notebook 02a_opnp
 
     Examples
     --------

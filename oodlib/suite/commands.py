@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from oodlib.errors import OodlibError
-from oodlib.suite.notebooks import find_notebook, list_notebooks
+from oodlib.suite.notebooks import find_notebooks, list_notebooks
 from oodlib.suite.runner import Options, make_plans, run_all
 from oodlib.workspace import PROFILES, root
 
@@ -74,7 +74,8 @@ def reproduce(given: argparse.Namespace) -> int:
 def notebook(given: argparse.Namespace) -> int:
     """Run the named notebooks only."""
     options = _options(given, given.output and given.output.resolve())
-    plans, skipped = make_plans([find_notebook(name) for name in given.names], options)
+    paths = dict.fromkeys(path for name in given.names for path in find_notebooks(name))
+    plans, skipped = make_plans(list(paths), options)
     for name, reason in skipped.items():
         print(f"{name}  skipped: {reason}")
     failed = run_all(plans, options)

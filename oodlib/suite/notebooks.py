@@ -15,12 +15,12 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.workspace import check_profile, root
 
-__all__ = ["Notebook", "check_names", "find_notebook", "list_notebooks", "load_profile"]
+__all__ = ["Notebook", "check_names", "find_notebooks", "list_notebooks", "load_profile"]
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """One notebook of the suite: its name ("01_gradnorm"), its file, and its cells as stored."""
+    """One notebook of the suite: its name ("01a_gradnorm"), its file, and its cells as stored."""
 
     name: str
     path: Path
@@ -86,31 +86,37 @@ def list_notebooks() -> list[Path]:
     return sorted((root() / "notebooks").glob("*.ipynb"))
 
 
-def find_notebook(name: str) -> Path:
-    """The one notebook called ``name``, in full ("01_gradnorm") or by any word of its name
-    ("gradnorm").
+def find_notebooks(name: str) -> list[Path]:
+    """The notebooks of one number called ``name``, in reading order.
+
+    One in full ("01a_gradnorm") or by number and half ("01a"); both halves by number ("01") or by
+    any word of the name ("gradnorm").
     """
     paths = list_notebooks()
-    exact = [path for path in paths if path.stem == name.removesuffix(".ipynb")]
-    found = exact or [
-        path
-        for path in paths
-        if name in path.stem.split("_") or path.stem.split("_", 1)[-1] == name
-    ]
-    if len(found) != 1:
+    found = [path for path in paths if path.stem == name.removesuffix(".ipynb")]
+    found = found or [path for path in paths if name in _words(path.stem)]
+    if len({_number(path.stem) for path in found}) != 1:
         known = ", ".join(path.stem for path in paths) or "none"
-        raise OodlibError(
-            f"{len(found) or 'no'} notebook called {name!r} in notebooks/. Known: {known}."
-        )
-    return found[0]
+        called = ", ".join(path.stem for path in found) or "no notebook"
+        raise OodlibError(f"{name!r} names {called} in notebooks/, not one. Known: {known}.")
+    return found
+
+
+def _number(stem: str) -> str:
+    return stem.split("_")[0].rstrip("ab")
+
+
+def _words(stem: str) -> set[str]:
+    first, _, rest = stem.partition("_")
+    return {first, _number(stem), rest, *rest.split("_")}
 
 
 def load_profile(profile: str, notebooks: list[Notebook]) -> dict[str, dict[str, Any] | str]:
     """Parameters of each notebook in a profile, or the reason (text) why the profile skips it.
 
-    ``notebooks/profiles/<profile>.yaml`` holds a mapping ``common`` (given to every notebook) and
-    one mapping per notebook; ``skip: reason`` leaves a notebook out. A name that the notebook's
-    parameters cell lacks is an error.
+    ``notebooks/profiles/<profile>.yaml`` holds a mapping ``common``, of which each notebook gets
+    the names that its parameters cell has, and one mapping per notebook, where a name that the
+    cell lacks is an error; ``skip: reason`` leaves a notebook out.
     """
     path = root() / "notebooks" / "profiles" / f"{check_profile(profile)}.yaml"
     try:
@@ -132,9 +138,9 @@ def load_profile(profile: str, notebooks: list[Notebook]) -> dict[str, dict[str,
         if "skip" in own:
             plan[notebook.name] = str(own["skip"])
             continue
-        values = {**(content.get("common") or {}), **own}
-        check_names(notebook, values, where=path.name)
-        plan[notebook.name] = values
+        check_names(notebook, own, where=path.name)
+        known, common = notebook.parameters(), content.get("common") or {}
+        plan[notebook.name] = {k: v for k, v in common.items() if k in known} | own
     return plan
 
 
