@@ -15,7 +15,7 @@ _EVERY = 30.0  # seconds between two lines about one notebook in a log
 
 
 class Progress:
-    """``01_gradnorm  cell 12/40  0:35 of about 1:00`` for each running notebook.
+    """``01a_gradnorm  cell 12/40  0:35 of about 1:00`` for each running notebook.
 
     ``expected`` holds the seconds of earlier runs. Several threads may report at once; the thread
     that waits for them calls `tick` about once a second.

@@ -102,14 +102,19 @@ def _references() -> list[Entry]:
 
 
 def _costs() -> list[dict[str, Any]]:
-    """The provenance of every reference run, with its notebook, profile, minutes and GiB."""
-    found = []
+    """The provenance of every committed run, with minutes and GiB; a run whose results lie in two
+    folders counts once.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in _references():
         if facts := entry.load("provenance.json", {}):
-            own = {"notebook": entry.notebook, "profile": entry.profile}
-            minutes, memory = facts["wall_seconds"] / 60, facts["peak_memory_mib"] / 1024
-            found.append({**facts, **own, "minutes": minutes, "memory": memory})
-    return found
+            facts = {"notebook": entry.notebook, **facts, "profile": entry.profile}
+            costs = {
+                "minutes": facts["wall_seconds"] / 60,
+                "memory": facts["peak_memory_mib"] / 1024,
+            }
+            found.setdefault((facts["notebook"], entry.profile), facts | costs)
+    return list(found.values())
 
 
 def _cost() -> str:

@@ -155,7 +155,8 @@ def run_all(plans: list[Plan], options: Options) -> list[str]:
     facts = _reference_facts(options.profile)
     expected = {name: record["wall_seconds"] for name, record in facts.items()}
     todo.sort(key=lambda plan: -expected.get(plan.notebook.name, 0))
-    progress = Progress({} if options.profile == "smoke" else expected)
+    own = {name: expected[name] for name in facts if facts[name].get("notebook", name) == name}
+    progress = Progress({} if options.profile == "smoke" else own)
     threads = 1 if len(plans) > 1 else _cores()
     stop = threading.Event()
     try:

@@ -20,7 +20,7 @@ from oodlib.data import embedded
 from oodlib.files import locked
 from oodlib.studies.vits.pool_table import PoolRow, write_pool
 from oodlib.suite.course import student_copy
-from oodlib.suite.notebooks import list_notebooks
+from oodlib.suite.notebooks import find_notebooks, list_notebooks
 from oodlib.suite.runner import Options, make_plans, run_all
 from oodlib.workspace import root
 
@@ -57,15 +57,15 @@ def test_a_notebook_runs_headless_in_the_smoke_profile(
 def run(
     name: str, project: Path, monkeypatch: pytest.MonkeyPatch, *, profile: str, **extra: str
 ) -> Path:
-    """Run one notebook below ``project``, with other parameters in a folder of its own; returns
-    that folder.
+    """Run a notebook or both halves of one below ``project``, with other parameters in a folder of
+    their own; returns the folder of the last.
     """
     monkeypatch.setenv("OODLIB_ROOT", str(project))
     output = project / "figures" / "other" if extra else None
     options = Options(profile=profile, seed=0, device="cpu", extra=extra, output=output)
-    plans, _ = make_plans([path for path in NOTEBOOKS if path.stem == name], options)
+    plans, _ = make_plans(find_notebooks(name), options)
     assert run_all(plans, options) == []
-    return plans[0].folder
+    return plans[-1].folder
 
 
 def reproduced(folder: Path) -> set[str]:
@@ -73,12 +73,12 @@ def reproduced(folder: Path) -> set[str]:
     return {claim["id"] for claim in claims if claim["verdict"] == "reproduced"}
 
 
-# notebooks of the paper profile, and which of their verdicts a random network may earn: identities
+# papers of the paper profile, and which of their verdicts a random network may earn: identities
 PAPER = {
-    "01_gradnorm": {"gradnorm/C9", "gradnorm/C10"},
-    "02_opnp": {"opnp/C8", "opnp/C10"},
-    "03_grood": {"grood/I1", "grood/I2"},
-    "06_scoreboard": set(),
+    "gradnorm": {"gradnorm/C9", "gradnorm/C10"},
+    "opnp": {"opnp/C8", "opnp/C10"},
+    "grood": {"grood/I1", "grood/I2"},
+    "scoreboard": set(),
 }
 
 
@@ -88,9 +88,8 @@ def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(
     name: str, project: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = pytest.importorskip("timm")
-    classes = (
-        {} if name == "01_gradnorm" else {"num_classes": "2"}
-    )  # those the tree has: some methods need each
+    # those the tree has: some methods need each
+    classes = {} if name == "gradnorm" else {"num_classes": "2"}
     network = timm.create_model(
         "test_resnet.r160_in1k", num_classes=int(classes.get("num_classes", 1000))
     )
@@ -117,7 +116,7 @@ def test_the_paper_profile_of_flows_runs_and_small_flows_reproduce_only_identiti
         "n_layers": "30",
         "n_samples": "30",
     }
-    folder = run("05_immature_glow", project, monkeypatch, profile="paper", **extra)
+    folder = run("immature", project, monkeypatch, profile="paper", **extra)
     assert reproduced(folder) == {"immature_glow/C10"}
 
 
@@ -156,7 +155,7 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(
         "n_boot": "20",
         "sweep": str(tmp_path / "sweep"),
     }
-    folder = run("04_vit_training_study", project, monkeypatch, profile="paper", **extra)
+    folder = run("vit", project, monkeypatch, profile="paper", **extra)
     claims = json.loads((folder / "claims.json").read_text())
     assert not [c["id"] for c in claims if c["verdict"].endswith("reproduced")]
     assert (tmp_path / "sweep" / "net-in21k" / "scores.json").exists()
@@ -169,7 +168,7 @@ def test_your_own_model_needs_no_more_than_unknown_images(
     for i, image in enumerate(embedded("greek", n=12).images):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
     extra = {"model": "latin_fast", "unknown_folder": str(tmp_path)}
-    folder = run("07_your_model", project, monkeypatch, profile="smoke", **extra)
+    folder = run("07", project, monkeypatch, profile="smoke", **extra)
     assert (folder / "extremes.png").exists() and not (folder / "class_order.md").exists()
 
 
