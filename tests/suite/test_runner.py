@@ -3,6 +3,7 @@ is refused.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from oodlib.errors import OodlibError
 from oodlib.files import locked
 from oodlib.suite import runner
 from oodlib.suite.notebooks import Notebook, find_notebooks, list_notebooks, load_profile
+from oodlib.suite.progress import Progress
 from oodlib.suite.runner import Options, is_done, make_plans, run_all
 from oodlib.workspace import PROFILES, STAMP
 
@@ -152,6 +154,23 @@ def test_the_longest_notebook_starts_first_and_all_have_one_thread(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["02_long", "done"], ["01_good", "done"]]
     assert lines[0].endswith(" of about 1:10")
+
+
+def test_a_terminal_shows_a_live_line_for_each_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = Progress({"01_a": 65.0})
+    for name in ("01_a", "02_b"):
+        progress.start(name)
+    progress.cell("01_a", 3, 10)
+    progress.tick()
+    progress.end("01_a", "done")
+    progress.close()
+    shown = capsys.readouterr().out
+    assert re.search(r"01_a +\|█+ +\| cell 4/10  00:00 of about 1:05", shown)
+    assert re.search(r"02_b +\| +\| cell 0/1  00:00", shown)
+    assert "01_a  done  0:00 of about 1:05\n" in shown
 
 
 def test_as_many_notebooks_as_cores_and_memory_allow(
