@@ -36,7 +36,7 @@ def root() -> Path:
 
     Raises
     ------
-    OodlibError : ``OODLIB_ROOT`` is not set, and the package is installed without the repository around it
+    OodlibError : ``OODLIB_ROOT`` is not set, and no repository lies around the package
     """
     named = os.environ.get("OODLIB_ROOT")
     if named:
