@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor
 
 from oodlib.errors import OodlibError
 
-__all__ = ["to_numpy"]
+__all__ = ["Array", "to_numpy"]
+
+# what goes in comes out: NumPy for NumPy, torch for torch
+Array = TypeVar("Array", NDArray[Any], Tensor)
 
 BLOCK = 2**21  # numbers of one array in one block: 16 MiB in float64
 
@@ -54,29 +57,29 @@ def check_k(name: str, k: Any, size: int) -> None:
         )
 
 
-def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
+def by_rows(name: str, function: Callable[..., Tensor], first: Array, *others: Any) -> Array:
     """Apply ``function`` to blocks of rows in float64 and join the results.
 
     Parameters
     ----------
     name : of the caller, for messages
     function : blocks (n, .) as float64 tensors -> (n,) or (n, d) tensor
-    arrays : each (N, .) with the same N, NumPy (memory-mapped is fine) or torch
+    first, others : each (N, .) with the same N, NumPy (memory-mapped is fine) or torch
 
     Returns
     -------
-    (N,) or (N, d) float64; torch if the first array is torch, else NumPy. Scores (N,) that are not finite become +inf,
-    with a warning that counts them.
+    (N,) or (N, d) float64; torch if the first array is torch, else NumPy. Scores (N,) that are not
+    finite become +inf, with a warning that counts them.
 
     Raises
     ------
     OodlibError : an array is not (N, .), rows differ, or there is none
     """
+    arrays = (first, *others)
     check_rows(name, *arrays)
     rows = max(1, BLOCK // max(np.shape(a)[1] for a in arrays))
     parts = [
-        function(*(tensor64(a[i : i + rows]) for a in arrays))
-        for i in range(0, len(arrays[0]), rows)
+        function(*(tensor64(a[i : i + rows]) for a in arrays)) for i in range(0, len(first), rows)
     ]
     result = torch.cat(parts)
     if result.ndim == 1:
@@ -89,10 +92,10 @@ def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
                 stacklevel=3,
             )
             result = torch.where(bad, torch.inf, result)
-    return result if isinstance(arrays[0], Tensor) else result.cpu().numpy()
+    return result if isinstance(first, Tensor) else result.cpu().numpy()
 
 
-def to_numpy(value: Any) -> NDArray:
+def to_numpy(value: Any) -> NDArray[Any]:
     """NumPy view of an array or tensor (detached, on the CPU)."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
