@@ -27,7 +27,8 @@ def tensor64(value: Any) -> Tensor:
     """A detached float64 tensor; on the CPU where the device has no float64."""
     if isinstance(value, Tensor):
         value = value.detach()
-        return (value.cpu() if value.device.type == "mps" else value).double()
+        tensor: Tensor = value.cpu() if value.device.type == "mps" else value
+        return tensor.double()
     return torch.from_numpy(
         np.array(value, dtype=np.float64)
     )  # a copy: memory-mapped banks are read-only

@@ -11,6 +11,7 @@ from typing import (
     ClassVar,
     Literal,
     Self,
+    TypeVar,
     dataclass_transform,
     get_args,
     get_origin,
@@ -142,6 +143,7 @@ def _network(bank: FeatureBank) -> dict[str, str]:
     return {"head": bank.head.digest, "weights": bank.meta.get("weights", "")}
 
 
+D = TypeVar("D", bound=Detector)
 _REGISTRY: dict[str, type[Detector]] = {}
 _TYPES: dict[Any, Any] = {
     int: numbers.Integral,
@@ -154,14 +156,14 @@ _TYPES: dict[Any, Any] = {
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
-def register(**facts: Any) -> Callable[[type], type]:
+def register(**facts: Any) -> Callable[[type[D]], type[D]]:
     """Class decorator: a dataclass with its `Info`, of these facts, and known to `create`."""
     info = Info(**facts)
 
-    def attach(cls: type) -> type:
-        _REGISTRY[info.key] = detector = dataclasses.dataclass(kw_only=True, eq=False)(cls)
-        detector.info = info
-        return detector
+    def attach(cls: type[D]) -> type[D]:
+        _REGISTRY[info.key] = dataclasses.dataclass(kw_only=True, eq=False)(cls)
+        cls.info = info
+        return cls
 
     return attach
 

@@ -138,8 +138,9 @@ def gradnorm_limit(features: Array, logits: Any, *, norm: float = 1) -> Array:
     _check_norm("gradnorm_limit", norm)
 
     def limit(h: Tensor, z: Tensor) -> Tensor:
-        spread = vector_norm(z - z.mean(1, keepdim=True), norm, dim=1)
-        return -vector_norm(h, norm, dim=1) * spread / z.shape[1]
+        size: Tensor = vector_norm(h, norm, dim=1)
+        spread: Tensor = vector_norm(z - z.mean(1, keepdim=True), norm, dim=1)
+        return -size * spread / z.shape[1]
 
     return by_rows("gradnorm_limit", limit, features, logits)
 
@@ -202,7 +203,8 @@ def _uniform(a: Tensor, norm: float) -> Tensor:
     if flat.any():
         a = a[flat]
         d[flat] = torch.expm1(a - torch.log1p(torch.expm1(a).mean(1, keepdim=True)))
-    return vector_norm(d, norm, dim=1, keepdim=True)
+    size: Tensor = vector_norm(d, norm, dim=1, keepdim=True)
+    return size
 
 
 def _predicted(a: Tensor, norm: float) -> Tensor:

@@ -74,8 +74,8 @@ def grood(
     Examples
     --------
     >>> bank, prototypes = np.array([[6.0, 8.0]]), np.array([[6.0, 8.0]])
-    >>> grood(np.array([[3.0, 4.0], [0.0, 1.0]]), bank, prototypes, np.zeros(2)).round(4)
-    array([-0.6932, -0.0002])
+    >>> grood(np.array([[6.0, 8.0], [3.0, 4.0]]), bank, prototypes, np.zeros(2)).round(4)
+    array([   -inf, -0.6932])
     """
     check_k("grood", k, len(bank))
     polar: Any = {"temperature": temperature}

@@ -48,7 +48,7 @@ class LayerwiseDensity:
     --------
     >>> density = LayerwiseDensity().fit([[1.0, 2.0], [2.0, 1.0], [4.0, 4.0]])
     >>> density.score([[2.0, 2.0], [200.0, 0.02]]).round(1)
-    array([ 1.1, 43.2])
+    array([ 1.1, 45.2])
     """
 
     def __init__(self, *, epsilon: float = 0.0):
@@ -128,7 +128,7 @@ def typicality(nll: Any, fit_nll: Any) -> Floats:
             "typicality: no finite likelihood to average. Give ID images of a flow that trained "
             "stably."
         )
-    return np.abs(nll - fit.mean())
+    return np.asarray(np.abs(nll - fit.mean()))
 
 
 def input_complexity(nll_bits: Any, code_bits: Any) -> Floats:

@@ -123,7 +123,8 @@ class PolarSearch:
         one_of("PolarSearch: index", index, get_args(Index))
         self.log_norm, self.directions = np.maximum(log_norm, _LEAST), directions
         self.shift = float(np.median(log_norm))  # common factor e^-shift, for float32
-        self.nprobe, self.index = nprobe, None
+        self.nprobe = nprobe
+        self.index: Any = None
         blocks = [slice(i, i + 16384) for i in range(0, len(log_norm), 16384)]
         if index == "flat":
             self.unit = np.concatenate([directions(b).astype(np.float32) for b in blocks])

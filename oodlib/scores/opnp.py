@@ -89,17 +89,17 @@ def opnp_neurons(
     array([0.5, 1. ])
     """
     one_of("opnp_neurons: definition", definition, get_args(Neurons))
-    weight, size = tensor64(weight), (np.shape(logits)[-1], np.shape(features)[-1])
-    if tuple(weight.shape) != size:
+    w, size = tensor64(weight), (np.shape(logits)[-1], np.shape(features)[-1])
+    if tuple(w.shape) != size:
         raise OodlibError(
-            f"opnp_neurons: weight must be (C, D) = {size}, got {tuple(weight.shape)}. Is it "
+            f"opnp_neurons: weight must be (C, D) = {size}, got {tuple(w.shape)}. Is it "
             "transposed, or of another network?"
         )
 
     def of_rows(h: Tensor, p: Tensor) -> Tensor:
         if definition == "outgoing":
             return h.abs().sum(0) / p.shape[1]
-        return (p @ weight.to(p.device)).abs().sum(0)
+        return (p @ w.to(p.device)).abs().sum(0)
 
     return _mean("opnp_neurons", features, logits, temperature, of_rows)
 
