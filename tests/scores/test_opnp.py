@@ -32,7 +32,6 @@ def dead(bank, unit=3):
 
 
 # --- sensitivities
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -108,7 +107,6 @@ def test_outgoing_ranks_as_mean_activation_and_a_dead_unit_has_no_outgoing_sensi
 
 
 # --- masks
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_are_exact_with_ties():
@@ -148,7 +146,6 @@ def test_a_removed_neuron_is_a_zero_column(batch):
 
 
 # --- the detector
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["one-shot", "sequential"])
@@ -287,7 +284,6 @@ def test_signed_features_of_a_transformer(batch):
 
 
 # --- bad input
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
