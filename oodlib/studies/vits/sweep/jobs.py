@@ -321,29 +321,13 @@ def _kept(
     """The same banks, written to a folder as they pass, without logits: the head must give them
     again.
     """
-    import numpy as np
+    from oodlib.features.stores import DiskStore
 
-    from oodlib.features.feature_bank import check_head, write_checksums
-
-    rows, done = opened.rows, 0
-    labels = np.empty(rows, dtype=np.int64)
+    store = DiskStore(folder, opened.rows, logits=False)
     for bank in banks:
-        check_head(bank.head, bank.features, bank.logits, rtol=1e-4, rows=len(bank))
-        path, stop = folder / "features.npy", done + len(bank)
-        array = np.lib.format.open_memmap(
-            path,
-            "r+" if done else "w+",
-            bank.features.dtype,
-            None if done else (rows, bank.features.shape[1]),
-        )
-        array[done:stop] = bank.features
-        labels[done:stop] = -1 if bank.labels is None else bank.labels
-        array.flush()
-        done, head = stop, bank.head
+        store.write(bank)
         yield bank
-    for name, value in (("labels", labels), ("weight", head.weight), ("bias", head.bias)):
-        np.save(folder / f"{name}.npy", value)
-    write_checksums(folder, facts)
+    store.seal(facts)
 
 
 def _record(job: Job, outcome: str, **content: Any) -> None:
