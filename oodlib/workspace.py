@@ -129,6 +129,8 @@ def code_hash(*modules: str) -> str:
     digest = hashlib.sha256()
     for module, path in code_closure(*modules).items():
         digest.update(f"{module} {sha256(path)}\n".encode())
+        if (records := path.with_suffix(".yaml")).is_file():  # read by `oodlib.data.records`
+            digest.update(f"{records.name} {sha256(records)}\n".encode())
     for library in _LIBRARIES:
         try:
             digest.update(f"{library} {version(library)}\n".encode())
