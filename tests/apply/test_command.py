@@ -274,7 +274,7 @@ def test_a_run_with_another_detector_or_image_starts_again(
         shutil.copy(made / "new" / "im 1.png", tmp_path / "some" / "a" / "im 1.png")
     detector = "energy" if change == "detector" else "msp"
     rows = score("--batch-size", 4, "--detector", detector, images=tmp_path / "some")
-    assert len(rows) == 18 and "Going on" not in capsys.readouterr().out
+    assert len(rows) == 18 and "Resuming" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_run_with_another_detector_or_image_starts_again(
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--workers", "-1"], "--workers at least 0"),
         (["--device", "zz"], "device zz cannot be used"),
-        (["--images", ""], "no folder was named"),
+        (["--images", ""], "path is empty"),
         (["--detector", "knn", "-p", "k", "abc"], "k must be of type int"),
     ],
 )
@@ -427,7 +427,7 @@ def test_a_run_with_another_ood_prototype_starts_again(made, score, interrupted,
 
     interrupted(lambda: run(0.0))
     run(1.0)
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
