@@ -133,8 +133,8 @@ class EveryImage(ImageList):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
         raise OodlibError(
-            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder, or copy "
-            "the images again."
+            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder, or "
+            "copy them again."
         )
 
 

@@ -163,7 +163,7 @@ def _split(name: str) -> tuple[tuple[int, ...], dict[int, str]]:
         dropped = _like(own, others, "looks like", variants=False)
     else:
         dropped = _like(candidates, _BASIC_LATIN, "looks like Latin", variants=True)
-        listed = {ord(character): letter for character, letter in SCRIPTS[name].confusable.split()}
+        listed = {ord(pair[0]): pair[1] for pair in SCRIPTS[name].confusable.split()}
         for codepoint in listed.keys() & set(candidates):
             dropped.setdefault(codepoint, f"listed confusable of Latin {listed[codepoint]}")
     dropped |= _duplicates(tuple(c for c in candidates if c not in dropped))
