@@ -29,9 +29,7 @@ TAG, CLASSES = "test_resnet.r160_in1k", 3
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Weights of a random three-class network, and folders fit/ (by class), id/ and new/ of small
-    images.
-    """
+    """Random three-class weights, and small images in fit/ (by class), id/ and new/."""
     root = tmp_path_factory.mktemp("made")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -348,9 +346,7 @@ def test_transform_that_fails_is_one_line(made, tmp_path, code, message, workers
 
 
 def test_interrupted_command_goes_on_and_writes_the_csv_of_one_run(made, tmp_path, capsys):
-    """The first run hangs behind image 600, so that SIGINT meets it between its first 512 safe rows
-    and the end.
-    """
+    """The first run hangs behind image 600, so that SIGINT meets it after 512 safe rows."""
     (tmp_path / "hanging_net.py").write_text(
         "import os, signal, time, numpy, torch\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in the background

@@ -1,6 +1,4 @@
-"""Splits of the ImageNet models on a miniature tree: labels of OOD classes, unit tests at native
-size, loaders.
-"""
+"""Splits of the ImageNet models on a miniature tree: labels, native unit tests, loaders."""
 
 import shutil
 
@@ -110,9 +108,7 @@ def test_unit_tests_are_all_17_at_native_size(ids):
 
 
 def test_unit_tests_are_those_of_the_other_pools(ids):
-    """Each row is the picture that `unit_test` draws; shuffled ones from the validation image that
-    the row names.
-    """
+    """Each row is what `unit_test` draws, from the validation image that the row names."""
     drawn = UnitTests(ids, n=3, canvas=(24, 32))
     sources = np.stack([np.asarray(ImageList.picture(drawn, i)) for i in range(3)]).transpose(
         0, 3, 1, 2
