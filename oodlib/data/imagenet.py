@@ -61,7 +61,7 @@ class PaperSet:
     needs_list: bool = False
 
 
-PAPER_SETS: dict[str, PaperSet] = read_records(__file__, PaperSet)
+PAPER_SETS: dict[str, PaperSet] = read_records(__name__, PaperSet)
 
 
 def class_remap(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from importlib import resources
 from typing import Any, TypeVar
 
 import yaml
@@ -23,7 +23,7 @@ def read_records(
 
     Parameters
     ----------
-    module : ``__file__`` of ``x.py``; the records lie beside it in ``x.yaml``
+    module : ``__name__`` of ``x.py``; the records lie beside it in ``x.yaml``
     kind : class of the records; a list arrives as a tuple
     inner : field that holds a mapping of records without names -> their class
 
@@ -31,7 +31,8 @@ def read_records(
     ------
     OodlibError : a record lacks a field or has one that its class does not know
     """
-    path = Path(module).with_suffix(".yaml")
+    package, _, stem = module.rpartition(".")
+    path = resources.files(package) / f"{stem}.yaml"
     records = {}
     for name, fields in yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER).items():
         try:

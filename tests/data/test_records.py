@@ -20,9 +20,23 @@ class Record:
     parts: dict[str, Part]
 
 
-def test_lists_are_tuples_and_inner_records_have_their_class(tmp_path):
-    (tmp_path / "x.yaml").write_text("a: {size: [3, 4], parts: {test: {count: 5}}}\n")
-    found = read_records(str(tmp_path / "x.py"), Record, parts=Part)
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Reads a text as the records of a module of a package."""
+    package = f"facts_{tmp_path.name}"
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(text):
+        (tmp_path / package / "x.yaml").write_text(text)
+        return read_records(f"{package}.x", Record, parts=Part)
+
+    return run
+
+
+def test_lists_are_tuples_and_inner_records_have_their_class(read):
+    found = read("a: {size: [3, 4], parts: {test: {count: 5}}}\n")
     assert found == {"a": Record(name="a", size=(3, 4), parts={"test": Part(count=5)})}
 
 
@@ -35,7 +49,6 @@ def test_lists_are_tuples_and_inner_records_have_their_class(tmp_path):
         ("3", "int"),
     ],
 )
-def test_record_that_does_not_fit(tmp_path, fields, word):
-    (tmp_path / "x.yaml").write_text(f"a: {fields}\n")
+def test_record_that_does_not_fit(read, fields, word):
     with refuses("x.yaml: the record a", word, "Correct its fields"):
-        read_records(str(tmp_path / "x.py"), Record, parts=Part)
+        read(f"a: {fields}\n")

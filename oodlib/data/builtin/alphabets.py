@@ -63,7 +63,7 @@ class Script:
     confusable: str = ""
 
 
-SCRIPTS: dict[str, Script] = read_records(__file__, Script)
+SCRIPTS: dict[str, Script] = read_records(__name__, Script)
 
 
 @cache

@@ -57,7 +57,7 @@ class EmbeddedInfo:
         return len(_class_names(self.name))
 
 
-EMBEDDED: dict[str, EmbeddedInfo] = read_records(__file__, EmbeddedInfo)
+EMBEDDED: dict[str, EmbeddedInfo] = read_records(__name__, EmbeddedInfo)
 _UNIT_TEST = EMBEDDED.pop("unit_test")
 EMBEDDED.update((name, replace(_UNIT_TEST, name=name)) for name in UNIT_TESTS)
 

@@ -82,7 +82,7 @@ class SetInfo:
         return self.splits[split]
 
 
-SETS: dict[str, SetInfo] = read_records(__file__, SetInfo, splits=Split)
+SETS: dict[str, SetInfo] = read_records(__name__, SetInfo, splits=Split)
 
 
 def set_info(name: str) -> SetInfo:
