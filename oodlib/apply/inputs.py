@@ -253,6 +253,7 @@ class FeatureFile:
                     f"{self.path}: {self._main} {shape} and {key} {self._shape(key)} need equal "
                     "row counts. Write the file again."
                 )
+        stop = len(self) if stop is None else min(stop, len(self))
         part, whole = slice(start, stop), slice(None)
         wanted = dict.fromkeys(("features", "logits", "labels"), part)
         if not self.only_logits:
