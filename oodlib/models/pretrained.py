@@ -1,6 +1,6 @@
 """Classifiers that others trained: public CIFAR checkpoints, and timm models with a user's weights.
 
-``public.yaml`` lists the public ones; checkpoints of others are never part of this project.
+``pretrained.yaml`` lists the public ones; checkpoints of others are never part of this project.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _entry(
 
 
 # name -> facts, and what builds the network
-_FACTS = yaml.safe_load(resources.files(__package__).joinpath("public.yaml").read_text("utf-8"))
+_FACTS = yaml.safe_load(resources.files(__package__).joinpath("pretrained.yaml").read_text("utf-8"))
 PUBLIC = {name: _entry(name, **facts) for name, facts in _FACTS.items()}
 
 
