@@ -144,7 +144,7 @@ def test_a_set_that_is_not_at_hand_is_left_out_and_named(library, capsys):
         replace(FLOWS["cifar10_glow"], ood=("svhn", "cifar100")), n_fit=5, n_test=5, n_ood=5
     )
     assert list(sets) == ["fit", "id", "cifar100"]
-    assert capsys.readouterr().out == "left out: svhn/test is not available: nowhere.\n"
+    assert capsys.readouterr().out == "skipped: svhn/test is not available: nowhere.\n"
 
 
 def test_an_unknown_set_is_an_error():
@@ -330,7 +330,7 @@ def half(path: Path) -> None:
 def test_a_damaged_record_of_weights_is_named(finished):
     half(finished / "step_0000002.json")
     (finished / "scores_0000002.parquet").unlink()
-    with pytest.raises(OodlibError, match=r"step_0000002\.json is missing or damaged.*Restore it"):
+    with pytest.raises(OodlibError, match=r"step_0000002\.json is damaged.*Restore it"):
         make(finished)
 
 
