@@ -58,8 +58,8 @@ class DiskStore:
     safe.
     """
 
-    def __init__(self, folder: Path, rows: int):
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: Path, rows: int, *, logits: bool = True):
+        self.folder, self.rows, self.logits = folder, rows, logits
         folder.mkdir(exist_ok=True)
         progress = folder / "progress.json"
         self.done = json.loads(progress.read_text())["rows"] if progress.exists() else 0
@@ -68,6 +68,8 @@ class DiskStore:
         _check_room(self, shard)
         stop = self.done + len(shard)
         for name, value in _arrays(shard).items():
+            if name == "logits" and not self.logits:  # the head gives them
+                continue
             path = self.folder / f"{name}.npy"
             # opened for each shard, so that mapped pages do not pile up in memory
             if self.done == 0:

@@ -19,8 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, atomic_path, read_json, read_sealed, sha256
-from oodlib.files import write_json, write_sealed
+from oodlib.files import (
+    atomic_folder,
+    atomic_path,
+    read_json,
+    read_sealed,
+    sha256,
+    write_json,
+    write_sealed,
+)
 from oodlib.models.device import pick_device
 from oodlib.models.glow import Glow
 from oodlib.models.shipped import cached_build, to_half, to_single

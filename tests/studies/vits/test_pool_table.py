@@ -81,7 +81,7 @@ def test_order_of_columns_does_not_matter(tmp_path):
         ((), ("the column name is missing",)),
         ((HEADER, "a,net"), ("line 2: 15 cells are needed",)),
         ((HEADER, ROW + ",1"), ("line 2: 15 cells are needed",)),
-        ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' must be fit for a file name",)),
+        ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' is not a valid file name",)),
     ],
 )
 def test_faulty_tables(tmp_path, lines, parts):

@@ -2,7 +2,6 @@
 again, soups.
 """
 
-import functools
 import json
 import math
 import os
@@ -23,14 +22,15 @@ from oodlib.features.extract import extract
 from oodlib.models.hooks import find_head
 from oodlib.models.small_vit import NETWORKS, small_vit
 from oodlib.models.training import vit as training
-from oodlib.studies.vits import image_sets, trained
+from oodlib.studies.vits import image_sets, recipes, scored_sets, trained
 from oodlib.studies.vits.image_sets import assert_never_trained_on, pool_sets, training_images
 from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.studies.vits.recipes import Budget, made_folder, pretrained_path
 from oodlib.studies.vits.score_table import SCORES
 from oodlib.studies.vits.soups import fill_greedily
 from oodlib.studies.vits.stored import pool_models, ranked
 from oodlib.studies.vits.sweep import train_pool
-from oodlib.studies.vits.trained import Budget, load_row, made_folder, pretrained_path, train_row
+from oodlib.studies.vits.trained import load_row, train_row
 
 needs_mirror = pytest.mark.skipif(
     "OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set"
@@ -139,14 +139,15 @@ def test_a_training_image_among_the_test_images_is_found(monkeypatch):
 
 def leaky(monkeypatch, name):
     """Let the images to be scored hold one that the models of the pool cifar are trained on."""
-    monkeypatch.setattr(trained, "_sets", functools.cache(whole_sets.__wrapped__))
+    monkeypatch.setattr(trained, "_sets", whole_sets)
     training = {
         name: pictures(name, 182, 10, seed=seed)
         for seed, name in ((8, "cifar10"), (9, "tiny-imagenet"))
     }
-    monkeypatch.setattr(trained, "training_images", lambda pool, name: training[name])
+    for module in (trained, scored_sets):
+        monkeypatch.setattr(module, "training_images", lambda pool, name: training[name])
     monkeypatch.setattr(
-        trained,
+        scored_sets,
         "pool_sets",
         lambda pool, **n: {
             "fit": training["cifar10"],
@@ -177,7 +178,7 @@ def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, m
     row = replace(CELL, pretraining="tiny-imagenet")
     training = leaky(monkeypatch, "cifar10")
     monkeypatch.setattr(
-        trained, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)}
+        scored_sets, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)}
     )
     (path,) = trained.pretrain(row).parent.glob("seen_*.safetensors")
     assert path.stem == f"seen_tiny-imagenet-{training['tiny-imagenet'].fingerprint[:16]}"
@@ -187,15 +188,15 @@ def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, m
     with pytest.raises(
         OodlibError, match=r"1 images of tiny-imagenet/test are also in tiny-imagenet"
     ):
-        trained.check_test_images("cifar", sets)
+        scored_sets.check_test_images("cifar", sets)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.safetensors is not the file"):
-        trained.check_test_images("cifar", sets)
+    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.safetensors is damaged"):
+        scored_sets.check_test_images("cifar", sets)
 
 
 @pytest.mark.slow
 def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
-    (path,) = trained._shipped_folder("embedded").glob("seen_unicode-*.safetensors")
+    (path,) = recipes.shipped_folder("embedded").glob("seen_unicode-*.safetensors")
     images = training_images("embedded", "unicode")
     assert path.stem == f"seen_unicode-{images.fingerprint[:16]}"
     assert load_file(path)["hashes"].numpy().view(np.uint64).tolist() == sorted(
@@ -209,7 +210,7 @@ def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
 def test_the_cifar_sets_are_what_they_say_and_were_never_trained_on():
     # the very images that are scored: not all would do, one "cattle" of CIFAR-100 is a "dog" of
     # CIFAR-10's training set
-    n_test, n_ood = trained.BUDGETS["cifar"].n_test, trained.BUDGETS["cifar"].n_ood
+    n_test, n_ood = recipes.BUDGETS["cifar"].n_test, recipes.BUDGETS["cifar"].n_ood
     found = pool_sets("cifar", n_fit=100, n_test=n_test, n_ood=n_ood, n_unit=3)
     assert list(found) == [
         "fit",
@@ -297,7 +298,7 @@ def small(tmp_path, monkeypatch):
     classes = {"cifar": 10, "embedded": 26}
     for pool in classes:
         monkeypatch.setitem(
-            trained.BUDGETS,
+            recipes.BUDGETS,
             pool,
             Budget(pretraining=256, finetuning=192, member=96, n_fit=0, n_test=0, n_ood=0),
         )
@@ -401,7 +402,7 @@ def test_a_row_killed_before_its_scores_were_stored_is_not_trained_again(small, 
 def test_another_recipe_trains_again(small, monkeypatch):
     train_row(CELL)
     first = weights(CELL)["head.bias"]
-    monkeypatch.setitem(trained.BUDGETS, "cifar", replace(trained.BUDGETS["cifar"], finetuning=128))
+    monkeypatch.setitem(recipes.BUDGETS, "cifar", replace(recipes.BUDGETS["cifar"], finetuning=128))
     with pytest.raises(
         OodlibError, match=r"cell is not trained yet: .*train-vit --pool cifar --models cell"
     ):
@@ -427,7 +428,7 @@ def test_what_was_trained_at_length_outlives_an_edit_but_not_another_recipe(smal
     assert record(CELL)["code"] == code and len(small) == 4
     assert load_row(LIVE).provenance["code"] == "edited" and small[4:] == ["cell"]
     monkeypatch.setitem(
-        trained.BUDGETS, "cifar", replace(trained.BUDGETS["cifar"], pretraining=128)
+        recipes.BUDGETS, "cifar", replace(recipes.BUDGETS["cifar"], pretraining=128)
     )
     with pytest.raises(
         OodlibError, match=r"s0\.safetensors was pretrained by another recipe, .*256.*128"
@@ -469,7 +470,7 @@ def test_damaged_weights_are_refused(small, tmp_path, row):
     load_row(row) if row is LIVE else train_row(row)
     path = next(path for path in tmp_path.rglob("model.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\1\1")
-    with pytest.raises(OodlibError, match=r"model\.safetensors is not the file .*--models cell"):
+    with pytest.raises(OodlibError, match=r"model\.safetensors is damaged.*--models cell"):
         load_row(row)
 
 
@@ -481,7 +482,7 @@ def test_a_damaged_checkpoint_is_refused(small, damage):
     train_row(CELL)
     damage(pretrained_path(CELL))
     with pytest.raises(
-        OodlibError, match=r"s0\.safetensors is not the file its .*s0\.json describes"
+        OodlibError, match=r"s0\.safetensors is (missing|damaged).* Restore both files"
     ):
         train_row(replace(CELL, name="low", ft_lr=0.03))
 

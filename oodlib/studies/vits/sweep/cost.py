@@ -1,4 +1,4 @@
-"""What a sweep will cost, from architectures and image counts alone: no weights, no images, no GPU."""
+"""What a sweep will cost, from architectures and image counts alone: no weights, no images."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ GPU_TFLOPS = 12.0  # assumed, in float32 without tensor cores
 CPU_TFLOPS = 0.03  # assumed, of one core
 BATCH = 64
 DECODED = 150  # JPEGs that one core decodes and resizes in a second, assumed
-SCORES = 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Of one architecture.
 
-    flops : of one image, two per multiply-add; width : of the features; peak : bytes of a batch's
-        largest activation
+    Attributes
+    ----------
+    flops : of one image, two per multiply-add
+    width : of the features
+    peak : bytes of a batch's largest activation
     """
 
     flops: float
@@ -35,7 +37,7 @@ class Cost:
     peak: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Totals of the jobs of one class of models.
 
@@ -55,6 +57,12 @@ class Plan:
     host: float
     disk: float
 
+    def cells(self) -> list[str]:
+        """As a row of the printed table; memory and disk in GB."""
+        counts = [f"{self.models:,}", f"{self.jobs:,}", f"{self.images:,}", f"{self.hours:,.1f}"]
+        memory = [f"{self.gpu / 1e9:.1f}", f"{self.host / 1e9:.1f}", f"{self.disk / 1e9:,.1f}"]
+        return counts + memory
+
 
 @cache
 def network_cost(network: str, resolution: int | None, head: str) -> Cost:
@@ -69,6 +77,11 @@ def network_cost(network: str, resolution: int | None, head: str) -> Cost:
     from oodlib.models.small_vit import NETWORKS, small_vit
 
     model: Any
+    outputs: list[int] = []
+
+    def count(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output.numel() if isinstance(output, torch.Tensor) else 0)
+
     with torch.device("meta"):
         if network in NETWORKS:
             model, side, classes = small_vit(network, 26), 32, 26
@@ -81,32 +94,23 @@ def network_cost(network: str, resolution: int | None, head: str) -> Cost:
                 ) from error
             side, classes = model.pretrained_cfg["input_size"][-1], 1000
         model.eval().requires_grad_(False)
-        outputs: list[int] = []
         for module in model.modules():
-            module.register_forward_hook(
-                lambda _m, _i, output: outputs.append(
-                    output.numel() if isinstance(output, torch.Tensor) else 0
-                )
-            )
-        image = torch.empty(1, 3, resolution or side, resolution or side)
+            module.register_forward_hook(count)
         with FlopCounterMode(display=False) as counter:
-            model(image)
+            model(torch.empty(1, 3, resolution or side, resolution or side))
     # a head on unit features sits behind the projection, which is the network's own last layer
-    width = int(
-        model.num_classes if head == "unit" and network not in NETWORKS else model.head_hidden_size
-    )
+    projected = head == "unit" and network not in NETWORKS
     return Cost(
-        float(counter.get_total_flops()),
-        sum(p.numel() for p in model.parameters()),
-        width,
-        classes,
-        4 * BATCH * max(outputs),
+        flops=float(counter.get_total_flops()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        width=int(model.num_classes if projected else model.head_hidden_size),
+        classes=classes,
+        peak=4 * BATCH * max(outputs),
     )
 
 
 def estimate(jobs: Sequence[Job], *, tflops: float, cpus: int) -> list[Plan]:
-    """One plan per network, in the order of the pool; an image takes the longer of computing and
-    decoding.
+    """One plan per network, in the pool's order; an image takes the longer of compute and decoding.
 
     Parameters
     ----------
@@ -125,39 +129,43 @@ def describe_plan(jobs: Sequence[Job], *, tflops: float | None = None, cpus: int
     tflops = tflops or (GPU_TFLOPS if files else CPU_TFLOPS)
     plans = estimate(jobs, tflops=tflops, cpus=cpus)
     total = Plan(
-        "total",
-        sum(p.models for p in plans),
-        len(jobs),
-        sum(p.images for p in plans),
-        sum(p.hours for p in plans),
-        max(p.gpu for p in plans),
-        max(p.host for p in plans),
-        sum(p.disk for p in plans),
+        name="total",
+        models=sum(p.models for p in plans),
+        jobs=len(jobs),
+        images=sum(p.images for p in plans),
+        hours=sum(p.hours for p in plans),
+        gpu=max(p.gpu for p in plans),
+        host=max(p.host for p in plans),
+        disk=sum(p.disk for p in plans),
     )
-    width, unit = max(len(p.name) for p in (*plans, total)), "GPU" if files else "CPU"
+    width = max(len(p.name) for p in (*plans, total))
+    unit = "GPU h" if files else "CPU h"
+    head = ["network", "models", "jobs", "images", unit, "GPU GB", "host GB", "disk GB"]
+    table = [head, *([p.name, *p.cells()] for p in (*plans, total))]
+    wide = (9, 9, 14, 9, 9, 9, 9)
     lines = [
-        f"{'network':{width}}   models     jobs        images{unit + ' h':>9}   GPU GB  host GB  disk GB"
+        f"{name:{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, wide, strict=True))
+        for name, *cells in table
     ]
-    lines += [
-        f"{p.name:{width}}{p.models:>9,}{p.jobs:>9,}{p.images:>14,}{p.hours:>9,.1f}{p.gpu / 1e9:>9.1f}{p.host / 1e9:>9.1f}{p.disk / 1e9:>9,.1f}"
-        for p in (*plans, total)
-    ]
-    lines += [
-        "",
-        "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
-        f"{tflops:g} TFLOP/s"
-        + (
-            f", or {cpus} processes that decode {DECODED} images a second each (assumed), "
-            "whichever takes longer"
-            if files
-            else " (one CPU core, assumed)"
-        )
-        + "; --tflops sets what your device reaches."
-        + ("" if files else " Training that a model still needs comes on top."),
-        f"Memory: of one job, batches of {BATCH}. Disk: moments and {jobs[0].source.per_class} "
-        "features a class of the training images, float32 features of the others, score tables.",
-    ]
-    return "\n".join(lines)
+    decoding = (
+        f"{cpus} processes that decode {DECODED} images a second each (assumed), whichever takes "
+        "longer; --tflops sets what your device reaches."
+    )
+    alone = (
+        "(one CPU core, assumed); --tflops sets what your device reaches. Training that a model "
+        "still needs comes on top."
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
+            f"{tflops:g} TFLOP/s{', or ' + decoding if files else ' ' + alone}",
+            f"Memory: of one job, batches of {BATCH}. Disk: moments and "
+            f"{jobs[0].source.per_class} features per class of the training images, float32 "
+            "features of the others, score tables.",
+        ]
+    )
 
 
 def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:
@@ -165,38 +173,35 @@ def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:
     counts = source.counts()
     images, seconds, disk, peak, fit = 0, 0.0, 0.0, 0.0, 0
     for job in jobs:
-        cost = network_cost(job.row.network, job.row.resolution, job.row.head)
-        n = counts[job.split]
+        cost, n = network_cost(job.row.network, job.row.resolution, job.row.head), counts[job.split]
         decoding = n / (DECODED * cpus) if source.files else 0.0
-        images, seconds = images + n, seconds + max(n * cost.flops / (tflops * 1e12), decoding)
+        images += n
+        seconds += max(n * cost.flops / (tflops * 1e12), decoding)
         disk += _disk(job, cost, n)
-        peak, fit = (
-            max(peak, 4 * cost.parameters + 3 * cost.peak),
-            max(fit, _reference(cost, source.per_class)),
-        )
-    host = 2e9 + (0.4e9 * cpus if source.files else 0) + 2 * fit
+        peak = max(peak, 4 * cost.parameters + 3 * cost.peak)
+        fit = max(fit, _reference(cost, source.per_class))
     return Plan(
-        name,
-        len({job.row.name for job in jobs}),
-        len(jobs),
-        images,
-        seconds / 3600,
-        peak,
-        host,
-        disk,
+        name=name,
+        models=len({job.row.name for job in jobs}),
+        jobs=len(jobs),
+        images=images,
+        hours=seconds / 3600,
+        gpu=peak,
+        host=2e9 + (0.4e9 * cpus if source.files else 0) + 2 * fit,
+        disk=disk,
     )
 
 
 def _reference(cost: Cost, per_class: int) -> int:
-    """Bytes of a `Reference`: two sets of moments in float64, the subsample and the head in
-    float32.
-    """
+    """Bytes of a `Reference`: two sets of moments (float64), subsample and head (float32)."""
     moments = 2 * 8 * (2 * cost.width**2 + cost.classes * cost.width)
     return moments + 4 * cost.width * cost.classes * (per_class + 1)
 
 
 def _disk(job: Job, cost: Cost, n: int) -> int:
+    from oodlib.studies.vits.score_table import SCORES
+
     features = n * (4 * cost.width + 8) + 4 * cost.classes * cost.width
     if job.split == FIT:
         return _reference(cost, job.source.per_class) + (features if job.all_features else 0)
-    return features + n * (4 * SCORES + 12)  # and its rows of scores.parquet
+    return features + n * (4 * len(SCORES) + 12)  # and its rows of scores.parquet
