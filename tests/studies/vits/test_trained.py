@@ -623,46 +623,23 @@ def test_a_soup_brings_its_members_and_an_unknown_name_the_known_ones(small, tmp
         train_pool.train_pool("cifar", models="bread")
 
 
-@pytest.mark.parametrize("codes", [(0, 0), (0, 3)])
+@pytest.mark.parametrize("codes", [(0, 0), (0, 3), (-9, 0)])
 def test_processes_have_one_thread_each_and_a_failure_is_reported(
     small, tmp_path, monkeypatch, codes
 ):
     write_pool(tmp_path / "data" / "pools" / "cifar.csv", (CELL,))
-    started = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    class Process:
-        def __init__(self, command, env):
-            self.code = codes[len(started)]
-            started.append((command[1:], env["OMP_NUM_THREADS"]))
+    def run(tasks, work, ended, *, at_once):
+        assert os.environ["OMP_NUM_THREADS"] == "1" and at_once == 2
+        assert work.keywords["chosen"] == [CELL] and work.keywords["device"] == "cpu"
+        for task, code in zip(tasks, codes, strict=True):
+            ended(task, code)
 
-        def wait(self):
-            return self.code
-
-    monkeypatch.setattr(train_pool.subprocess, "Popen", Process)
+    monkeypatch.setattr(train_pool, "run_processes", run)
     if any(codes):
         with pytest.raises(OodlibError, match="1 of 2 processes failed"):
             train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu")
     else:
         assert train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu") == ["cell"]
-    assert (
-        started
-        == [
-            (
-                [
-                    "-m",
-                    "oodlib",
-                    "train-vit",
-                    "--pool",
-                    "cifar",
-                    "--models",
-                    "c*",
-                    "--device",
-                    "cpu",
-                    "--jobs",
-                    "1",
-                ],
-                "1",
-            )
-        ]
-        * 2
-    )
+    assert "OMP_NUM_THREADS" not in os.environ

@@ -24,63 +24,30 @@ def train_options(command: argparse.ArgumentParser) -> None:
 
 def sweep_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``sweep``."""
-    flags = {
-        "--dry-run": "print what it would cost, and stop",
-        "--status": "print what is done, running, failed and missing",
-        "--all-features": "keep the features of every training image too",
-    }
-    options: dict[str, dict[str, Any]] = {
-        "--pool": {"required": True, "help": "a file, or the name of one in data/pools"},
-        "--output": {"type": Path, "help": "folder of results; default data/sweeps/<pool>"},
-        "--models": {"default": "*", "metavar": "GLOB", "help": "only rows with such names"},
-        "--where": {"default": "local", "choices": ("local", "slurm", "submitit-local")},
-        "--jobs": {"type": int, "help": "jobs at a time; default 1, on SLURM 64"},
-        "--shard": {
-            "type": _shard,
-            "default": (1, 1),
-            "metavar": "I/N",
-            "help": "only the I-th of N parts",
-        },
-        "--cpus": {
-            "type": int,
-            "help": "cores (and image decoders) of a job; default 8 for ImageNet, else 1",
-        },
-        "--gpus": {"type": int, "help": "of a SLURM job; default 1 for ImageNet, else none"},
-        "--timeout": {
-            "type": int,
-            "default": 1440,
-            "metavar": "MIN",
-            "help": "longest time of a job; default 1440",
-        },
-        "--partition": {"default": "", "help": "of SLURM"},
-        "--slurm": {
-            "type": _pair,
-            "action": "append",
-            "metavar": "KEY=VALUE",
-            "help": "any other option of sbatch, for example account=vision",
-        },
-        "--data-root": {
-            "type": Path,
-            "metavar": "DIR",
-            "help": "of the ImageNet sets, as `data --profile paper` lists them",
-        },
-        "--weights": {"type": Path, "metavar": "DIR", "help": "folder of the weight files"},
-        "--tflops": {
-            "type": float,
-            "help": "for --dry-run: what the device reaches in float32",
-        },
-        "-p": {
-            "dest": "parameter",
-            "nargs": 2,
-            "action": "append",
-            "metavar": ("NAME", "VALUE"),
-            "help": "n_fit, n_test or n_ood of the pools trained here",
-        },
-    }
-    for name, text in flags.items():
-        command.add_argument(name, action="store_true", help=text)
-    for name, settings in options.items():
-        command.add_argument(name, **settings)
+    add, flag = command.add_argument, {"action": "store_true"}
+    add("--pool", required=True, help="a file, or the name of one in data/pools")
+    add("--dry-run", **flag, help="print what it would cost, and stop")
+    add("--status", **flag, help="print what is done, running, failed and missing")
+    add("--output", type=Path, help="folder of results; default data/sweeps/<pool>")
+    add("--models", default="*", metavar="GLOB", help="only the rows with such names")
+    add("--where", default="local", choices=("local", "slurm", "submitit-local"))
+    add("--jobs", type=int, metavar="N", help="jobs at a time; default 1, on SLURM 64")
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts")
+    cores = "cores (and image decoders) of a job; default 8 for ImageNet, else 1"
+    add("--cpus", type=int, metavar="N", help=cores)
+    add("--gpus", type=int, metavar="N", help="of a SLURM job; default 1 for ImageNet, else none")
+    add("--timeout", type=int, default=1440, metavar="MIN", help="longest time of a job")
+    add("--partition", default="", help="of SLURM")
+    other = "any other option of sbatch, for example account=vision"
+    add("--slurm", type=_pair, action="append", metavar="KEY=VALUE", help=other)
+    sets = "of the ImageNet sets, as `data --profile paper` lists them"
+    add("--data-root", type=Path, metavar="DIR", help=sets)
+    add("--weights", type=Path, metavar="DIR", help="folder of the weight files")
+    add("--all-features", **flag, help="keep the features of every training image too")
+    add("--tflops", type=float, help="for --dry-run: what the device reaches in float32")
+    sizes = "n_fit, n_test or n_ood of the pools trained here"
+    pair: Any = ("NAME", "VALUE")
+    add("-p", dest="parameter", nargs=2, action="append", metavar=pair, help=sizes)
 
 
 def _shard(text: str) -> tuple[int, int]:

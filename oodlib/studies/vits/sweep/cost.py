@@ -147,25 +147,19 @@ def describe_plan(jobs: Sequence[Job], *, tflops: float | None = None, cpus: int
         f"{name:{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, wide, strict=True))
         for name, *cells in table
     ]
-    decoding = (
-        f"{cpus} processes that decode {DECODED} images a second each (assumed), whichever takes "
-        "longer; --tflops sets what your device reaches."
-    )
-    alone = (
-        "(one CPU core, assumed); --tflops sets what your device reaches. Training that a model "
-        "still needs comes on top."
-    )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
-            f"{tflops:g} TFLOP/s{', or ' + decoding if files else ' ' + alone}",
-            f"Memory: of one job, batches of {BATCH}. Disk: moments and "
-            f"{jobs[0].source.per_class} features per class of the training images, float32 "
-            "features of the others, score tables.",
-        ]
-    )
+    basis = " (one CPU core, assumed)"
+    if files:
+        basis = f", or {cpus} processes that decode {DECODED} images a second each (assumed)"
+        basis += ", whichever takes longer"
+    training = "" if files else " Training that a model still needs comes on top."
+    lines += [
+        "",
+        "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
+        f"{tflops:g} TFLOP/s{basis}; --tflops sets what your device reaches.{training}",
+        f"Memory: of one job, batches of {BATCH}. Disk: moments and {jobs[0].source.per_class} "
+        "features per class of the training images, float32 features of the others, score tables.",
+    ]
+    return "\n".join(lines)
 
 
 def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from oodlib.errors import OodlibError
+from oodlib.files import read_sealed
 from oodlib.models.device import pick_device
 from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool
 from oodlib.studies.vits.reference import Reference
@@ -94,6 +95,8 @@ def _read(row: PoolRow, folder: Path, splits: Sequence[str]) -> Scored | str:
     for name in (FIT, "id", "scores"):
         if records[name]["state"] != "done":
             return str(records[name].get("error", f"{name} is not done"))
+    scores, again = folder / "scores.parquet", "Delete it and its record and run the sweep again."
+    read_sealed(scores, "swept_models", again)
     done = {split: records[split] for split in splits if records[split]["state"] == "done"}
     record = {
         "accuracy": done["id"]["accuracy"],
@@ -101,7 +104,7 @@ def _read(row: PoolRow, folder: Path, splits: Sequence[str]) -> Scored | str:
         "sets": {split: {"fingerprint": found["inputs"][1]} for split, found in done.items()},
         "sha256": done["id"]["weights"],
     }
-    return Scored(row, record, pd.read_parquet(folder / "scores.parquet"))
+    return Scored(row, record, pd.read_parquet(scores))
 
 
 def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_path, key_of, locked, write_json, write_text
+from oodlib.files import key_of, locked, write_json, write_sealed, write_text
 from oodlib.studies.vits.sweep.models_and_images import FIT
 
 if TYPE_CHECKING:
@@ -54,12 +54,19 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
                     "and run again."
                 )
             tested = [split for split in records if split != FIT]
-            summary = _score(folder, tested, records["id"]["accuracy"])
+            scores = _score(folder, tested)
+            summary = _summary(scores, [split for split in tested if split != "id"])
+            whole = summary.assign(model=folder.name, accuracy=records["id"]["accuracy"])
+            rows = whole[list(COLUMNS)].to_dict("records")
+            write_sealed(
+                folder / "scores.parquet",
+                lambda temporary: scores.to_parquet(temporary, index=False),
+                {"state": "done", "key": key, "summary": rows},
+            )
         except Exception as error:  # one model's table never stops the others
             reason = f"{type(error).__name__}: {error}"
             write_json(path, {"state": "failed", "key": key, "error": reason})
             return "failed"
-        write_json(path, {"state": "done", "key": key, "summary": summary})
     return "done"
 
 
@@ -86,16 +93,12 @@ def read_record(path: Path) -> dict[str, Any]:
         return {"state": ""}
 
 
-def _score(folder: Path, splits: Sequence[str], accuracy: float) -> list[dict[str, Any]]:
+def _score(folder: Path, splits: Sequence[str]) -> DataFrame:
     from oodlib.features.feature_bank import FeatureBank
     from oodlib.studies.vits.score_table import Reference, score_table
 
     banks = {split: FeatureBank.load(folder / split) for split in splits}
-    table = score_table(Reference.load(folder / f"{FIT}.safetensors"), banks)
-    summary = _summary(table, [split for split in splits if split != "id"])
-    with atomic_path(folder / "scores.parquet") as temporary:
-        table.to_parquet(temporary, index=False)
-    return summary.assign(model=folder.name, accuracy=accuracy)[list(COLUMNS)].to_dict("records")
+    return score_table(Reference.load(folder / f"{FIT}.safetensors"), banks)
 
 
 def _summary(table: DataFrame, sets: Sequence[str]) -> DataFrame:

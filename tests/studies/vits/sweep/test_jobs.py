@@ -203,7 +203,7 @@ def test_splits_of_two_networks_make_no_table(swept: list[Job]) -> None:
         swept[2].sidecar, {**read_record(swept[2].sidecar), "weights": "others", "finished": 0}
     )
     assert make_table(swept[0].folder, tuple(ROWS)) == "failed"
-    assert "went through other weights" in describe(swept)
+    assert "went through different weights" in describe(swept)
 
 
 def test_a_table_is_made_once_and_again_after_a_new_result(swept: list[Job]) -> None:
@@ -328,7 +328,7 @@ def test_operations_are_those_of_the_formula() -> None:
 
 
 def test_the_plan_of_a_pool_trained_here(tmp_path: Path) -> None:
-    source, networks = TrainedSource("cifar", tmp_path, 100, 50, 2), list(NETWORKS)
+    source, networks = TrainedSource("cifar", 100, 50, 2), list(NETWORKS)
     text = describe_plan(
         make_jobs([PoolRow(name=name, network=name) for name in networks[:2]], source, tmp_path)
     )
@@ -456,13 +456,13 @@ def test_an_array_is_no_larger_than_the_site_allows(
     ]
 
 
-def test_the_source_follows_from_the_name_of_the_pool(tmp_path: Path) -> None:
+def test_the_source_follows_from_the_name_of_the_pool() -> None:
     options = {"data": None, "weights": None, "workers": 1, "sizes": {}}
-    assert isinstance(find_source(Path("imagenet_timm.csv"), tmp_path, **options), ImagenetSource)
-    cifar = find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_test": "7"}}))
+    assert isinstance(find_source(Path("imagenet_timm.csv"), **options), ImagenetSource)
+    cifar = find_source(Path("cifar.csv"), **(options | {"sizes": {"n_test": "7"}}))
     assert isinstance(cifar, TrainedSource) and cifar.n_test == 7 and cifar.n_fit > 7
     with pytest.raises(OodlibError, match="n_ood must be a number of images, got 'few'"):
-        find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_ood": "few"}}))
+        find_source(Path("cifar.csv"), **(options | {"sizes": {"n_ood": "few"}}))
 
 
 def test_a_sweep_that_is_done_starts_nothing(
