@@ -1,7 +1,8 @@
 """Effects over a table of models: pairs of cells that differ in one factor, and group differences.
 
 Finetunes of one checkpoint are not independent, so every interval resamples whole clusters (by
-default the pretrained checkpoints), never single models.
+default the pretrained checkpoints), never single models. ``boot`` : ``n_boot`` and ``seed`` of
+`clustered_estimate`.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ def pool_frame(rows: Iterable[PoolRow], measures: Iterable[dict[str, float]]) ->
     return DataFrame([{**asdict(row), "checkpoint": row.checkpoint, **m} for row, m in pairs])
 
 
-def clustered_mean(
-    values: ArrayLike, clusters: ArrayLike | None = None, *, n_boot: int = 2000, seed: int = 0
-) -> Estimate:
+def clustered_mean(values: ArrayLike, clusters: ArrayLike | None = None, **boot: Any) -> Estimate:
     """Mean of values (n,), with an interval over clusters (n,), or over single values without them.
 
     The interval is the wider, at each end, of the percentile bootstrap over whole clusters and of
@@ -101,7 +100,7 @@ def clustered_mean(
     2.500 [-10.206, 15.206] (2 clusters)
     """
     x = model_column("clustered_mean", values)
-    result = clustered_estimate(lambda i: x[i].mean(), len(x), clusters, n_boot, seed)
+    result = clustered_estimate(lambda i: x[i].mean(), len(x), clusters, **boot)
     rows = cluster_rows(np.arange(len(x)) if clusters is None else clusters)
     means = np.array([x[of_cluster].mean() for of_cluster in rows])
     return result.widened(means.std() / np.sqrt(max(len(means) - 1, 1)), len(means) - 1)
@@ -115,8 +114,7 @@ def paired_effects(
     value: str,
     *,
     free: Sequence[str] = (),
-    n_boot: int = 2000,
-    seed: int = 0,
+    **boot: Any,
 ) -> Effect:
     """``value`` at ``factor`` = ``high`` minus ``low``: mean over clusters of the mean of pairs.
 
@@ -165,7 +163,7 @@ def paired_effects(
         cluster=pairs["checkpoint_low"] + " / " + pairs["checkpoint_high"],
     )
     means = pairs.groupby("cluster")["difference"].mean()
-    result = replace(clustered_mean(means, n_boot=n_boot, seed=seed), n=len(pairs))
+    result = replace(clustered_mean(means, **boot), n=len(pairs))
     return Effect(**asdict(result), p=_sign_test(means), pairs=pairs)
 
 
@@ -187,7 +185,7 @@ def common_levels(
 def interaction(
     cells: DataFrame, factor: str, low: Any, high: Any, first: str, second: str, **options: Any
 ) -> Effect:
-    """`paired_effects` on ``first`` minus that on ``second``: does the factor help one score more?"""
+    """`paired_effects` on ``first`` minus that on ``second``: does one score gain more?"""
     difference = cells.assign(interaction=cells[first] - cells[second])
     return paired_effects(difference, factor, low, high, "interaction", **options)
 
@@ -242,7 +240,12 @@ def group_difference(
 
 
 def clustered_estimate(
-    statistic: Callable[[Rows], float], n: int, clusters: ArrayLike | None, n_boot: int, seed: int
+    statistic: Callable[[Rows], float],
+    n: int,
+    clusters: ArrayLike | None = None,
+    *,
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """``statistic`` of all rows, with the interval of resampled clusters of rows."""
     if clusters is not None and np.shape(clusters) != (n,):
@@ -295,8 +298,5 @@ def _sign_test(differences: ArrayLike) -> float:
     return float(binomtest(int((signs > 0).sum()), len(signs)).pvalue) if len(signs) else 1.0
 
 
-mean, draw, groups = (
-    clustered_mean,
-    resampled_rows,
-    cluster_rows,
-)  # goes with the notebooks' rewriting
+# goes with the notebooks' rewriting
+mean, draw, groups = clustered_mean, resampled_rows, cluster_rows

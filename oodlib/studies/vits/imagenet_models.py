@@ -119,12 +119,12 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
     head = nn.Linear(config["num_classes"], _CLASSES)
     if file is not None:
         state = read_state_dict(file)
-        visual = {"visual." + k: v for k, v in _below(state, "model.visual.").items()}
+        visual = {k: v for k, v in _below(state, "model.").items() if k.startswith("visual.")}
         last = _below(state, "classification_head.")
         if "visual.positional_embedding" not in visual or not last:
             raise OodlibError(
-                f"{file} is not a file of model-soups: it needs model.visual.* as in OpenAI's CLIP and "
-                f"classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}."
+                f"{file} is not a file of model-soups: it needs model.visual.* as in OpenAI's "
+                f"CLIP and classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}."
             )
         require_positions(tower, len(visual["visual.positional_embedding"]), file)
         fill(tower, checkpoint_filter_fn(visual, tower), file)

@@ -196,7 +196,7 @@ def choose_weights(
     scale: Literal["z", "rank"] = "z",
     steps: int = 4,
 ) -> dict[str, float]:
-    """Weights for `averaged` with the best AUROC of ``validation_ood`` against ID validation images.
+    """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation.
 
     Tries equal weights and every vector of multiples of 1 / ``steps`` that sums to 1; in a tie the
     most even one wins.

@@ -56,7 +56,7 @@ class Reference:
 
     @cached_property
     def whitenings(self) -> dict[str, tuple[Array, Array]]:
-        """`whitening` of (within-class, total) covariance: "" of features, "++" of unit features."""
+        """`whitening` of (within-class, total) covariance; "" raw features, "++" unit features."""
         return {
             name: (whitening(m.covariance), whitening(m.total_covariance))
             for name, m in (("", self.moments), ("++", self.unit_moments))

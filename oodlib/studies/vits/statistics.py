@@ -1,8 +1,12 @@
-"""Statistics over a table of models: correlations, ranks, win rates, soups (`effects` has others)."""
+"""Statistics over a table of models: correlations, ranks, win rates, soups.
+
+``boot`` : ``n_boot`` and ``seed`` of `effects.clustered_estimate`, which resamples clusters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,38 +40,23 @@ __all__ = [
 
 
 def spearman(
-    x: ArrayLike,
-    y: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    n_boot: int = 2000,
-    seed: int = 0,
+    x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, **boot: Any
 ) -> Estimate:
-    """Spearman correlation over models, resampling clusters; 0 where one side is constant."""
+    """Spearman correlation over models; 0 where one side is constant."""
     a, b = _columns("spearman", x, y)
-
-    def rho(i: Rows) -> float:
-        return float(spearman_along(a[i], b[i]))
-
-    return clustered_estimate(rho, len(a), clusters, n_boot, seed)
+    return clustered_estimate(lambda i: spearman_along(a[i], b[i]), len(a), clusters, **boot)
 
 
 def spearman_difference(
-    x: ArrayLike,
-    y: ArrayLike,
-    other: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    n_boot: int = 2000,
-    seed: int = 0,
+    x: ArrayLike, y: ArrayLike, other: ArrayLike, clusters: ArrayLike | None = None, **boot: Any
 ) -> Estimate:
     """rho(x, other) - rho(x, y) over the same models, on the same resamples of clusters."""
     a, b, c = _columns("spearman_difference", x, y, other)
 
     def difference(i: Rows) -> float:
-        return float(spearman_along(a[i], c[i]) - spearman_along(a[i], b[i]))
+        return spearman_along(a[i], c[i]) - spearman_along(a[i], b[i])
 
-    return clustered_estimate(difference, len(a), clusters, n_boot, seed)
+    return clustered_estimate(difference, len(a), clusters, **boot)
 
 
 def wins(cells: DataFrame, columns: Sequence[str], *, larger_is_better: bool) -> DataFrame:
@@ -113,12 +102,7 @@ def standing(value: float, others: ArrayLike, *, larger_is_better: bool) -> floa
 
 
 def soup_against_members(
-    soup: Sequence[float],
-    members: ArrayLike,
-    *,
-    larger_is_better: bool,
-    n_boot: int = 2000,
-    seed: int = 0,
+    soup: Sequence[float], members: ArrayLike, *, larger_is_better: bool, **boot: Any
 ) -> dict[str, Estimate]:
     """A soup beside its members, over k measures (scores x suites, as many as the claim counts).
 
@@ -153,8 +137,7 @@ def soup_against_members(
         "advantage": lambda i: advantage(i).mean(),
         "share": lambda i: (np.sign(advantage(i)).mean() + 1) / 2,
     }
-    options = (len(m), None, n_boot, seed)
-    return {name: clustered_estimate(f, *options) for name, f in statistics.items()}
+    return {name: clustered_estimate(f, len(m), **boot) for name, f in statistics.items()}
 
 
 def recipe_percentile(
@@ -203,8 +186,7 @@ def top_share(
     *,
     limit: float = 0.5,
     part: float = 0.25,
-    n_boot: int = 2000,
-    seed: int = 0,
+    **boot: Any,
 ) -> Estimate:
     """Share of the best ``part`` in accuracy (ties included) whose ``value`` exceeds ``limit``.
 
@@ -213,9 +195,9 @@ def top_share(
     a, v = _columns("top_share", accuracy, value)
 
     def share(i: Rows) -> float:
-        return float((v[i][a[i] >= np.quantile(a[i], 1 - part, method="higher")] > limit).mean())
+        return (v[i][a[i] >= np.quantile(a[i], 1 - part, method="higher")] > limit).mean()
 
-    return clustered_estimate(share, len(a), clusters, n_boot, seed)
+    return clustered_estimate(share, len(a), clusters, **boot)
 
 
 def spread_within(
@@ -224,8 +206,7 @@ def spread_within(
     clusters: ArrayLike | None = None,
     *,
     minus: ArrayLike | None = None,
-    n_boot: int = 2000,
-    seed: int = 0,
+    **boot: Any,
 ) -> Estimate:
     """Standard deviation of ``values`` (n,) within ``groups`` (n,), pooled; less that of ``minus``.
 
@@ -246,7 +227,7 @@ def spread_within(
     def difference(i: Rows) -> float:
         return spread(v[i], codes[i]) - spread(other[i], codes[i])
 
-    return clustered_estimate(difference, len(v), clusters, n_boot, seed)
+    return clustered_estimate(difference, len(v), clusters, **boot)
 
 
 def _columns(caller: str, *values: ArrayLike) -> list[Array]:

@@ -188,7 +188,7 @@ def run_job(job: Job) -> str:
 
 
 def note_death(job: Job, reason: str) -> None:
-    """Record that a job's process ended without a record, unless it is done or running after all."""
+    """Record that a job's process left no record, unless it is done or running after all."""
     with try_lock(job) as mine:
         if mine and not _state_on_record(job):
             _record(job, "failed", error=reason, traceback="")

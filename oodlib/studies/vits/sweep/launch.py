@@ -189,7 +189,7 @@ def run_submitit(
 
 
 class Task:
-    """What submitit runs; after pre-emption SLURM starts it anew: a job leaves nothing half-done."""
+    """What submitit runs; SLURM restarts it after pre-emption: nothing is left half-done."""
 
     def __call__(self, job: Job) -> str:
         return run_job(job)
@@ -203,7 +203,7 @@ class Task:
 def _submit_arrays(
     executor: Any, jobs: Sequence[Job], resources: Resources
 ) -> Iterator[tuple[Job, Any]]:
-    """Job arrays within the site's limit, one after the other: ``at_once`` holds for all together."""
+    """Job arrays within the site's limit, one after the other: ``at_once`` holds for all."""
     limit, previous = _array_limit(), ""
     for start in range(0, len(jobs), limit):
         part = jobs[start : start + limit]

@@ -31,7 +31,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """A model in evaluation mode with the images of one split, for `oodlib.features.extract.stream`.
+    """A model in evaluation mode with the images of one split, for `extract.stream`.
 
     Attributes
     ----------

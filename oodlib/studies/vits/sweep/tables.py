@@ -71,7 +71,7 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
 
 
 def collect(output: Path, models: Iterable[str], splits: Sequence[str]) -> Path | None:
-    """Bring all tables up to date and write ``summary.csv``; None where no model has a table yet."""
+    """Bring all tables up to date and write ``summary.csv``; None where there is no table yet."""
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
