@@ -66,14 +66,18 @@ class Claim:
     ----------
     id : "gradnorm/C1"
     statement : the claim in our words
-    source : where it was read: abs, image, 2nd, code, derived; "ours" for a hypothesis of this suite
+    source : where it was read: abs, image, 2nd, code, derived; "ours" for our own hypothesis
     statistic : what is measured, in words
-    kind : "trend" (an inequality), "identity" (true at any scale) or "exact" (equals the published number)
+    kind : "trend" (an inequality), "identity" (true at any scale) or "exact" (equals the published
+        number)
     direction : on which side of ``margin`` the claim puts the statistic; "exact" has none
-    margin : boundary of a trend or identity; largest distance from the published value of an "exact" claim
-    unit : "percent" or, of differences, "points" (a fraction, printed times 100), or any other word (printed as it is)
+    margin : boundary of a trend or identity; of an "exact" claim the largest distance from the
+        published value
+    unit : "percent" or, of differences, "points" (a fraction, printed times 100), or any other word
+        (printed as it is)
     counted, smallest_n : what n counts, and below which n nothing is concluded
-    profiles, paper_setting : profiles that can judge the claim; those that are the paper's own data, network, protocol
+    profiles, paper_setting : profiles that can judge the claim; those that can be the paper's own
+        data, network and protocol
     published : {value, source, table, cell} or None where no published number could be read
     notebook : the notebook that judges it
     """
@@ -114,6 +118,16 @@ class Claim:
                 f"claim {self.id}: direction must be above or below, got {self.direction!r}."
             )
 
+    @property
+    def short(self) -> str:
+        """The id without the paper: "C1"."""
+        return self.id.split("/")[-1]
+
+    @property
+    def judged_at(self) -> str:
+        """Which profiles judge it, in words."""
+        return f"judged at {', '.join(self.profiles) or 'no profile yet'}"
+
     def show(self, value: float | None) -> str:
         """``value`` as tables print it."""
         return show(value, self.unit)
@@ -144,16 +158,16 @@ class Verdict:
             del claim[key]
         return {**claim, **content}
 
+    @property
+    def measurement(self) -> str:
+        """Value and interval as tables print them; "" where nothing was measured."""
+        show = self.claim.show
+        alone = self.measured is None or self.claim.kind == "identity"
+        return show(self.measured) + ("" if alone else f" [{show(self.low)}, {show(self.high)}]")
+
     def __str__(self) -> str:
-        number = (
-            ""
-            if self.measured is None
-            else (
-                f": {self.claim.show(self.measured)} [{self.claim.show(self.low)}, "
-                f"{self.claim.show(self.high)}]"
-            )
-        )
-        return f"{self.claim.id} {self.verdict}{number} ({self.reason})"
+        number = f": {self.measurement} {self.claim.unit}" if self.measurement else ""
+        return f"{self.claim.short}{number}  ->  {self.verdict}"
 
 
 def read_claims(path: Path) -> dict[str, Claim]:
@@ -198,21 +212,26 @@ def judge(
     *,
     detail: str = "",
     network: str = "",
-    own: bool = True,
+    paper_setting: bool = False,
     doubt: str = "",
 ) -> Verdict:
     """Verdict of one measurement, by the rule fixed in the claim.
 
-    ``value``, ``low`` and ``high`` are in the units that the metrics return (fractions, not per
-    cent). The whole interval must lie on one side of the margin, otherwise "inconclusive". An
-    identity is judged by its value. "reproduced" and "not reproduced" are kept for identities and
-    the paper's own setting; ``own=False`` says that this run of such a profile used another
-    network, other weights or fewer images. ``doubt``, where not empty, is a reason found in the run
-    why nothing can be concluded: what would be a verdict is then "inconclusive".
+    The whole interval must lie on one side of the margin, otherwise "inconclusive"; an identity is
+    judged by its value. "reproduced" and "not reproduced" are kept for identities and for the
+    paper's own setting.
+
+    Parameters
+    ----------
+    value, low, high : in the unit that the metrics return (fractions, not per cent)
+    n : number of what ``claim.counted`` says
+    paper_setting : this run, of a profile that can be the paper's own setting, used the paper's
+        network, weights and images
+    doubt : a reason found in the run why nothing can be concluded; the verdict is "inconclusive"
 
     Raises
     ------
-    OodlibError : not finite, interval missing or reversed, per cent where a fraction is due, n missing
+    OodlibError : not finite, interval missing or reversed, per cent instead of a fraction, no n
     """
     given = [value] if low is None and high is None else [value, low, high]
     numbers = [number for number in given if number is not None and math.isfinite(number)]
@@ -234,7 +253,7 @@ def judge(
     if low > high:
         raise OodlibError(f"claim {claim.id}: the interval [{low}, {high}] is reversed.")
 
-    word, reason = _decide(claim, profile, float(value), low, high, n, own)
+    word, reason = _decide(claim, profile, float(value), low, high, n, paper_setting)
     if doubt and word != "not testable here":
         word, reason = "inconclusive", doubt
     return Verdict(
@@ -252,10 +271,16 @@ def judge(
 
 
 def _decide(
-    claim: Claim, profile: str, value: float, low: float, high: float, n: int | None, own: bool
+    claim: Claim,
+    profile: str,
+    value: float,
+    low: float,
+    high: float,
+    n: int | None,
+    paper_setting: bool,
 ) -> tuple[str, str]:
     if profile not in claim.profiles:
-        return "not testable here", f"judged at {', '.join(claim.profiles) or 'no profile yet'}"
+        return "not testable here", claim.judged_at
     if n is not None and n < claim.smallest_n:
         return "inconclusive", f"n = {n} {claim.counted}, at least {claim.smallest_n} are needed"
     if claim.kind == "identity":
@@ -271,7 +296,8 @@ def _decide(
         inside = low >= target - claim.margin and high <= target + claim.margin
         outside = high < target - claim.margin or low > target + claim.margin
         what = f"{claim.show(target)} ± {claim.show(claim.margin)}"
-        reason = f"{where} lies {'within' if inside else 'outside' if outside else 'across the edge of'} {what}"
+        lies = "within" if inside else "outside" if outside else "across the edge of"
+        reason = f"{where} lies {lies} {what}"
     else:
         above, not_above = low > claim.margin, high <= claim.margin
         inside, outside = (above, not_above) if claim.direction == "above" else (not_above, above)
@@ -279,6 +305,6 @@ def _decide(
         reason = f"{where} lies {side} {claim.show(claim.margin)}"
     if not inside and not outside:
         return "inconclusive", reason
-    if claim.kind == "identity" or (own and profile in claim.paper_setting):
+    if claim.kind == "identity" or (paper_setting and profile in claim.paper_setting):
         return ("reproduced" if inside else "not reproduced"), reason
     return ("trend holds" if inside else "trend absent"), reason

@@ -8,53 +8,33 @@ the same calls write the same bytes, but for the last.
 from __future__ import annotations
 
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from oodlib.claims.judge import VERDICTS, Verdict, cite, condition, judge, load_claims
+from oodlib.claims.environment import environment, peak_memory
+from oodlib.claims.judge import VERDICTS, Claim, Verdict, judge, load_claims
 from oodlib.claims.style import savefig, use_style
+from oodlib.claims.tables import claim_table, file_stem, latex_table, markdown_table
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, write_json, write_text
+from oodlib.metrics import METRICS, Board, Estimate
 from oodlib.workspace import STAMP, check_profile, root
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-__all__ = ["RESULT_COLUMNS", "RESULT_KEY", "Run", "markdown_table"]
+__all__ = ["RESULT_COLUMNS", "RESULT_KEY", "Run"]
 
-RESULT_KEY = (
-    "model",
-    "seed",
-    "id",
-    "ood",
-    "group",
-    "method",
-    "variant",
-    "metric",
-    "positive",
-)  # one row each
+# one row of results.csv each
+RESULT_KEY = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")
 RESULT_COLUMNS = (*RESULT_KEY, "value", "low", "high", "n_id", "n_ood")
-_LIBRARIES = (
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "matplotlib",
-    "torch",
-    "torchvision",
-    "timm",
-    "faiss-cpu",
-)
 
 
 class Run:
@@ -76,30 +56,28 @@ class Run:
 
     Examples
     --------
-    >>> run = Run("01_gradnorm", profile="laptop", seed=0)                                          # doctest: +SKIP
-    >>> run.result(model="cnn", id="latin", ood="greek", group="near", method="msp", metric="auroc", value=0.93)
-    ...                                                                                             # doctest: +SKIP
-    >>> run.claim("gradnorm/C1", value=0.75, low=0.73, high=0.77, n=2000)                           # doctest: +SKIP
-    >>> run.finish(weights={"cnn": "3f9c..."}, data={"latin": "a1b2..."})                           # doctest: +SKIP
+    >>> run = Run("01b_gradnorm", profile="laptop", seed=0)  # doctest: +SKIP
+    >>> beds = load(run, ["latin_fast:live"])  # doctest: +SKIP
+    >>> board = beds.score(["gradnorm", "msp"])  # doctest: +SKIP
+    >>> run.show(board)  # doctest: +SKIP
+    >>> run.judge("C1", board.smallest("gradnorm"))  # doctest: +SKIP
+    C1: 74.92 [72.80, 76.90] percent  ->  trend holds
+    >>> run.finish()  # doctest: +SKIP
     """
 
     def __init__(self, notebook: str, *, profile: str, seed: int, device: str = "cpu") -> None:
-        self.notebook, self.profile, self.seed, self.device = (
-            notebook,
-            check_profile(profile),
-            int(seed),
-            str(device),
-        )
+        self.notebook, self.profile = notebook, check_profile(profile)
+        self.seed, self.device = int(seed), str(device)
         output = os.environ.get("OODLIB_OUTPUT")
         self.folder = Path(output) if output else root() / "figures" / profile / notebook
         self.folder.mkdir(parents=True, exist_ok=True)
         self._by_hand = not output
-        if (
-            self._by_hand
-        ):  # such a run changes the folder, so the headless run's mark no longer holds
+        if self._by_hand:  # it changes the folder, so the headless run's mark no longer holds
             (self.folder / STAMP).unlink(missing_ok=True)
         self.claims = load_claims(notebook)
         self.verdicts: dict[str, Verdict] = {}
+        self._networks: list[Verdict] = []  # of single networks
+        self._inputs: dict[str, dict[str, str]] = {"weights": {}, "data": {}}
         self._rows: list[dict[str, Any]] = []
         self._keys: set[tuple[str, ...]] = set()
         self._scores: list[pd.DataFrame] = []
@@ -122,13 +100,8 @@ class Run:
         """
         self._add("table", name, caption)
         write_text(self.folder / f"{name}.md", markdown_table(table, decimals=decimals))
-        styler = table.style.format(precision=decimals, escape="latex", na_rep="").hide(
-            axis="index"
-        )
-        styler = styler.format_index(escape="latex", axis="columns")
         write_text(
-            self.folder / f"{name}.tex",
-            styler.to_latex(hrules=True, caption=_latex(caption) or None),
+            self.folder / f"{name}.tex", latex_table(table, caption=caption, decimals=decimals)
         )
 
     def result(
@@ -156,29 +129,16 @@ class Run:
 
         Raises
         ------
-        OodlibError : the value is not finite, or a row with the same ``RESULT_KEY`` is there already
+        OodlibError : the value is not finite, or a row has the same ``RESULT_KEY``
         """
         if not np.isfinite(value):
             raise OodlibError(
                 f"Run.result: value must be finite, got {value} for {method} {metric} on "
                 f"{id}/{ood}."
             )
-        row = {
-            "model": model,
-            "seed": self.seed if seed is None else seed,
-            "id": id,
-            "ood": ood,
-            "group": group,
-            "method": method,
-            "variant": variant,
-            "metric": metric,
-            "positive": positive,
-            "value": value,
-            "low": low,
-            "high": high,
-            "n_id": n_id,
-            "n_ood": n_ood,
-        }
+        seed = self.seed if seed is None else seed
+        names = (model, seed, id, ood, group, method, variant, metric, positive)
+        row = dict(zip(RESULT_COLUMNS, (*names, value, low, high, n_id, n_ood), strict=True))
         key = tuple(str(row[column]) for column in RESULT_KEY)
         if key in self._keys:
             shown = ", ".join(
@@ -200,7 +160,7 @@ class Run:
     def scores(
         self, *, model: str, set: str, split: str, method: str, values: ArrayLike, variant: str = ""
     ) -> None:
-        """Collect per-image scores (n,), larger = more OOD; scores.parquet holds one row per image."""
+        """Per-image scores (n,), larger = more OOD, for scores.parquet: one row per image."""
         flat = np.asarray(values, dtype=np.float64)
         if flat.ndim != 1:
             raise OodlibError(
@@ -221,6 +181,187 @@ class Run:
             )
         )
 
+    def show(
+        self,
+        board: Board,
+        *,
+        metrics: Collection[str] = tuple(METRICS),
+        tables: Collection[str] = ("AUROC", "FPR95(ID+)"),
+        variants: Mapping[str, str] | None = None,
+        beside: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+        caption: str = "",
+        scores: bool = True,
+    ) -> None:
+        """Write a board: its rows of results.csv, one wide table per network, per-image scores.
+
+        Parameters
+        ----------
+        metrics, tables : which `oodlib.metrics.METRICS` become results, and which of them tables
+        variants : as in `oodlib.metrics.Board.results`
+        beside : column -> network -> one cell per method, shown after the method's name
+        caption : sentence to add to the captions
+        """
+        for network, methods in board.scores.items():
+            part = board.on(network)
+            for row in part.results(metrics, variants=variants).astype(object).to_dict("records"):
+                self.result(**{k: None if v is pd.NA else v for k, v in row.items()})
+            id_name = board.id_name.get(network, "id")
+            for metric in tables:
+                table = part.table(network, metric)
+                for column, cells in reversed((beside or {}).items()):
+                    table.insert(1, column, cells[network])
+                text = (
+                    f"{metric} in per cent, {network}, ID {id_name} ({part.sizes(network)['id']} "
+                    f"images). Interval: 95 %. {caption}"
+                )
+                self.table(table, file_stem(metric, network), caption=text.strip())
+            if scores:
+                for method, sets in methods.items():
+                    for name, values in sets.items():
+                        self.scores(
+                            model=network,
+                            set=id_name if name == "id" else name,
+                            split="test",
+                            method=method,
+                            values=values,
+                        )
+
+    def rule(self, claim: str) -> Claim:
+        """A claim of this notebook by its id, with or without the paper: "C1", "gradnorm/C1"."""
+        found = [c for key, c in self.claims.items() if claim in (key, c.short)]
+        if len(found) != 1:
+            raise OodlibError(
+                f"Run: {self.notebook} has {len(found) or 'no'} claim{'s' * bool(found)} "
+                f"{claim!r}. Known: {', '.join(self.claims) or 'none'}."
+            )
+        return found[0]
+
+    def judges(self, claim: str) -> bool:
+        """Whether the profile of this run can judge a claim."""
+        return self.profile in self.rule(claim).profiles
+
+    def judge(
+        self,
+        claim: str,
+        estimate: Estimate | float,
+        *,
+        n: int | None = None,
+        detail: str = "",
+        network: str | None = None,
+        doubt: str = "",
+        paper_setting: bool = False,
+    ) -> Verdict:
+        """Judge a claim, each network of the estimate by the same rule too, and print one line.
+
+        Where the profile cannot judge the claim, the measurement is written as "not testable here".
+
+        Parameters
+        ----------
+        claim : "C1", or "gradnorm/C1"
+        estimate : an `Estimate`; a bare number for identities
+        n : what the claim counts, where it is not ``estimate.n``; too few conclude nothing
+        detail, network : what was measured, and on what; by default the networks of the estimate
+        doubt : a reason found in the run why it can conclude nothing
+        paper_setting : whether the run has the paper's own network, weights and images; only then
+            (and of identities) the verdict may be "reproduced"
+        """
+        rule, each = self.rule(claim), estimate.each if isinstance(estimate, Estimate) else {}
+        if isinstance(estimate, Estimate) and n is None:
+            n = estimate.n
+        network = ", ".join(each) if network is None else network
+
+        def decide(found: Estimate | float, **text: str) -> Verdict:
+            numbers = found if isinstance(found, Estimate) else (found,)
+            options = {"doubt": doubt, "paper_setting": paper_setting, **text}
+            return judge(rule, self.profile, *numbers, n=n, **options)
+
+        verdict = self.verdicts[rule.id] = decide(estimate, detail=detail, network=network)
+        print(verdict if self.judges(claim) else f"{verdict} ({verdict.reason})")
+        self._networks += [decide(found, network=name) for name, found in each.items()]
+        return verdict
+
+    def absent(self, claim: str, reason: str) -> None:
+        """Verdict "not testable here" for a reason found in the run."""
+        rule = self.rule(claim)
+        if not self.judges(claim):
+            print(f"{rule.short}: {rule.judged_at}")
+            return
+        self.verdicts[rule.id] = self._untested(rule, reason)
+        print(f"{self.verdicts[rule.id]} ({reason})")
+
+    def judged_networks(self) -> pd.DataFrame:
+        """Claims judged on each network alone: claim, network, measured, unit, verdict."""
+        rows = [
+            (v.claim.short, v.network, v.measurement, v.claim.unit, v.verdict)
+            for v in self._networks
+        ]
+        return pd.DataFrame(rows, columns=["claim", "network", "measured", "unit", "verdict"])
+
+    def claim_table(self) -> pd.DataFrame:
+        """Claims of this notebook: statistic, verdict, measurement, published value.
+
+        ``.style`` shows the texts whole in a notebook.
+        """
+        return claim_table(self._all_verdicts())
+
+    def uses(self, *, weights: Mapping[str, str], data: Mapping[str, str]) -> None:
+        """Note the hash of each network and of each image set, for provenance.json."""
+        self._inputs["weights"] |= weights
+        self._inputs["data"] |= data
+
+    def finish(
+        self, *, weights: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None
+    ) -> None:
+        """Write results.csv, claims.json, contents.json, provenance.json and any scores.parquet.
+
+        Claims without a verdict become "not testable here" where this profile does not judge them.
+        One that it must judge and that no cell judged is an OodlibError in a headless run; by hand,
+        where cells may be left out, the reason says so.
+        """
+        self.uses(weights=weights or {}, data=data or {})  # goes with the notebooks' rewriting
+        verdicts = self._all_verdicts()
+        forgotten = [verdict.claim.id for verdict in verdicts if verdict.verdict not in VERDICTS]
+        if forgotten:
+            raise OodlibError(
+                f"Run.finish: {', '.join(forgotten)} must be judged at {self.profile}, but "
+                f"run.judge was not called. Add the call, or take {self.profile} out of profiles."
+            )
+        from oodlib.models.device import pick_device  # late: it imports torch
+
+        with atomic_path(self.folder / "results.csv") as path:
+            self.results().to_csv(path, index=False, float_format="%.10g", lineterminator="\n")
+        if self._scores:
+            with atomic_path(self.folder / "scores.parquet") as path:
+                pd.concat(self._scores, ignore_index=True).to_parquet(path, index=False)
+        write_json(self.folder / "claims.json", [verdict.record() for verdict in verdicts])
+        write_json(self.folder / "contents.json", self._contents)
+        provenance = {
+            "notebook": self.notebook,
+            "profile": self.profile,
+            "seed": self.seed,
+            "device": str(pick_device(self.device)),
+            **self._inputs,
+            **environment(),
+            "wall_seconds": round(time.time() - self._start, 2),
+            "peak_memory_mib": peak_memory(),
+        }
+        write_json(self.folder / "provenance.json", provenance)
+
+    def _all_verdicts(self) -> list[Verdict]:
+        word = "not testable here" if self._by_hand else "not judged yet"
+        verdicts = []
+        for key, rule in self.claims.items():
+            if not self.judges(key):
+                unmade = self._untested(rule, rule.judged_at)
+            else:
+                unmade = self._untested(rule, "the cell that judges it was not run", word)
+            verdicts.append(self.verdicts.get(key) or unmade)
+        return verdicts
+
+    def _untested(self, rule: Claim, reason: str, word: str = "not testable here") -> Verdict:
+        return Verdict(claim=rule, profile=self.profile, verdict=word, reason=reason)
+
+    # goes with the notebooks' rewriting
     def claim(
         self,
         claim: str,
@@ -234,139 +375,18 @@ class Run:
         own: bool = True,
         doubt: str = "",
     ) -> Verdict:
-        """Judge one claim; see :func:`oodlib.claims.judge`. ``detail`` says what was measured,
-        ``network`` on what.
+        """`oodlib.claims.judge` by numbers, without a printed line."""
+        rule = self.rule(claim)
+        options = {"detail": detail, "network": network, "paper_setting": own, "doubt": doubt}
+        self.verdicts[rule.id] = judge(rule, self.profile, value, low, high, n, **options)
+        return self.verdicts[rule.id]
 
-        ``own=False`` where a run of the paper's profile is not on its own network, weights and
-        images; ``doubt`` is a reason why it can conclude nothing.
-        """
-        if claim not in self.claims:
-            raise OodlibError(
-                f"Run.claim: {self.notebook} has no claim {claim!r}. Known: "
-                f"{', '.join(self.claims)}."
-            )
-        verdict = judge(
-            self.claims[claim],
-            self.profile,
-            value,
-            low,
-            high,
-            n,
-            detail=detail,
-            network=network,
-            own=own,
-            doubt=doubt,
-        )
-        self.verdicts[claim] = verdict
-        return verdict
-
+    # goes with the notebooks' rewriting
     def untestable(self, claim: str, reason: str) -> Verdict:
-        """The verdict "not testable here" on a claim that this profile could judge, for a reason
-        found in the run.
-        """
-        if claim not in self.claims:
-            raise OodlibError(
-                f"Run.untestable: {self.notebook} has no claim {claim!r}. Known: "
-                f"{', '.join(self.claims)}."
-            )
-        self.verdicts[claim] = Verdict(
-            claim=self.claims[claim],
-            profile=self.profile,
-            verdict="not testable here",
-            reason=reason,
-        )
-        return self.verdicts[claim]
-
-    def claim_table(self) -> pd.DataFrame:
-        """Claims of this notebook: statistic, verdict, measurement, interval, published value,
-        where each was read.
-
-        ``.style`` shows the texts whole in a notebook.
-        """
-        rows = []
-        for key, claim in self.claims.items():
-            verdict = self.verdicts.get(key) or self._untested(key)
-            interval = (
-                ""
-                if verdict.low is None
-                else f"[{claim.show(verdict.low)}, {claim.show(verdict.high)}]"
-            )
-            rows.append(
-                {
-                    "claim": key.split("/")[-1],
-                    "statement": claim.statement,
-                    "statistic": claim.statistic,
-                    "holds if": condition(claim.kind, claim.direction, claim.margin, claim.unit),
-                    "verdict": verdict.verdict,
-                    "measured": claim.show(verdict.measured),
-                    "interval": interval,
-                    "unit": claim.unit,
-                    "published": cite(claim.published, claim.unit),
-                    "read in": claim.source,
-                    "detail": verdict.detail,
-                    "reason": verdict.reason,
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def finish(
-        self, *, weights: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None
-    ) -> None:
-        """Write results.csv, claims.json, contents.json, provenance.json and, where there are
-        scores, scores.parquet.
-
-        ``weights`` and ``data`` map each network and image set to its hash. Claims without a
-        verdict become "not testable here" where this profile does not judge them. One that it must
-        judge and that no cell judged is an OodlibError in a headless run; by hand, where cells may
-        be left out, the reason says so.
-        """
-        verdicts = [self.verdicts.get(key) or self._untested(key) for key in self.claims]
-        forgotten = [verdict.claim.id for verdict in verdicts if verdict.verdict not in VERDICTS]
-        if forgotten:
-            raise OodlibError(
-                f"Run.finish: {', '.join(forgotten)} must be judged at {self.profile}, but "
-                f"run.claim was not called. Add the call, or take {self.profile} out of profiles."
-            )
-        from oodlib.models.device import pick_device  # late: it imports torch
-
-        with atomic_path(self.folder / "results.csv") as path:
-            self.results().to_csv(path, index=False, float_format="%.10g", lineterminator="\n")
-        if self._scores:
-            with atomic_path(self.folder / "scores.parquet") as path:
-                pd.concat(self._scores, ignore_index=True).to_parquet(path, index=False)
-        write_json(self.folder / "claims.json", [verdict.record() for verdict in verdicts])
-        write_json(self.folder / "contents.json", self._contents)
-        write_json(
-            self.folder / "provenance.json",
-            {
-                "notebook": self.notebook,
-                "profile": self.profile,
-                "seed": self.seed,
-                "device": str(pick_device(self.device)),
-                "weights": dict(weights or {}),
-                "data": dict(data or {}),
-                **environment(),
-                "wall_seconds": round(time.time() - self._start, 2),
-                "peak_memory_mib": _peak_memory(),
-            },
-        )
-
-    def _untested(self, key: str) -> Verdict:
-        claim = self.claims[key]
-        if self.profile in claim.profiles:
-            word = "not testable here" if self._by_hand else "not judged yet"
-            return Verdict(
-                claim=claim,
-                profile=self.profile,
-                verdict=word,
-                reason="the cell that judges it was not run",
-            )
-        return Verdict(
-            claim=claim,
-            profile=self.profile,
-            verdict="not testable here",
-            reason=f"judged at {', '.join(claim.profiles) or 'no profile yet'}",
-        )
+        """The verdict "not testable here" for a reason found in the run."""
+        rule = self.rule(claim)
+        self.verdicts[rule.id] = self._untested(rule, reason)
+        return self.verdicts[rule.id]
 
     def _add(self, kind: str, name: str, caption: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -377,70 +397,3 @@ class Run:
             entry for entry in self._contents if (entry["kind"], entry["name"]) != (kind, name)
         ]
         self._contents.append({"kind": kind, "name": name, "caption": caption})
-
-
-def markdown_table(table: pd.DataFrame, *, decimals: int = 2) -> str:
-    """A data frame as a Markdown table: floats with ``decimals`` places, missing values empty,
-    pipes escaped.
-    """
-
-    def show(value: Any) -> str:
-        if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
-            return ""
-        if isinstance(value, float | np.floating):
-            return f"{value:.{decimals}f}"
-        return str(value).replace("|", "\\|").replace("\n", " ")
-
-    numeric = [pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
-    lines = [
-        "| " + " | ".join(show(column) for column in table.columns) + " |",
-        "|" + "|".join("---:" if right else "---" for right in numeric) + "|",
-    ]
-    for row in table.itertuples(index=False, name=None):
-        lines.append("| " + " | ".join(show(value) for value in row) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def environment() -> dict[str, Any]:
-    """Python, library versions, platform and commit (None outside git), for provenance.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions: dict[str, str] = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "missing"
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=root(),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "libraries": versions,
-        "commit": commit,
-    }
-
-
-def _latex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
-
-
-def _peak_memory() -> float:
-    """Largest resident memory of this process so far, in MiB."""
-    if sys.platform == "win32":
-        import psutil
-
-        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -1,31 +1,24 @@
 """A network with its ID and OOD sets, the scores of every detector on it, and plots of them."""
 
+from oodlib.experiments.beds import Beds, load, score
 from oodlib.experiments.evaluate import (
-    AVERAGE,
-    METRICS,
-    Scores,
     font_control,
     interval,
     judge_each,
     judged,
     mean_metric,
     record,
-    score,
-    wide_table,
 )
 from oodlib.experiments.plots import histograms, image_rows, interval_dots
-from oodlib.experiments.testbed import (
-    OPENOOD_SETS,
-    ImageNetFiles,
-    Testbed,
-    testbed,
-    validation_banks,
-)
+from oodlib.experiments.protocols import OPENOOD_SETS, ImageNetFiles
+from oodlib.experiments.testbed import Testbed, testbed, validation_banks
+from oodlib.metrics import AVERAGE, METRICS, Scores, wide_table
 
 __all__ = [
     "AVERAGE",
     "METRICS",
     "OPENOOD_SETS",
+    "Beds",
     "ImageNetFiles",
     "Scores",
     "Testbed",
@@ -36,6 +29,7 @@ __all__ = [
     "interval_dots",
     "judge_each",
     "judged",
+    "load",
     "mean_metric",
     "record",
     "score",

@@ -1,5 +1,6 @@
 """Metrics of detection and calibration on arrays of scores, and the statistics built on them."""
 
+from oodlib.metrics.board import AVERAGE, METRICS, Board, Scores, wide_table
 from oodlib.metrics.calibration import (
     Reliability,
     brier,
@@ -10,21 +11,18 @@ from oodlib.metrics.calibration import (
     reliability,
     simulated_null,
 )
-from oodlib.metrics.detection import (
-    aupr,
-    auroc,
-    bootstrap,
-    fpr_at_tpr,
-    paired_bootstrap,
-    percentile_interval,
-    replicates,
-    replicates_by_set,
-    threshold,
-)
+from oodlib.metrics.detection import aupr, auroc, fpr_at_tpr, threshold
+from oodlib.metrics.estimate import Estimate, percentile_interval
+from oodlib.metrics.resample import bootstrap, paired_bootstrap, replicates, replicates_by_set
 from oodlib.metrics.statistics import magnitude, overlap, shared_half, spearman_along
 
 __all__ = [
+    "AVERAGE",
+    "METRICS",
+    "Board",
+    "Estimate",
     "Reliability",
+    "Scores",
     "aupr",
     "auroc",
     "bootstrap",
@@ -45,4 +43,5 @@ __all__ = [
     "simulated_null",
     "spearman_along",
     "threshold",
+    "wide_table",
 ]

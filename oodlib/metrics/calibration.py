@@ -99,7 +99,8 @@ def reliability(
         )
     if bins < 1 or equal not in ("width", "mass"):
         raise OodlibError(
-            f'reliability: bins must be at least 1 and equal "width" or "mass", got {bins}, {equal!r}.'
+            f'reliability: bins must be at least 1 and equal "width" or "mass", got {bins}, '
+            f"{equal!r}."
         )
     if equal == "width":
         edges = np.linspace(0, 1, bins + 1)

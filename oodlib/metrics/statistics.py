@@ -1,4 +1,4 @@
-"""Rank correlation along training, overlap of two samples, and other statistics of the flow study."""
+"""Rank correlation along training, overlap of two samples, and others of the flow study."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ EXACT = replace(
 def test_verdict(
     claim: Claim, profile: str, interval: tuple[Any, Any, Any], n: int, verdict: str
 ) -> None:
-    found = judge(claim, profile, *interval, n)
+    found = judge(claim, profile, *interval, n, paper_setting=True)
     assert found.verdict == verdict
     assert verdict in VERDICTS
     assert found.reason

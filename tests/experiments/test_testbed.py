@@ -10,8 +10,7 @@ import torch
 
 from oodlib import OodlibError
 from oodlib.data import embedded
-from oodlib.experiments import evaluate
-from oodlib.experiments.testbed import ImageNetFiles
+from oodlib.experiments import ImageNetFiles, beds, protocols
 from oodlib.models import FastConvNet, shipped
 from oodlib.models.shipped import Spec
 from oodlib.models.training.classifier import Recipe
@@ -25,8 +24,8 @@ TAG = "test_resnet.r160_in1k"
 @pytest.fixture
 def in_process(monkeypatch):
     """Decode images in this process: no workers to start for a few pictures."""
-    loader = module.image_loader
-    monkeypatch.setattr(module, "image_loader", lambda images: loader(images, workers=0))
+    loader = protocols.image_loader
+    monkeypatch.setattr(protocols, "image_loader", lambda images: loader(images, workers=0))
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_paper_path_gives_a_bank_for_every_set(paper):
 
 
 def test_paper_path_scores_what_needs_no_training_images_and_names_the_rest(paper, capsys):
-    scores = evaluate.score(paper(n_test=5), ["msp", "gradnorm", "knn", "vim"])
+    scores = beds.score(paper(n_test=5), ["msp", "gradnorm", "knn", "vim"])
     assert set(scores) == {"msp", "gradnorm"}
     assert (
         f"{TAG}: left out knn, vim: they learn from ID training images" in capsys.readouterr().out
@@ -247,7 +246,9 @@ def test_embedded_splits_share_no_image(tiny):
 
 def test_shared_image_stops_the_test_bed(tiny, monkeypatch):
     monkeypatch.setattr(
-        module, "embedded", lambda name, split="test", n=10, seed=0: embedded("latin", "test", n=n)
+        protocols,
+        "embedded",
+        lambda name, split="test", n=10, seed=0: embedded("latin", "test", n=n),
     )
     with pytest.raises(OodlibError, match="40 images of latin/test are also in latin/test"):
         tiny()
