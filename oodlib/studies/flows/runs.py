@@ -12,8 +12,9 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -35,9 +36,6 @@ from oodlib.models.training.flow import kept_step, snapshot_path, train_flow
 from oodlib.studies.flows.score_images import VARIANTS, score_flow
 from oodlib.studies.flows.specs import FlowSpec, flow_sets, flow_spec
 from oodlib.workspace import code_hash, root
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["FlowRun", "flow_run", "load_weights", "run_flow", "train_and_ship"]
 
@@ -67,8 +65,6 @@ class FlowRun:
     @property
     def history(self) -> pd.DataFrame:
         """One row per saved step, rising."""
-        import pandas as pd
-
         return pd.DataFrame(self.record["history"])
 
     @property
@@ -162,8 +158,6 @@ def flow_run(
     OodlibError : unknown name; a seed that is neither shipped nor trained here; a missing or
         damaged file, by name
     """
-    import pandas as pd
-
     flow, _, which = name.partition(":")
     spec, data = flow_spec(flow), root() / "data"
     if which == "live":
@@ -185,14 +179,8 @@ def flow_run(
     if not {"seed", "history", "sets", "weights"} <= set(record):
         raise OodlibError(f"flow_run: {folder / 'run.json'} is incomplete. {_AGAIN} {flow}")
     tables = [_table(_scores_path(folder, row["step"])) for row in record["history"]]
-    return FlowRun(
-        name=name,
-        spec=spec,
-        seed=int(record["seed"]),
-        record=record,
-        scores=pd.concat(tables, ignore_index=True),
-        folder=folder,
-    )
+    scores, seed = pd.concat(tables, ignore_index=True), int(record["seed"])
+    return FlowRun(name=name, spec=spec, seed=seed, record=record, scores=scores, folder=folder)
 
 
 def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
@@ -211,14 +199,10 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
         shutil.copy(folder / "run.json", temporary)
         for step in spec.recipe.snapshots:
             table = _table(_scores_path(folder, step))
-            table.to_parquet(
-                _scores_path(temporary, step),
-                index=False,
-                compression="zstd",
-                compression_level=19,
-                use_dictionary=["set"],
-                use_byte_stream_split=[*table.select_dtypes("float32")],  # packs floats better
-            )
+            floats = [*table.select_dtypes("float32")]  # bytes of floats side by side pack better
+            packing: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
+            packing |= {"use_dictionary": ["set"], "use_byte_stream_split": floats}
+            table.to_parquet(_scores_path(temporary, step), index=False, **packing)
         for step in spec.shipped if seed == 0 else ():
             state = to_half(load_weights(spec, snapshot_path(folder, step)))
             path, record = snapshot_path(temporary, step), {"step": step, "dtype": "float16"}
@@ -241,8 +225,6 @@ def _scores_path(folder: Path, step: int) -> Path:
 
 def _table(path: Path) -> pd.DataFrame:
     """A table of scores, or an OodlibError that names the file."""
-    import pandas as pd
-
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # those of pyarrow are one or the other

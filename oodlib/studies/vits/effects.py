@@ -10,18 +10,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from pandas import DataFrame
 from scipy.stats import binomtest, permutation_test
-from scipy.stats import t as student
 
 from oodlib.errors import OodlibError
-from oodlib.metrics import percentile_interval
+from oodlib.metrics import Estimate
 from oodlib.studies.vits.pool_table import PoolRow
 
 __all__ = [
@@ -46,41 +45,12 @@ Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with its 95 % interval; n counts the models or pairs, clusters what was resampled.
-
-    A percentile bootstrap interval of few clusters is too narrow; of one, any interval has no width
-    and means nothing.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-    clusters: int
-
-    def widened(self, error: float, freedom: int) -> Self:
-        """The interval extended to value -+ t(freedom, 97.5 %) times the standard error."""
-        half = float(student.ppf(0.975, freedom) * error) if freedom else 0.0
-        low, high = min(self.low, self.value - half), max(self.high, self.value + half)
-        return replace(self, low=low, high=high)
-
-    def within(self, least: float, most: float) -> Self:
-        """The interval cut to where values can lie: a share in 0 .. 1; Student's may exceed it."""
-        return replace(self, low=max(self.low, least), high=min(self.high, most))
-
-    def __str__(self) -> str:
-        clusters = f"{self.clusters} cluster{'s' * (self.clusters != 1)}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] ({clusters})"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Effect(Estimate):
     """A difference, with the p value of an exact test and, for paired cells, one row per pair."""
 
     p: float = 1.0
-    pairs: DataFrame = field(default_factory=DataFrame, repr=False, compare=False)
+    pairs: DataFrame = field(default_factory=DataFrame, repr=False)
 
 
 def pool_frame(rows: Iterable[PoolRow], measures: Iterable[dict[str, float]]) -> DataFrame:
@@ -163,8 +133,8 @@ def paired_effects(
         cluster=pairs["checkpoint_low"] + " / " + pairs["checkpoint_high"],
     )
     means = pairs.groupby("cluster")["difference"].mean()
-    result = replace(clustered_mean(means, **boot), n=len(pairs))
-    return Effect(**asdict(result), p=_sign_test(means), pairs=pairs)
+    mean = vars(clustered_mean(means, **boot)) | {"n": len(pairs), "resampled": "checkpoints"}
+    return Effect(**mean, p=_sign_test(means), pairs=pairs)
 
 
 def common_levels(
@@ -232,8 +202,8 @@ def group_difference(
         p = float(permutation_test((a, b), difference, **options).pvalue)
     rng = np.random.default_rng(seed)
     draws = difference(*(x[rng.integers(0, len(x), (n_boot, len(x)))] for x in (a, b)))
-    value, interval = float(difference(a, b)), percentile_interval(draws)
-    result = Effect(value, *interval, n=len(frame), clusters=len(means), p=p)
+    counts = {"n": len(frame), "clusters": len(means), "resampled": "checkpoints"}
+    result = Effect.of(float(difference(a, b)), draws, p=p, **counts)
     freedom = len(means) - 2
     pooled = (a.var() * len(a) + b.var() * len(b)) / max(freedom, 1)
     return result.widened(np.sqrt(pooled * (1 / len(a) + 1 / len(b))), freedom)
@@ -255,8 +225,8 @@ def clustered_estimate(
     rows = cluster_rows(np.arange(n) if clusters is None else clusters)
     rng = np.random.default_rng(seed)
     draws = [statistic(resampled_rows(rows, rng)) for _ in range(n_boot)]
-    value = float(statistic(np.arange(n)))
-    return Estimate(value, *percentile_interval(draws), n=n, clusters=len(rows))
+    value, what = float(statistic(np.arange(n))), "models" if clusters is None else "checkpoints"
+    return Estimate.of(value, draws, n=n, clusters=len(rows), resampled=what)
 
 
 def cluster_rows(clusters: ArrayLike) -> list[Rows]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from oodlib.errors import OodlibError
-from oodlib.metrics import auroc, percentile_interval, replicates, threshold
-from oodlib.studies.vits.effects import Estimate, pool_frame
+from oodlib.metrics import Estimate, auroc, replicates, threshold
+from oodlib.studies.vits.effects import pool_frame
 from oodlib.studies.vits.score_table import SCORES
 
 __all__ = [
@@ -254,8 +254,7 @@ def against_best(
     value, draws = by_method.pop("")
     best = max(v for v, _ in by_method.values())
     best_draws = np.max([d for _, d in by_method.values()], axis=0)
-    interval = percentile_interval(draws - best_draws)
-    return Estimate(value - best, *interval, n=len(ids), clusters=len(tables))
+    return Estimate.of(value - best, draws - best_draws, n=len(ids), clusters=len(tables))
 
 
 def _rows(table: DataFrame, sets: Sequence[str]) -> DataFrame:

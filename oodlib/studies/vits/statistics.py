@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike
 from pandas import DataFrame, Series
 
 from oodlib.errors import OodlibError
-from oodlib.metrics import percentile_interval
+from oodlib.metrics import Estimate
 from oodlib.metrics.statistics import spearman_along
 from oodlib.studies.vits.effects import (
     Array,
-    Estimate,
     Rows,
     cluster_rows,
     clustered_estimate,
@@ -174,8 +173,8 @@ def recipe_percentile(
         draws[i] = standings(a[resampled_rows(rows_a, rng)], b[resampled_rows(rows_b, rng)]).mean()
     shares, k = standings(a, b), len(rows_a)
     error = np.std([shares[rows].mean() for rows in rows_a]) / np.sqrt(max(k - 1, 1))
-    interval = percentile_interval(draws)
-    result = Estimate(float(shares.mean()), *interval, n=len(x), clusters=k)
+    options = {"n": len(x), "clusters": k, "resampled": "checkpoints"}
+    result = Estimate.of(float(shares.mean()), draws, **options)
     return result.widened(float(error), k - 1).within(0, 1)
 
 

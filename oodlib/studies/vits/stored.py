@@ -158,15 +158,11 @@ def _pack(models: Sequence[Scored], folder: Path) -> None:
     table = pd.concat(tables, ignore_index=True)[["model", *_KEYS, *STORED]]
     table = table.astype(dict.fromkeys(STORED, np.int32))  # two of its bytes are zero
 
+    packing: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
+    packing |= {"use_dictionary": ["model", "set"], "use_byte_stream_split": list(STORED)}
+
     def write(path: Path) -> None:
-        pq.write_table(
-            pa.Table.from_pandas(table, preserve_index=False),
-            path,
-            compression="zstd",
-            compression_level=19,
-            use_dictionary=["model", "set"],
-            use_byte_stream_split=list(STORED),
-        )
+        pq.write_table(pa.Table.from_pandas(table, preserve_index=False), path, **packing)
 
     records = {m.row.name: dict(m.record) for m in models}
     pretraining = {m.row.checkpoint: records[m.row.name].pop("pretraining") for m in models}

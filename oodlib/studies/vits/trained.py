@@ -81,33 +81,15 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
 
     # network
     classes = len(images.class_names)
-    model = small_vit(
-        row.network,
-        classes,
-        dropout=row.dropout or 0.0,
-        stochastic_depth=row.stochastic_depth or 0.0,
-        seed=row.seed,
-    )
+    drop = {"dropout": row.dropout or 0.0, "stochastic_depth": row.stochastic_depth or 0.0}
+    model = small_vit(row.network, classes, seed=row.seed, **drop)
     if recipe.objective == "sigmoid":  # every class starts at its frequency
         nn.init.constant_(_head(model).bias, -math.log(classes))
 
     # training
-    pixels, labels = _tensors(images)
-    mean, std = _statistics(pool)
     resume = path.with_suffix(".resume")
-    history = fit_vit(
-        model,
-        pixels,
-        labels,
-        recipe,
-        seed=row.seed,
-        checkpoint=resume,
-        device=pick_device(device),
-        progress=progress,
-        title=row.checkpoint,
-        mean=mean,
-        std=std,
-    )
+    options = _options(pool, device, progress) | {"title": row.checkpoint, "checkpoint": resume}
+    history = fit_vit(model, *_tensors(images), recipe, seed=row.seed, **options)
     model.head = nn.Identity()
     record = {
         "checkpoint": row.checkpoint,
@@ -151,9 +133,8 @@ def load_row(row: PoolRow, *, device: str = "auto") -> Trained:
         if pool != "embedded" or row.role.startswith("soup-"):
             raise OodlibError(f"{row.name} is not trained yet: {train_command(row)}")
         folder = live_folder(row, device=device)
-    path, again = folder / "model.safetensors", "Delete the folder and train again"
-    remedy = f"{again}: {train_command(row)}"
-    record = read_sealed(path, "load_row", remedy, record_path=folder / "run.json")
+    path, again = folder / "model.safetensors", f"Delete its folder, then {train_command(row)}"
+    record = read_sealed(path, "load_row", again, record_path=folder / "run.json")
     model = small_vit(row.network, TASKS[pool].classes, head=row.head)
     model.load_state_dict(load_file(path))
     return Trained(model.eval(), TASKS[pool].mean, TASKS[pool].std, record)
@@ -177,11 +158,10 @@ def train_row(
         return folder
     pool = pool_of(row)
     pixels, labels = _tensors(training_images(pool, TASKS[pool].id_set))
-    mean, std = _statistics(pool)
     resume = trained_folder(pool) / "resume" / row.name
 
     def accuracy(model: nn.Module) -> float:
-        return evaluate(model, pixels[-HELD_OUT:], labels[-HELD_OUT:], mean, std)
+        return evaluate(model, pixels[-HELD_OUT:], labels[-HELD_OUT:], *_statistics(pool))
 
     # start from the checkpoint, with a zero head
     start = to_single(load_file(pretrain(row, device=device, progress=progress)))
@@ -199,20 +179,10 @@ def train_row(
     elif row.role != "pretrained":
         recipe = finetune_recipe(row)
         order = row.name if row.role == "member" else ""  # cells see the images in one order
-        extra["recipe"] = asdict(recipe)
-        extra["history"] = fit_vit(
-            model,
-            pixels[:-HELD_OUT],
-            labels[:-HELD_OUT],
-            recipe,
-            mean=mean,
-            std=std,
-            seed=hash_seed(row.seed, crc32(order.encode())),
-            checkpoint=resume,
-            device=pick_device(device),
-            progress=progress,
-            title=row.name,
-        )
+        extra["recipe"], seed = asdict(recipe), hash_seed(row.seed, crc32(order.encode()))
+        options = _options(pool, device, progress) | {"title": row.name, "checkpoint": resume}
+        images = (pixels[:-HELD_OUT], labels[:-HELD_OUT])
+        extra["history"] = fit_vit(model, *images, recipe, seed=seed, **options)
 
     # score and record
     model.cpu().eval()
@@ -230,12 +200,8 @@ def train_row(
             **_made_by(row),
         }
         state = {k: v.contiguous() for k, v in model.state_dict().items()}
-        write_sealed(
-            temporary / "model.safetensors",
-            lambda path: save_file(state, path),
-            record,
-            record_path=temporary / "run.json",
-        )
+        path, record_path = temporary / "model.safetensors", temporary / "run.json"
+        write_sealed(path, lambda part: save_file(state, part), record, record_path=record_path)
     resume.unlink(missing_ok=True)
     return folder
 
@@ -326,6 +292,11 @@ def _tensors(images: ImageSet) -> tuple[Tensor, Tensor]:
 
 def _statistics(pool: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(TASKS[pool].mean), torch.tensor(TASKS[pool].std)
+
+
+def _options(pool: str, device: str, progress: bool) -> dict[str, Any]:
+    mean, std = _statistics(pool)
+    return {"mean": mean, "std": std, "device": pick_device(device), "progress": progress}
 
 
 def _head(model: nn.Module) -> Any:

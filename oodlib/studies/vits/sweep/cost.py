@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from pandas import DataFrame
+
 from oodlib.errors import OodlibError
 from oodlib.studies.vits.sweep.jobs import Job
 from oodlib.studies.vits.sweep.models_and_images import FIT
 
-__all__ = ["Cost", "Plan", "describe_plan", "estimate", "network_cost"]
+__all__ = ["Cost", "describe_plan", "estimate", "network_cost"]
 
 GPU_TFLOPS = 12.0  # assumed, in float32 without tensor cores
 CPU_TFLOPS = 0.03  # assumed, of one core
@@ -35,33 +37,6 @@ class Cost:
     width: int
     classes: int
     peak: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Totals of the jobs of one class of models.
-
-    Attributes
-    ----------
-    hours : of one device (a GPU), over all jobs
-    gpu, host : bytes of the memory of one job, at most
-    disk : bytes of all results
-    """
-
-    name: str
-    models: int
-    jobs: int
-    images: int
-    hours: float
-    gpu: float
-    host: float
-    disk: float
-
-    def cells(self) -> list[str]:
-        """As a row of the printed table; memory and disk in GB."""
-        counts = [f"{self.models:,}", f"{self.jobs:,}", f"{self.images:,}", f"{self.hours:,.1f}"]
-        memory = [f"{self.gpu / 1e9:.1f}", f"{self.host / 1e9:.1f}", f"{self.disk / 1e9:,.1f}"]
-        return counts + memory
 
 
 @cache
@@ -109,60 +84,51 @@ def network_cost(network: str, resolution: int | None, head: str) -> Cost:
     )
 
 
-def estimate(jobs: Sequence[Job], *, tflops: float, cpus: int) -> list[Plan]:
-    """One plan per network, in the pool's order; an image takes the longer of compute and decoding.
+def estimate(jobs: Sequence[Job], *, tflops: float, cpus: int) -> DataFrame:
+    """One row per network, in the pool's order; an image takes the longer of compute and decoding.
 
     Parameters
     ----------
     tflops : 10^12 operations a second that the device reaches in float32
     cpus : processes that decode images for one job
+
+    Returns
+    -------
+    DataFrame: models, jobs, images, hours (of one device, over all jobs), gpu and host (bytes of
+    memory of one job, at most), disk (bytes of all results)
     """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.row.network, []).append(job)
-    return [_plan(name, part, tflops, cpus) for name, part in groups.items()]
+    rows = {name: _plan(part, tflops, cpus) for name, part in groups.items()}
+    return DataFrame.from_dict(rows, orient="index")
 
 
 def describe_plan(jobs: Sequence[Job], *, tflops: float | None = None, cpus: int = 1) -> str:
     """The plan as a table with its totals, and what it rests on."""
-    files = jobs[0].source.files
+    files, unit = jobs[0].source.files, "GPU" if jobs[0].source.files else "CPU"
     tflops = tflops or (GPU_TFLOPS if files else CPU_TFLOPS)
-    plans = estimate(jobs, tflops=tflops, cpus=cpus)
-    total = Plan(
-        name="total",
-        models=sum(p.models for p in plans),
-        jobs=len(jobs),
-        images=sum(p.images for p in plans),
-        hours=sum(p.hours for p in plans),
-        gpu=max(p.gpu for p in plans),
-        host=max(p.host for p in plans),
-        disk=sum(p.disk for p in plans),
-    )
-    width = max(len(p.name) for p in (*plans, total))
-    unit = "GPU h" if files else "CPU h"
-    head = ["network", "models", "jobs", "images", unit, "GPU GB", "host GB", "disk GB"]
-    table = [head, *([p.name, *p.cells()] for p in (*plans, total))]
-    wide = (9, 9, 14, 9, 9, 9, 9)
-    lines = [
-        f"{name:{width}}" + "".join(f"{cell:>{n}}" for cell, n in zip(cells, wide, strict=True))
-        for name, *cells in table
-    ]
+    plan = estimate(jobs, tflops=tflops, cpus=cpus)
+    plan.loc["total"] = [plan[c].max() if c in ("gpu", "host") else plan[c].sum() for c in plan]
+    counts = {name: plan[name].map("{:,.0f}".format) for name in ("models", "jobs", "images")}
+    counts[f"{unit} h"] = plan["hours"].map("{:,.1f}".format)
+    sizes = {"GPU GB": plan["gpu"], "host GB": plan["host"], "disk GB": plan["disk"]}
+    table = DataFrame(counts | {name: (v / 1e9).map("{:,.1f}".format) for name, v in sizes.items()})
     basis = " (one CPU core, assumed)"
     if files:
         basis = f", or {cpus} processes that decode {DECODED} images a second each (assumed)"
         basis += ", whichever takes longer"
     training = "" if files else " Training that a model still needs comes on top."
-    lines += [
-        "",
+    return (
+        f"{table.to_string()}\n\n"
         "Time: operations of the architecture in float32 (a multiply-add is two) at an assumed "
-        f"{tflops:g} TFLOP/s{basis}; --tflops sets what your device reaches.{training}",
+        f"{tflops:g} TFLOP/s{basis}; --tflops sets what your device reaches.{training}\n"
         f"Memory: of one job, batches of {BATCH}. Disk: moments and {jobs[0].source.per_class} "
-        "features per class of the training images, float32 features of the others, score tables.",
-    ]
-    return "\n".join(lines)
+        "features per class of the training images, float32 features of the others, score tables."
+    )
 
 
-def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:
+def _plan(jobs: Sequence[Job], tflops: float, cpus: int) -> dict[str, float]:
     source = jobs[0].source
     counts = source.counts()
     images, seconds, disk, peak, fit = 0, 0.0, 0.0, 0.0, 0
@@ -174,16 +140,15 @@ def _plan(name: str, jobs: Sequence[Job], tflops: float, cpus: int) -> Plan:
         disk += _disk(job, cost, n)
         peak = max(peak, 4 * cost.parameters + 3 * cost.peak)
         fit = max(fit, _reference(cost, source.per_class))
-    return Plan(
-        name=name,
-        models=len({job.row.name for job in jobs}),
-        jobs=len(jobs),
-        images=images,
-        hours=seconds / 3600,
-        gpu=peak,
-        host=2e9 + (0.4e9 * cpus if source.files else 0) + 2 * fit,
-        disk=disk,
-    )
+    return {
+        "models": len({job.row.name for job in jobs}),
+        "jobs": len(jobs),
+        "images": images,
+        "hours": seconds / 3600,
+        "gpu": peak,
+        "host": 2e9 + (0.4e9 * cpus if source.files else 0) + 2 * fit,
+        "disk": disk,
+    }
 
 
 def _reference(cost: Cost, per_class: int) -> int:

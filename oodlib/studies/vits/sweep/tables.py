@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame
 
 from oodlib.errors import OodlibError
 from oodlib.files import key_of, locked, write_json, write_sealed, write_text
 from oodlib.studies.vits.sweep.models_and_images import FIT
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 __all__ = ["COLUMNS", "collect", "make_table", "read_record"]
 
@@ -72,8 +72,6 @@ def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = Fals
 
 def collect(output: Path, models: Iterable[str], splits: Sequence[str]) -> Path | None:
     """Bring all tables up to date and write ``summary.csv``; None where there is no table yet."""
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     for model in models:
         if make_table(output / model, splits) == "done":
@@ -103,8 +101,6 @@ def _score(folder: Path, splits: Sequence[str]) -> DataFrame:
 
 def _summary(table: DataFrame, sets: Sequence[str]) -> DataFrame:
     """One row per set and score: means, and how many OOD classes exceed 10 % FPR."""
-    import pandas as pd
-
     from oodlib.studies.vits.measures import FAILED, over_classes, per_class
 
     if not sets:
