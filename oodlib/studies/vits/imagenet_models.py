@@ -124,7 +124,8 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
         if "visual.positional_embedding" not in visual or not last:
             raise OodlibError(
                 f"{file} is not a file of model-soups: it needs model.visual.* as in OpenAI's "
-                f"CLIP and classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}."
+                "CLIP and classification_head.weight and .bias, but holds "
+                f"{', '.join(list(state)[:3])}."
             )
         require_positions(tower, len(visual["visual.positional_embedding"]), file)
         fill(tower, checkpoint_filter_fn(visual, tower), file)

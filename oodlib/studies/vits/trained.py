@@ -2,8 +2,8 @@
 
 Everything lies in ``data/training/vits_<pool>``: ``pretrained/<checkpoint>.safetensors`` and a
 folder per row with ``model.safetensors``, ``scores.parquet`` and ``run.json``, which is written
-last. What is there and was made by the same recipe is not made again, whatever the code. The
-pretrained checkpoints of the embedded pool are shipped in ``data/checkpoints``.
+last. Results of the same recipe are reused, whatever the code. The pretrained checkpoints of the
+embedded pool are shipped in ``data/checkpoints``.
 """
 
 from __future__ import annotations

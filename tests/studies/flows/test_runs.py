@@ -107,7 +107,6 @@ def library(monkeypatch):
 
 
 # --- image sets
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["latin_glow", "textures_glow"])
@@ -226,7 +225,6 @@ def test_no_id_image_left_for_jpeg_copies_is_an_error(library):
 
 
 # --- training and scoring
-# ----------------------------------------------------------------------------------------
 
 
 def test_a_run_keeps_weights_and_scores_at_every_step(whole):
@@ -371,7 +369,6 @@ def test_a_full_size_flow_has_the_variants_after_ten_epochs_too(tmp_path, monkey
 
 
 # --- runs by name
-# ------------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_flow_names_the_known_ones():
@@ -481,7 +478,6 @@ def test_networks_follow_the_seed():
 
 
 # --- shipping
-# ----------------------------------------------------------------------------------------------------
 
 
 def test_shipped_weights_are_half_precision_and_give_the_same_likelihoods(trained, whole):
@@ -561,7 +557,6 @@ def test_shipped_weights_reproduce_the_stored_likelihoods(folder):
 
 
 # --- the command line
-# --------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_recipe_names_flows_and_classifiers(capsys):

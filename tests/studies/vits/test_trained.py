@@ -39,7 +39,6 @@ NEAR = ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math")
 
 
 # --- networks
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -76,7 +75,6 @@ def test_an_unknown_network_or_head_is_refused(wrong):
 
 
 # --- image sets
-# --------------------------------------------------------------------------------------------------
 
 
 def assert_unit_tests(images, n):
@@ -249,7 +247,6 @@ def test_an_unknown_pool_or_training_set_is_refused(call):
 
 
 # --- trained rows
-# ------------------------------------------------------------------------------------------------
 
 CELL = PoolRow(
     name="cell",
@@ -519,7 +516,6 @@ def test_a_row_that_cannot_be_trained_here_is_refused(small, row):
 
 
 # --- soups
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_soups_are_means_of_their_members(small):
@@ -574,7 +570,6 @@ def test_a_greedy_soup_keeps_members_that_do_not_harm(found, chosen):
 
 
 # --- a whole pool
-# ------------------------------------------------------------------------------------------------
 
 
 def test_two_workers_share_a_pool_and_do_nothing_twice(small, tmp_path, monkeypatch):
