@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from oodlib.errors import OodlibError
-from oodlib.features.feature_bank import FeatureBank, Head, write_checksums
+from oodlib.features.feature_bank import FeatureBank, Head, check_head, write_checksums
 from oodlib.files import atomic_folder, write_json
 
 __all__ = ["DiskStore", "MemoryStore"]
@@ -54,8 +54,9 @@ class MemoryStore:
 
 
 class DiskStore:
-    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are
-    safe.
+    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are safe.
+
+    logits : False leaves them out, after a check that head and features give them
     """
 
     def __init__(self, folder: Path, rows: int, *, logits: bool = True):
@@ -66,6 +67,8 @@ class DiskStore:
 
     def write(self, shard: FeatureBank) -> None:
         _check_room(self, shard)
+        if not self.logits:
+            check_head(shard.head, shard.features, shard.logits, rtol=1e-4, rows=len(shard))
         stop = self.done + len(shard)
         for name, value in _arrays(shard).items():
             if name == "logits" and not self.logits:  # the head gives them
@@ -85,9 +88,14 @@ class DiskStore:
         np.save(self.folder / "bias.npy", shard.head.bias)
         write_json(self.folder / "progress.json", {"rows": stop})
 
-    def finish(self, path: Path, meta: dict[str, Any]) -> None:
+    def seal(self, meta: dict[str, Any]) -> None:
+        """Turn the folder into a bank that `FeatureBank.load` opens."""
         (self.folder / "progress.json").unlink(missing_ok=True)
         write_checksums(self.folder, meta)
+
+    def finish(self, path: Path, meta: dict[str, Any]) -> None:
+        """`seal`, then move the folder to ``path``."""
+        self.seal(meta)
         with atomic_folder(path) as temporary:
             for file in self.folder.iterdir():
                 file.replace(temporary / file.name)

@@ -265,16 +265,13 @@ def _stored(
     banks: Iterable[FeatureBank], folder: Path, rows: int, facts: dict[str, Any]
 ) -> Iterator[FeatureBank]:
     """The same banks, written to a folder as they pass, without logits: the head gives them."""
-    from oodlib.features.feature_bank import check_head, write_checksums
     from oodlib.features.stores import DiskStore
 
     store = DiskStore(folder, rows, logits=False)
     for bank in banks:
-        check_head(bank.head, bank.features, bank.logits, rtol=1e-4, rows=len(bank))
         store.write(bank)
         yield bank
-    (folder / "progress.json").unlink()
-    write_checksums(folder, facts)
+    store.seal(facts)
 
 
 def _record(job: Job, outcome: str, **content: Any) -> None:

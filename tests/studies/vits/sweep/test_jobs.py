@@ -293,9 +293,9 @@ def test_other_weights_under_the_same_name_are_other_weights(tmp_path: Path) -> 
 
 
 def test_the_plan_of_the_imagenet_pool(capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert main(["sweep", "--pool", "imagenet", "--dry-run"]) == 0
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30  # of a CPU, however busy it is
     total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
     assert total.split()[1:3] == ["296", "2,368"]
 
