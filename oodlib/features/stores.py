@@ -54,7 +54,7 @@ class MemoryStore:
 
 
 class DiskStore:
-    """The same on disk. The folder survives a kill; ``progress.json`` counts the rows that are safe.
+    """The same on disk. The folder survives a kill; ``progress.json`` counts the safe rows.
 
     logits : False leaves them out, after a check that head and features give them
     """
