@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,7 @@ __all__ = ["PAGES", "page_text", "update_pages"]
 NOTHING = "No reference results are committed yet."
 UNTESTED = "not testable here"
 FINDINGS: list[dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8")
+    resources.files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8")
 )
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,9 @@ def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) ->
 def _html(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
     from jinja2 import Template
 
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    template = (
+        resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
     runs = [
         {
             "name": entry.notebook,
