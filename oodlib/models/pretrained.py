@@ -34,18 +34,6 @@ from oodlib.models.timm_checks import (
 from oodlib.models.training.classifier import evaluate
 from oodlib.workspace import data_root
 
-__all__ = [
-    "PUBLIC",
-    "ModelInfo",
-    "assert_accuracy",
-    "fill",
-    "paper_model",
-    "public_model",
-    "read_state_dict",
-    "resnet18_32x32",
-]
-
-
 FilePath = str | os.PathLike[str]
 Transform = Callable[[Any], Tensor]
 

@@ -20,8 +20,6 @@ from oodlib.files import write_text
 from oodlib.suite.report import Entry, verdict_rows
 from oodlib.workspace import PROFILES, root
 
-__all__ = ["PAGES", "page_text", "update_pages"]
-
 NOTHING = "No reference results are committed yet."
 UNTESTED = "not testable here"
 FINDINGS: list[dict[str, str]] = yaml.safe_load(

@@ -15,8 +15,6 @@ from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.workspace import PROFILES, STAMP, check_profile, root
 
-__all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
-
 _CLASS = {
     "reproduced": "reproduced",
     "not reproduced": "not",

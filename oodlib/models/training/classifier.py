@@ -16,8 +16,6 @@ from oodlib.errors import OodlibError
 from oodlib.models.training.augment import augment, normalise, seeded
 from oodlib.models.training.loop import TrainingRun
 
-__all__ = ["Recipe", "evaluate", "train"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -20,8 +20,6 @@ from oodlib.errors import OodlibError
 from oodlib.metrics.statistics import overlap
 from oodlib.models.training.flow import kept_step
 
-__all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature"]
-
 Moment = Literal["one epoch", "ten epochs", "last"]
 
 MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15  # bits per dim

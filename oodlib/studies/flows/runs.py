@@ -37,8 +37,6 @@ from oodlib.studies.flows.score_images import VARIANTS, score_flow
 from oodlib.studies.flows.specs import FlowSpec, flow_sets, flow_spec
 from oodlib.workspace import code_hash, root
 
-__all__ = ["FlowRun", "flow_run", "load_weights", "run_flow", "train_and_ship"]
-
 _AGAIN = "Restore it, or delete its folder and train again: python -m oodlib train"
 
 

@@ -22,8 +22,6 @@ from oodlib.models.glow import Glow, dequantise
 from oodlib.scores.complexity import compressed_bits
 from oodlib.scores.layerwise import LayerwiseDensity, input_complexity, naive_norm, typicality
 
-__all__ = ["SCORES", "VARIANTS", "dequantised", "gradient_norms", "group_bits", "score_flow"]
-
 SCORES = ("nll", "typicality", "complexity_png", "complexity_jpeg2000", "naive_norm", "density")
 # of the layer-wise density: objective sum(z) instead of log p; Gaussians fitted on evaluation
 # images too; "released" is both, with the 1e-10 of the released code

@@ -23,23 +23,6 @@ from oodlib.errors import OodlibError
 from oodlib.metrics import Estimate
 from oodlib.studies.vits.pool_table import PoolRow
 
-__all__ = [
-    "FACTORS",
-    "Effect",
-    "Estimate",
-    "cluster_rows",
-    "clustered_estimate",
-    "clustered_mean",
-    "common_levels",
-    "group_difference",
-    "interaction",
-    "model_column",
-    "paired_effects",
-    "pool_frame",
-    "require_equal_lengths",
-    "resampled_rows",
-]
-
 FACTORS = tuple(f.name for f in fields(PoolRow) if f.name not in ("name", "weights"))
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -25,18 +25,6 @@ from oodlib.studies.vits.effects import (
     resampled_rows,
 )
 
-__all__ = [
-    "eta_squared",
-    "recipe_percentile",
-    "soup_against_members",
-    "spearman",
-    "spearman_difference",
-    "spread_within",
-    "standing",
-    "top_share",
-    "wins",
-]
-
 
 def spearman(
     x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, **boot: Any

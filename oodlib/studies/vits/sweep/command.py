@@ -9,8 +9,6 @@ from typing import Any
 
 from oodlib.workspace import root
 
-__all__ = ["sweep", "sweep_options", "train_options", "train_vit"]
-
 
 def train_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``train-vit``."""

@@ -35,18 +35,6 @@ from oodlib.workspace import code_hash
 if TYPE_CHECKING:
     from oodlib.features.feature_bank import FeatureBank
 
-__all__ = [
-    "STATES",
-    "Job",
-    "chosen",
-    "describe",
-    "make_jobs",
-    "note_death",
-    "prepare",
-    "run_job",
-    "state",
-    "try_lock",
-]
 
 STATES = ("done", "running", "failed", "missing")
 _DTYPE = "float32"
