@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from oodlib.claims.judge import VERDICTS, show
-from oodlib.claims.run import markdown_table
+from oodlib.claims.tables import markdown_table
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.suite.report import Entry, verdict_rows

@@ -145,7 +145,7 @@ def _provenance(entry: Entry) -> str:
 def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
     import pandas as pd
 
-    from oodlib.claims.run import markdown_table
+    from oodlib.claims.tables import markdown_table
 
     verdicts = markdown_table(pd.DataFrame(rows, columns=list(_HEAD)))
     parts = [f"# Report: {profile}", _intro(profile), "## Verdicts", verdicts.strip()]

@@ -198,7 +198,8 @@ class Study:
             common = set.intersection(*(set(member.scores["set"]) for member in seeds))
             skip = [*leave_out, *set(run.scores["set"]) - common]
             for size in (1, 5):
-                options = {"group_size": size, "n_boot": n_boot, "seed": seed, "leave_out": skip}
+                options: dict[str, Any] = {"group_size": size, "leave_out": skip}
+                options |= {"n_boot": n_boot, "seed": seed}
                 self.aurocs[run.name, size] = auroc_along(run.scores, names, **options)
 
     def step(self, run: Run, moment: Moment) -> int:

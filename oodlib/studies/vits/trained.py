@@ -80,7 +80,8 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
 
     # network
     classes = len(images.class_names)
-    drop = {"dropout": row.dropout or 0.0, "stochastic_depth": row.stochastic_depth or 0.0}
+    drop: dict[str, Any] = {"dropout": row.dropout, "stochastic_depth": row.stochastic_depth}
+    drop = {name: rate or 0.0 for name, rate in drop.items()}
     model = small_vit(row.network, classes, seed=row.seed, **drop)
     if recipe.objective == "sigmoid":  # every class starts at its frequency
         nn.init.constant_(_head(model).bias, -math.log(classes))

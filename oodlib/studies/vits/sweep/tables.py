@@ -16,8 +16,10 @@ from oodlib.studies.vits.sweep.models_and_images import FIT
 
 # of the summary; fractions, FPR at 95 % TPR with ID positive; unweighted means over the OOD
 # classes, "pooled" over the images
-COLUMNS = ("model", "accuracy", "set", "score", "fpr", "auroc", "fpr_pooled", "auroc_pooled")
-COLUMNS += ("failed", "classes", "images")
+COLUMNS = (
+    *("model", "accuracy", "set", "score", "fpr", "auroc", "fpr_pooled", "auroc_pooled"),
+    *("failed", "classes", "images"),
+)
 
 
 def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = False) -> str:
