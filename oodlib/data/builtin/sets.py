@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.data.builtin import alphabets, glyphs, render, textures
+from oodlib.data.builtin.drawn_once import drawn_once
 from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, unit_test
 from oodlib.data.images import ImageSet
 from oodlib.data.records import read_records
@@ -60,6 +61,7 @@ _UNIT_TEST = EMBEDDED.pop("unit_test")
 EMBEDDED.update((name, replace(_UNIT_TEST, name=name)) for name in UNIT_TESTS)
 
 
+@drawn_once
 def embedded(
     name: str,
     split: str = "test",
