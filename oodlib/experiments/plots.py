@@ -86,14 +86,15 @@ def histograms(
 
 def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, label: str) -> None:
     """Values in per cent with their intervals: one line per value of ``rows``, one colour and
-    marker per ``series``. Lines are sorted by their median; one series needs no legend.
+    marker per ``series``. Methods are sorted by their median; one series needs no legend.
 
     results : rows of results.csv with one metric
     rows, series : columns of it; methods have fixed colours
     """
     kinds = list(results[series].unique())
     medians = results.groupby(rows, sort=False).value.median()
-    names = list(medians.sort_values(ascending=False, kind="stable").index)
+    if rows == "method":
+        medians = medians.sort_values(ascending=False, kind="stable")
     spare = itertools.cycle(sns.color_palette())
     ends = results.melt([rows, series], ["value", "low", "high"], value_name="per cent")
     sns.pointplot(
@@ -101,7 +102,7 @@ def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, la
         x="per cent",
         y=rows,
         hue=series,
-        order=names,
+        order=list(medians.index),
         hue_order=kinds,
         estimator=lambda found: found.iloc[0],  # the value; the other two are its interval
         errorbar=lambda found: (found.min(), found.max()),
