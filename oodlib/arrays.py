@@ -1,33 +1,36 @@
-"""The door of every score function: NumPy or torch in, float64 of the same kind out, a block of
-rows at a time.
-"""
+"""What every score function begins with: NumPy or torch in, float64 of the same kind out."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from oodlib.errors import OodlibError
 
-__all__ = ["to_numpy"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Array", "to_numpy"]
+
+# what goes in comes out: NumPy for NumPy, torch for torch
+Array = TypeVar("Array", NDArray[Any], "Tensor")
 
 BLOCK = 2**21  # numbers of one array in one block: 16 MiB in float64
 
 
 def tensor64(value: Any) -> Tensor:
     """A detached float64 tensor; on the CPU where the device has no float64."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        return (value.cpu() if value.device.type == "mps" else value).double()
-    return torch.from_numpy(
-        np.array(value, dtype=np.float64)
-    )  # a copy: memory-mapped banks are read-only
+    import torch  # late: metrics and claims read arrays without it
+
+    if isinstance(value, torch.Tensor):
+        detached: torch.Tensor = value.detach()
+        return (detached.cpu() if detached.device.type == "mps" else detached).double()
+    # a copy: memory-mapped banks are read-only
+    return torch.from_numpy(np.array(value, dtype=np.float64))
 
 
 def check_temperature(name: str, temperature: float) -> None:
@@ -54,29 +57,31 @@ def check_k(name: str, k: Any, size: int) -> None:
         )
 
 
-def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
+def by_rows(name: str, function: Callable[..., Tensor], first: Array, *others: Any) -> Array:
     """Apply ``function`` to blocks of rows in float64 and join the results.
 
     Parameters
     ----------
     name : of the caller, for messages
     function : blocks (n, .) as float64 tensors -> (n,) or (n, d) tensor
-    arrays : each (N, .) with the same N, NumPy (memory-mapped is fine) or torch
+    first, others : each (N, .) with the same N, NumPy (memory-mapped is fine) or torch
 
     Returns
     -------
-    (N,) or (N, d) float64; torch if the first array is torch, else NumPy. Scores (N,) that are not finite become +inf,
-    with a warning that counts them.
+    (N,) or (N, d) float64; torch if the first array is torch, else NumPy. Scores (N,) that are not
+    finite become +inf, with a warning that counts them.
 
     Raises
     ------
     OodlibError : an array is not (N, .), rows differ, or there is none
     """
+    import torch
+
+    arrays = (first, *others)
     check_rows(name, *arrays)
     rows = max(1, BLOCK // max(np.shape(a)[1] for a in arrays))
     parts = [
-        function(*(tensor64(a[i : i + rows]) for a in arrays))
-        for i in range(0, len(arrays[0]), rows)
+        function(*(tensor64(a[i : i + rows]) for a in arrays)) for i in range(0, len(first), rows)
     ]
     result = torch.cat(parts)
     if result.ndim == 1:
@@ -89,10 +94,11 @@ def by_rows(name: str, function: Callable[..., Tensor], *arrays: Any) -> Any:
                 stacklevel=3,
             )
             result = torch.where(bad, torch.inf, result)
-    return result if isinstance(arrays[0], Tensor) else result.cpu().numpy()
+    same: Any = result if isinstance(first, torch.Tensor) else result.cpu().numpy()
+    return same  # type: ignore[no-any-return]
 
 
-def to_numpy(value: Any) -> NDArray:
+def to_numpy(value: Any) -> NDArray[Any]:
     """NumPy view of an array or tensor (detached, on the CPU)."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()

@@ -1,9 +1,9 @@
 """What a notebook run records: results, claims with verdicts, figures and tables."""
 
 from oodlib.claims.judge import VERDICTS, Claim, Verdict, judge, load_claims
-from oodlib.claims.run import Run, file_stem
+from oodlib.claims.run import Run
 from oodlib.claims.style import COLOURS, METHOD_COLOURS, savefig, use_style
-from oodlib.claims.tables import markdown_table
+from oodlib.claims.tables import file_stem, markdown_table
 
 __all__ = [
     "COLOURS",

@@ -203,12 +203,14 @@ class Run:
         """
         for network, methods in board.scores.items():
             part = board.on(network)
-            for row in part.results(metrics, variants=variants).astype(object).to_dict("records"):
-                self.result(**{k: None if v is pd.NA else v for k, v in row.items()})
+            rows: list[dict[str, Any]] = part.results(metrics, variants=variants).to_dict("records")
+            for row in rows:
+                columns: Any = {k: None if v is pd.NA else v for k, v in row.items()}
+                self.result(**columns)
             id_name = board.id_name.get(network, "id")
             for metric in tables:
                 table = part.table(network, metric)
-                for column, cells in reversed((beside or {}).items()):
+                for column, cells in reversed(list((beside or {}).items())):
                     table.insert(1, column, cells[network])
                 text = (
                     f"{metric} in per cent, {network}, ID {id_name} ({part.sizes(network)['id']} "
@@ -289,14 +291,24 @@ class Run:
             n = estimate.n
         network = ", ".join(each) if network is None else network
 
-        def decide(found: Estimate | float, **text: str) -> Verdict:
-            numbers = found if isinstance(found, Estimate) else (found,)
-            options = {"doubt": doubt, "paper_setting": paper_setting, **text}
-            return judge(rule, self.profile, *numbers, n=n, **options)
+        def decide(found: Estimate | float, network: str, detail: str = "") -> Verdict:
+            value, low, high = found if isinstance(found, Estimate) else (found, None, None)
+            return judge(
+                rule,
+                self.profile,
+                value,
+                low,
+                high,
+                n,
+                detail=detail,
+                network=network,
+                paper_setting=paper_setting,
+                doubt=doubt,
+            )
 
-        verdict = self.verdicts[rule.id] = decide(estimate, detail=detail, network=network)
+        verdict = self.verdicts[rule.id] = decide(estimate, network, detail)
         print(verdict if self.judges(claim) else f"{verdict} ({verdict.reason})")
-        self._networks += [decide(found, network=name) for name, found in each.items()]
+        self._networks += [decide(found, name) for name, found in each.items()]
         return verdict
 
     def absent(self, claim: str, reason: str) -> None:
@@ -396,8 +408,10 @@ class Run:
     ) -> Verdict:
         """`oodlib.claims.judge` by numbers, without a printed line."""
         rule = self.rule(claim)
-        options = {"detail": detail, "network": network, "paper_setting": own, "doubt": doubt}
-        self.verdicts[rule.id] = judge(rule, self.profile, value, low, high, n, **options)
+        text: dict[str, Any] = {"detail": detail, "network": network, "doubt": doubt}
+        self.verdicts[rule.id] = judge(
+            rule, self.profile, value, low, high, n, paper_setting=own, **text
+        )
         return self.verdicts[rule.id]
 
     # goes with the notebooks' rewriting

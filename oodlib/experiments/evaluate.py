@@ -119,11 +119,11 @@ def judge_each(
     """`Run.judge` -> one row per network."""
 
     def estimate(numbers: Sequence[float], **more: Any) -> Estimate:
-        return Estimate(
-            **dict(zip(("value", "low", "high"), map(float, numbers), strict=True)), **more
-        )
+        value, low, high = map(float, numbers)
+        return Estimate(value=value, low=low, high=high, **more)
 
     networks = {name: estimate(numbers) for name, numbers in each.items()}
     done = len(run.judged_networks())
     run.judge(claim, estimate(found, each=networks), n=n, detail=detail, paper_setting=True)
-    return run.judged_networks()[done:].to_dict("records")
+    rows: list[dict[str, str]] = run.judged_networks()[done:].to_dict("records")
+    return rows

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,7 +134,7 @@ def cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> Parts
 
 def imagenet(
     network: str, n_fit: int, n_test: int, n_ood: int, seed: int, files: ImageNetFiles | None
-) -> tuple[Trained, Parts, dict[str, DataLoader]]:
+) -> tuple[Trained, Parts, dict[str, DataLoader[Any]]]:
     """ImageNet's validation images, OOD sets of ``files``, and training images where asked for."""
     if files is None:
         raise OodlibError(
@@ -158,13 +159,13 @@ def imagenet(
     )
     opened = partial(open_paper_set, data_root=files.data_root, transform=transform)
 
-    def loader(images: ImageList, rows: NDArray) -> DataLoader:
+    def loader(images: ImageList, rows: NDArray[np.int64]) -> DataLoader[Any]:
         chosen = [(images.paths[i], int(images.labels[i])) for i in np.sort(rows)]
         return image_loader(
             ImageList(images.root, chosen, transform=images.transform, name=images.name)
         )
 
-    def sampled(images: ImageList, n: int) -> DataLoader:
+    def sampled(images: ImageList, n: int) -> DataLoader[Any]:
         return loader(images, np.random.default_rng(seed).permutation(len(images))[:n])
 
     ids = opened("imagenet-1k", list_file=files.id_list)

@@ -62,7 +62,7 @@ class Testbed:
     fingerprints: dict[str, str] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
     notes: dict[str, str] = field(default_factory=dict, repr=False)
-    loaders: Mapping[str, DataLoader] = field(default_factory=dict, repr=False)
+    loaders: Mapping[str, DataLoader[Any]] = field(default_factory=dict, repr=False)
 
     @property
     def clean_val(self) -> dict[str, FeatureBank]:
@@ -131,7 +131,7 @@ def testbed(
     OodlibError : unknown network, too low an ID accuracy, ID splits that share an image
     """
     base, _, variant = network.partition(":")
-    loaders: dict[str, DataLoader] = {}
+    loaders: dict[str, DataLoader[Any]] = {}
     if base == "latin_fast":
         trained = (
             load_or_train(base, seed=seed, device=device)

@@ -1,6 +1,6 @@
 """Metrics of detection and calibration on arrays of scores, and the statistics built on them."""
 
-from oodlib.metrics.board import AVERAGE, METRICS, Board, Scores, wide_table
+from oodlib.metrics.board import Board, Scores
 from oodlib.metrics.calibration import (
     Reliability,
     brier,
@@ -15,6 +15,7 @@ from oodlib.metrics.detection import aupr, auroc, fpr_at_tpr, threshold
 from oodlib.metrics.estimate import Estimate, percentile_interval
 from oodlib.metrics.resample import bootstrap, paired_bootstrap, replicates, replicates_by_set
 from oodlib.metrics.statistics import magnitude, overlap, shared_half, spearman_along
+from oodlib.metrics.wide import AVERAGE, METRICS, wide_table
 
 __all__ = [
     "AVERAGE",

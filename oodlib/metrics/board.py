@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -13,22 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from oodlib.errors import OodlibError
-from oodlib.metrics.detection import Positive, auroc, fpr_at_tpr
+from oodlib.metrics.detection import Positive, auroc
 from oodlib.metrics.estimate import Estimate, percentile_interval
 from oodlib.metrics.resample import replicates_by_set
+from oodlib.metrics.wide import AVERAGE, METRICS, wide_table
 
-__all__ = ["AVERAGE", "METRICS", "Board", "Scores", "wide_table"]
+__all__ = ["Board", "Scores"]
 
 Scores = Mapping[str, NDArray[np.float64]]  # "id" and each OOD set -> (n,)
 Floats = NDArray[np.float64]
-AVERAGE = "average"  # unweighted mean over the OOD sets, not pooled
-
-# what tables call it -> (name and positive class in results.csv, metric)
-METRICS: dict[str, tuple[str, str, Callable[..., float]]] = {
-    "AUROC": ("auroc", "", auroc),
-    "FPR95(ID+)": ("fpr95", "id", partial(fpr_at_tpr, positive="id")),
-    "FPR95(OOD+)": ("fpr95", "ood", partial(fpr_at_tpr, positive="ood")),
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -400,33 +392,3 @@ class Board:
             }
             each[network] = replace(Estimate.combined(of_set, how), each={})
         return Estimate.combined(each, how)
-
-
-def wide_table(
-    results: pd.DataFrame,
-    *,
-    model: str,
-    metric: str = "AUROC",
-    sets: Sequence[str] | None = None,
-    index: str = "method",
-    decimals: int = 1,
-) -> pd.DataFrame:
-    """Rows of results.csv as ``value [low, high]`` in per cent, one row per method (or variant).
-
-    One column per OOD set, in the order of ``sets``.
-    """
-    name, positive, _ = METRICS[metric]
-    rows = results[
-        (results.model == model) & (results.metric == name) & (results.positive == positive)
-    ]
-    rows = rows[(rows.variant == "") == (index == "method")]
-    cells = [
-        f"{100 * r.value:.{decimals}f} [{100 * r.low:.{decimals}f}, {100 * r.high:.{decimals}f}]"
-        for r in rows.itertuples()
-    ]
-    table = rows.assign(cell=cells).pivot(index=index, columns="ood", values="cell")
-    return (
-        table.loc[rows[index].unique(), list(sets) if sets else list(rows.ood.unique())]
-        .reset_index()
-        .rename_axis(columns=None)
-    )

@@ -1,6 +1,4 @@
-"""Are the probabilities right? Calibration error with its null, proper scores, and temperature
-scaling as a control.
-"""
+"""Are the probabilities right? Calibration error and its null, proper scores, temperature."""
 
 from __future__ import annotations
 
@@ -66,6 +64,10 @@ def confidence(
     Raises
     ------
     OodlibError : shapes that do not fit, a label outside 0 .. C - 1
+
+    >>> sure, right = confidence(np.log([[0.75, 0.25], [0.5, 0.5]]), [0, 1])
+    >>> sure.round(2).tolist(), right.tolist()
+    ([0.75, 0.5], [True, False])
     """
     log_p, y = _log_softmax(logits, labels, temperature)
     return np.exp(log_p.max(1)), log_p.argmax(1) == y
@@ -74,8 +76,7 @@ def confidence(
 def reliability(
     confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width"
 ) -> Reliability:
-    """Accuracy beside mean confidence in bins of equal width over [0, 1], or of equally many
-    images.
+    """Accuracy beside mean confidence in bins of equal width over [0, 1], or of equal counts.
 
     Parameters
     ----------
@@ -85,14 +86,13 @@ def reliability(
     Raises
     ------
     OodlibError : no image, unequal lengths, a confidence outside [0, 1], fewer than one bin
+
+    >>> reliability([0.6, 0.8, 0.9], [True, False, True], bins=2).accuracy.round(3).tolist()
+    [0.667]
     """
     c, right = to_numpy(confidences).astype(np.float64), to_numpy(correct).astype(np.float64)
-    if (
-        c.ndim != 1
-        or c.shape != right.shape
-        or not len(c)
-        or not ((c >= 0) & (c <= 1 + 1e-9)).all()
-    ):
+    in_range = ((c >= 0) & (c <= 1 + 1e-9)).all()
+    if c.ndim != 1 or c.shape != right.shape or not len(c) or not in_range:
         raise OodlibError(
             "reliability: needs confidences in [0, 1] and right or wrong of the same images, (N,) "
             f"each, got {c.shape} and {right.shape}. Give probabilities, not logits."
@@ -119,12 +119,14 @@ def reliability(
 
 
 def ece(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width") -> float:
-    """Expected calibration error, in [0, 1]; biased upwards, the more so the fewer images: see
-    `simulated_null`.
+    """Expected calibration error, in [0, 1]; biased upwards: see `simulated_null`.
 
     References
     ----------
     Guo, Pleiss, Sun, Weinberger, ICML 2017, arXiv 1706.04599, Eq. 3 (bins of equal width)
+
+    >>> ece([0.75, 0.75, 0.75, 0.75], [True, True, False, False])
+    0.25
     """
     return reliability(confidences, correct, bins=bins, equal=equal).ece
 
@@ -132,24 +134,34 @@ def ece(confidences: Any, correct: Any, *, bins: int = 15, equal: Bins = "width"
 def simulated_null(
     confidences: Any, *, n: int = 200, seed: int = 0, bins: int = 15, equal: Bins = "width"
 ) -> NDArray[np.float64]:
-    """(n,) calibration errors of a network that is right as often as it says: what ECE is when
-    nothing is wrong.
+    """(n,) calibration errors of a network that is right as often as it says.
 
     Labels drawn from the predicted probabilities make the arg-max right with probability
-    ``confidence``.
+    ``confidence``: what ECE is when nothing is wrong.
+
+    >>> bool(simulated_null([0.75] * 40, n=20).mean() > 0)
+    True
     """
     c, rng = to_numpy(confidences).astype(np.float64), np.random.default_rng(seed)
     return np.array([ece(c, rng.random(len(c)) < c, bins=bins, equal=equal) for _ in range(n)])
 
 
 def nll(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood of the labels, in nats."""
+    """Mean negative log-likelihood of the labels, in nats.
+
+    >>> round(nll([[0.0, 0.0]], [1]), 4)
+    0.6931
+    """
     log_p, y = _log_softmax(logits, labels, temperature)
     return float(-log_p[np.arange(len(y)), y].mean())
 
 
 def brier(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
-    """Mean over images of ``sum_j (p_j - [j = y])^2``, in [0, 2]."""
+    """Mean over images of ``sum_j (p_j - [j = y])^2``, in [0, 2].
+
+    >>> brier([[0.0, 0.0]], [1])
+    0.5
+    """
     log_p, y = _log_softmax(logits, labels, temperature)
     p = np.exp(log_p)
     p[np.arange(len(y)), y] -= 1
@@ -157,12 +169,17 @@ def brier(logits: Any, labels: Any, *, temperature: float = 1.0) -> float:
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """Temperature scaling: the temperature in [0.01, 100] that minimises `nll` on these
-    (validation) images.
+    """Temperature scaling: the temperature in [0.01, 100] that minimises `nll` on these images.
+
+    Take validation images.
 
     References
     ----------
     Guo, Pleiss, Sun, Weinberger, ICML 2017, arXiv 1706.04599
+
+    >>> logits = np.log([[0.9, 0.1]] * 4)  # too sure: right in three of four
+    >>> round(fit_temperature(logits, [0, 0, 0, 1]), 2)
+    2.0
     """
     from scipy.optimize import minimize_scalar
 

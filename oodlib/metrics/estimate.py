@@ -74,7 +74,10 @@ class Estimate:
         each = {name: cls.of(value, draws, **more) for name, (value, draws) in found.items()}
         mean = float(np.mean([value for value, _ in found.values()]))
         return cls.of(
-            mean, np.mean([draws for _, draws in found.values()], axis=0), each=each, **more
+            mean,
+            np.mean([np.asarray(draws) for _, draws in found.values()], axis=0),
+            each=each,
+            **more,
         )
 
     @classmethod

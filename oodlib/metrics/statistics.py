@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import gaussian_filter1d
-from scipy.stats import rankdata
 
 from oodlib.errors import OodlibError
 
@@ -26,16 +24,16 @@ def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: i
     Raises
     ------
     OodlibError : a sample is empty or holds NaN, or the bandwidth is not positive
+
+    Examples
+    --------
+    >>> round(overlap([0.0, 0.1, 0.2], [0.1, 0.2, 0.3]), 2), overlap([0.0], [9.0])
+    (0.71, 0.0)
     """
+    from scipy.ndimage import gaussian_filter1d
+
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if (
-        a.ndim != 1
-        or b.ndim != 1
-        or not len(a)
-        or not len(b)
-        or np.isnan(a).any()
-        or np.isnan(b).any()
-    ):
+    if any(v.ndim != 1 or not len(v) or np.isnan(v).any() for v in (a, b)):
         raise OodlibError(
             f"overlap: needs samples (n,) and (m,) without NaN, got {a.shape} and {b.shape}."
         )
@@ -61,21 +59,33 @@ def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: i
     return infinite + float(np.minimum(*densities).sum())
 
 
-def spearman_along(a: NDArray, b: NDArray) -> NDArray[np.float64]:
-    """Spearman correlation of a and b along the first axis, (steps, ...) each -> (...); 0 where one
-    is constant.
+def spearman_along(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """Spearman correlation of a and b along the first axis, (steps, ...) each -> (...).
+
+    It is 0 where one of the two is constant.
+
+    >>> a = np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+    >>> spearman_along(a, np.array([[3.0, 5.0], [5.0, 5.0], [9.0, 5.0]])).tolist()
+    [1.0, 0.0]
     """
+    from scipy.stats import rankdata
+
     x, y = (rankdata(v, axis=0) for v in (a, b))
     x, y = x - x.mean(0), y - y.mean(0)
     norm = np.sqrt((x**2).sum(0) * (y**2).sum(0))
-    return np.divide((x * y).sum(0), norm, out=np.zeros_like(norm), where=norm > 0)
+    rho: NDArray[np.float64] = np.zeros_like(norm)
+    np.divide((x * y).sum(0), norm, out=rho, where=norm > 0)
+    return rho
 
 
 def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
     """|difference|, and the ends of its 95 % interval from the signed bootstrap draws (n_boot,).
 
     The lower end is 0 where the signed interval holds 0; quantiles of absolute draws never reach
-    it.
+    it. ``Estimate.of(*magnitude(value, draws), level=0)`` is the estimate.
+
+    >>> magnitude(-0.5, [-0.6] * 50 + [-0.4] * 50)
+    (0.5, [0.4, 0.6])
     """
     low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
     ends = sorted([abs(low), abs(high)])
@@ -85,11 +95,17 @@ def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
 def shared_half(
     first: ArrayLike, second: ArrayLike, *, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, NDArray[np.float64]]:
-    """Share of the lower half of ``first`` (n,) that is in the lower half of ``second`` (n,) too,
-    and bootstrap draws.
+    """Share of the lower half of ``first`` (n,) that is in the lower half of ``second`` (n,) too.
 
     Of negative log-likelihoods under two models: do they agree on where the density is high? Chance
     gives 1/2.
+
+    Returns
+    -------
+    the share, and its (n_boot,) bootstrap draws
+
+    >>> shared_half([0.0, 1.0, 2.0, 3.0], [0.1, 9.0, 0.2, 9.0], n_boot=10)[0]
+    0.5
     """
     a, b = (v <= np.median(v) for v in (np.asarray(first), np.asarray(second)))
     index = np.random.default_rng(seed).integers(0, len(a), (n_boot, len(a)))
