@@ -149,15 +149,20 @@ def _weights(entry: Entry) -> list[str]:
     return list(entry.load("provenance.json", {}).get("weights", {}))
 
 
+def _runs() -> list[dict[str, Any]]:
+    """Provenance of every committed run; one run whose results stand in two folders counts once."""
+    found = {}
+    for entry in _references():
+        if facts := entry.load("provenance.json", {}):
+            facts = {"notebook": entry.notebook, **facts, "profile": entry.profile}
+            found.setdefault((facts["notebook"], entry.profile), facts)
+    return list(found.values())
+
+
 def _cost() -> str:
     parts = []
     for profile in PROFILES:
-        runs = [
-            facts
-            for entry in _references()
-            if entry.profile == profile
-            if (facts := entry.load("provenance.json", {}))
-        ]
+        runs = [facts for facts in _runs() if facts["profile"] == profile]
         if runs:
             minutes = sum(facts["wall_seconds"] for facts in runs) / 60
             memory = max(facts["peak_memory_mib"] for facts in runs) / 1024
@@ -319,24 +324,22 @@ def _verdict(row: Mapping[str, str] | None) -> str:
 
 def _compute() -> str:
     runs = []
-    for entry in _references():
-        facts = entry.load("provenance.json", {})
-        if facts:
-            names = list(facts["weights"])
-            runs.append(
-                [
-                    entry.notebook,
-                    entry.profile,
-                    facts["seed"],
-                    facts["device"],
-                    facts["platform"],
-                    f"{facts['wall_seconds'] / 60:.1f}",
-                    f"{facts['peak_memory_mib'] / 1024:.1f}",
-                    ", ".join(names)
-                    if len(names) < 9
-                    else f"{len(names)}, named in its provenance.json",
-                ]
-            )
+    for facts in _runs():
+        names = list(facts["weights"])
+        runs.append(
+            [
+                facts["notebook"],
+                facts["profile"],
+                facts["seed"],
+                facts["device"],
+                facts["platform"],
+                f"{facts['wall_seconds'] / 60:.1f}",
+                f"{facts['peak_memory_mib'] / 1024:.1f}",
+                ", ".join(names)
+                if len(names) < 9
+                else f"{len(names)}, named in its provenance.json",
+            ]
+        )
     nets = []
     for path in sorted((root() / "data" / "checkpoints").glob("*_s*[0-9].json")):
         facts = json.loads(path.read_text(encoding="utf-8"))

@@ -130,7 +130,7 @@ def test_a_claims_file_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_committed_claims() -> None:
-    claims = load_claims("01_gradnorm")
+    claims = load_claims("01b_gradnorm")
     ids = {key.split("/")[1] for key in claims}
     assert {*(f"C{i}" for i in range(1, 11)), "H1", "H2"} <= ids
     published = claims["gradnorm/C3"].published

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from oodlib import workspace
 from oodlib.errors import OodlibError
 from oodlib.suite import runner
-from oodlib.suite.notebooks import Notebook, find_notebook, list_notebooks, load_profile
+from oodlib.suite.notebooks import Notebook, find_notebooks, list_notebooks, load_profile
 from oodlib.suite.runner import Options, is_done, make_plans, run_all
 from oodlib.workspace import PROFILES, STAMP
 
@@ -89,7 +89,7 @@ def test_a_run_that_a_killed_process_took_away_is_put_back(root: Path) -> None:
         (figures / name).mkdir(parents=True)
     (figures / ".02_bad.old.part" / "results.csv").touch()
     options = Options(profile="smoke")
-    assert run_all(make_plans([find_notebook("bad")], options)[0], options) == ["02_bad"]
+    assert run_all(make_plans(find_notebooks("bad"), options)[0], options) == ["02_bad"]
     assert [path.relative_to(figures).as_posix() for path in figures.rglob("*")] == [
         "02_bad",
         "02_bad/results.csv",
@@ -193,9 +193,28 @@ def test_a_profile_can_skip_a_notebook(root: Path) -> None:
 def test_a_notebook_is_found_by_any_word(root: Path) -> None:
     write_notebook(root, "04_vit_training_study")
     for name in ("vit", "study", "04_vit_training_study", "vit_training_study"):
-        assert find_notebook(name).stem == "04_vit_training_study"
+        assert [path.stem for path in find_notebooks(name)] == ["04_vit_training_study"]
     with pytest.raises(OodlibError, match="Known: 01_good, 04_vit"):
-        find_notebook("resnet")
+        find_notebooks("resnet")
+
+
+def test_a_number_or_a_word_names_both_halves(root: Path) -> None:
+    both = ["04a_vit_study", "04b_vit_study"]
+    for name in both:
+        write_notebook(root, name)
+    for name in ("04", "vit", "vit_study"):
+        assert [path.stem for path in find_notebooks(name)] == both
+    for name in ("04b", "04b_vit_study"):
+        assert [path.stem for path in find_notebooks(name)] == both[1:]
+    write_notebook(root, "05_study")
+    with pytest.raises(OodlibError, match="names 04a_vit_study, 04b_vit_study, 05_study"):
+        find_notebooks("study")
+
+
+def test_common_values_go_to_the_notebooks_that_have_the_name(root: Path) -> None:
+    (root / "notebooks" / "profiles" / "smoke.yaml").write_text("common: {n_test: 4, n_boot: 9}\n")
+    (plan,), _ = make_plans(None, Options(profile="smoke"))
+    assert plan.parameters == {"n_test": 4}
 
 
 def test_parameters_agree_with_papermill(root: Path) -> None:
