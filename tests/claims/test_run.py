@@ -81,4 +81,4 @@ def test_averages_of_settings_are_rows_without_intervals(run: Run) -> None:
 def test_no_committed_result_stands_twice(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
         keys = [tuple(row[column] for column in RESULT_KEY) for row in csv.DictReader(file)]
-    assert keys and len(set(keys)) == len(keys)
+    assert len(set(keys)) == len(keys)
