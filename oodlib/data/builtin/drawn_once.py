@@ -36,7 +36,7 @@ def drawn_once(draw: Callable[..., ImageSet]) -> Callable[..., ImageSet]:
             return draw(*args, **kwargs)
         facts = [dict(asked.arguments), code_hash(draw.__module__), *map(version, LIBRARIES)]
         path = data_root() / "cache" / "embedded" / f"{key_of(facts)}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return _read(path)
         images = draw(*args, **kwargs)
         with contextlib.suppress(OSError):
