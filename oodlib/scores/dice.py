@@ -20,13 +20,9 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
 
     Parameters
     ----------
-    weight : (C, D)
+    weight : (C, D), as the result, float64
     mean_features : (D,), mean over ID training images
     sparsity : 0 .. 100, per cent
-
-    Returns
-    -------
-    (C, D) float64
 
     References
     ----------
@@ -51,15 +47,7 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     return np.where(contribution > np.percentile(contribution, sparsity), weight, 0)
 
 
-@register(
-    key="dice",
-    title="DICE: Leveraging Sparsification for Out-of-Distribution Detection",
-    authors="Sun, Li",
-    year=2022,
-    arxiv="2111.09805",
-    needs="features",
-    deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",),
-)
+@register("dice")
 class DICE(Shaper):
     """Detector of ``then`` behind `dice`; ``sparsity``: per cent of the weights to remove."""
 

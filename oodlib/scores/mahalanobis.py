@@ -16,7 +16,7 @@ from oodlib.scores.moments import class_moments
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
     """Matrix A (D, rank) with A A^T the pseudo-inverse of a covariance (D, D).
 
-    ||A^T x||^2 is the Mahalanobis form of x. Directions whose variance is below ``rtol`` times the
+    ||A^T x||^2 is the Mahalanobis form of x. Directions with a variance below ``rtol`` times the
     largest (dead units) are left out.
 
     Examples
@@ -31,7 +31,7 @@ def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
 
 
 def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
-    r"""Squared Mahalanobis distance to the nearest class mean; larger = more OOD.
+    r"""Squared Mahalanobis distance to the nearest class mean, (N,) float64; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)
 
@@ -40,10 +40,6 @@ def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
     features : (N, D)
     class_means : (C, D)
     whitening : (D, r) with Sigma^+ = A A^T, see `whitening`
-
-    Returns
-    -------
-    (N,) float64
 
     References
     ----------
@@ -61,19 +57,14 @@ def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
 def relative_mahalanobis(
     features: Array, class_means: Any, whitening: Any, mean: Any, total_whitening: Any
 ) -> Array:
-    r"""Mahalanobis distance to the nearest class minus that to all data; larger = more OOD.
+    r"""`mahalanobis` minus the distance to all data, (N,) float64; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
 
     Parameters
     ----------
-    features : (N, D)
-    class_means, whitening : (C, D) and (D, r), within classes
+    features, class_means, whitening : as in `mahalanobis`
     mean, total_whitening : (D,) and (D, r0), of all classes together
-
-    Returns
-    -------
-    (N,) float64
 
     References
     ----------
@@ -103,19 +94,7 @@ def _nearest(means: Any, whitening: Any) -> Callable[[Tensor], Tensor]:
     return distance
 
 
-@register(
-    key="mahalanobis",
-    title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial "
-    "Attacks",
-    authors="Lee, Lee, Lee, Shin",
-    year=2018,
-    arxiv="1807.03888",
-    needs="labels",
-    deviations=(
-        "last features only, no input perturbation, no layer weights learned on outliers",
-        "pseudo-inverse of the covariance, in float64",
-    ),
-)
+@register("mahalanobis")
 class Mahalanobis(Detector):
     """Detector of `mahalanobis`."""
 
@@ -127,15 +106,7 @@ class Mahalanobis(Detector):
         return mahalanobis(bank.features, self.class_means_, self.whitening_)
 
 
-@register(
-    key="relative_mahalanobis",
-    title="A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
-    authors="Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan",
-    year=2021,
-    arxiv="2106.09022",
-    needs="labels",
-    deviations=("pseudo-inverse of the covariances, in float64",),
-)
+@register("relative_mahalanobis")
 class RelativeMahalanobis(Detector):
     """Detector of `relative_mahalanobis`."""
 

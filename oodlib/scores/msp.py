@@ -8,18 +8,11 @@ from oodlib.scores.detector import Detector, register
 
 
 def msp(logits: Array, *, temperature: float = 1.0) -> Array:
-    r"""Negative maximum softmax probability; larger = more OOD.
+    r"""Negative maximum softmax probability of logits (N, C), (N,) float64; larger = more OOD.
 
-    S = -max_c p_c,   p = softmax(logits / T)
+    S = -max_c p_c in [-1, -1/C],   p = softmax(logits / T),   temperature T > 0
 
-    Parameters
-    ----------
-    logits : (N, C)
-    temperature : T > 0
-
-    Returns
-    -------
-    (N,) float64 in [-1, -1/C]; largest logits that lead by more than about 37 T tie at -1
+    Largest logits that lead by more than about 37 T tie at -1.
 
     References
     ----------
@@ -34,14 +27,7 @@ def msp(logits: Array, *, temperature: float = 1.0) -> Array:
     return by_rows("msp", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
-@register(
-    key="msp",
-    title="A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural "
-    "Networks",
-    authors="Hendrycks, Gimpel",
-    year=2017,
-    arxiv="1610.02136",
-)
+@register("msp")
 class MSP(Detector):
     """Detector of `msp`."""
 

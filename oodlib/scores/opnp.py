@@ -253,18 +253,7 @@ def _check_left(mask: NDArray[np.bool_]) -> None:
         )
 
 
-@register(
-    key="opnp",
-    title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
-    authors="Chen, Fu, Liu, Chen, Tao, Ye",
-    year=2023,
-    arxiv="2402.10062",
-    needs="features",
-    deviations=(
-        "no code or full text could be read: ratios, scope and neuron formula are ours",
-        "closed form instead of a backward pass per image; equal to rounding",
-    ),
-)
+@register("opnp")
 class OPNP(Shaper):
     """Detector of ``then`` behind a head pruned by what ID training images say.
 

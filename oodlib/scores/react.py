@@ -26,14 +26,7 @@ def react(features: Array, threshold: float) -> Array:
     return by_rows("react", lambda h: h.clamp(max=threshold), features)
 
 
-@register(
-    key="react",
-    title="ReAct: Out-of-distribution Detection With Rectified Activations",
-    authors="Sun, Guo, Li",
-    year=2021,
-    arxiv="2111.12797",
-    needs="features",
-)
+@register("react")
 class ReAct(Shaper):
     """Detector of ``then`` behind `react`, clipped at a percentile of all training activations."""
 
