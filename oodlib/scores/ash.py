@@ -21,16 +21,14 @@ def ash(features: Array, *, percentile: float = 90.0, variant: Variant = "s") ->
     before and after: "p" leaves the others as they are, "b" sets each to s1 / (number left), "s"
     multiplies them by exp(s1 / s2).
 
+    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858: shapes the map before pooling, with
+    other numbers.
+
     Parameters
     ----------
     features : (N, D), meant for non-negative activations; the result is (N, D) float64
     percentile : in [0, 100); D - round(D percentile / 100) activations are left
     variant : "s", "p" or "b"
-
-    References
-    ----------
-    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858: shapes the map before pooling, with
-    other numbers.
 
     Examples
     --------

@@ -21,6 +21,8 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
     Input complexity is S(x) = -log2 p(x) - L(x), larger = more OOD, with both terms in bits of the
     whole image (not per dimension, not nats).
 
+    Serra, Alvarez, Gomez, Slizovskaia, Nunez, Luque, ICLR 2020, arXiv 1909.11480
+
     Parameters
     ----------
     images : (n, c, h, w) uint8, c = 1 (grey) or 3 (RGB)
@@ -29,10 +31,6 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
     Raises
     ------
     OodlibError : unknown codec, not uint8 of that shape, no image, or a Pillow without JPEG 2000
-
-    References
-    ----------
-    Serra, Alvarez, Gomez, Slizovskaia, Nunez, Luque, ICLR 2020, arXiv 1909.11480
 
     Examples
     --------

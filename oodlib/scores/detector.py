@@ -116,9 +116,8 @@ class Detector:
 
 def _check_bank(name: str, bank: FeatureBank) -> None:
     if not isinstance(bank, FeatureBank):
-        raise OodlibError(
-            f"{name}: needs a FeatureBank, got {type(bank).__name__}. Use FeatureBank.from_arrays."
-        )
+        kind = type(bank).__name__
+        raise OodlibError(f"{name}: needs a FeatureBank, got {kind}. Use FeatureBank.from_arrays.")
     if len(bank) == 0:
         raise OodlibError(f"{name}: the bank holds no image. Check the folder or the filter.")
 

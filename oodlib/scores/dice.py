@@ -18,15 +18,13 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is
     not above the ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
 
+    Sun, Li, ECCV 2022, arXiv 2111.09805
+
     Parameters
     ----------
     weight : (C, D), as the result, float64
     mean_features : (D,), mean over ID training images
     sparsity : 0 .. 100, per cent
-
-    References
-    ----------
-    Sun, Li, ECCV 2022, arXiv 2111.09805
 
     Examples
     --------

@@ -12,8 +12,6 @@ def energy(logits: Array, *, temperature: float = 1.0) -> Array:
 
     E = -T log sum_c exp(z_c / T),   temperature T > 0
 
-    References
-    ----------
     Liu, Wang, Owens, Li, NeurIPS 2020, arXiv 2010.03759. The paper's score is -E, larger = ID.
 
     Examples

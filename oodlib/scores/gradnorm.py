@@ -33,6 +33,11 @@ def gradnorm(
     This is minus the L_q norm of d CE(t, p) / dW of each sample; for the uniform target CE is
     KL(u || p) + log C.
 
+    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218, Eq. 9 (q = 1). Paper: larger = ID, hence the
+    minus sign. The official code sums over classes where the paper averages: C times larger, same
+    ranking. The bias is left out, as in the paper; append a column of ones to the features to
+    include it. Valid if logits = W h + b for one vector h per image.
+
     Parameters
     ----------
     features : (N, D)  input h of the last linear layer
@@ -48,13 +53,6 @@ def gradnorm(
     ------
     OodlibError : row counts differ, features are maps instead of pooled vectors, unknown target,
         q or T out of range, a mask of another shape or with another target
-
-    References
-    ----------
-    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218, Eq. 9 (q = 1). Paper: larger = ID, hence the
-    minus sign. The official code sums over classes where the paper averages: C times larger, same
-    ranking. The bias is left out, as in the paper; append a column of ones to the features to
-    include it. Valid if logits = W h + b for one vector h per image.
 
     Examples
     --------

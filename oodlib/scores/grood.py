@@ -44,15 +44,13 @@ def grood(
     of ID images of a collapsed network are too small for float32, their squared distances for
     float64. Search is exact, whatever the number of queries at a time.
 
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, Algorithm 2. Their confidence is -S.
+
     Parameters
     ----------
     features, prototypes, ood_prototype, temperature : as in `grood_gradient`, as are the errors
     bank : (M, D), ID training features
     k : 1 .. M; the paper has k = 1
-
-    References
-    ----------
-    ElAraby et al., TMLR 2025, arXiv 2312.14427, Algorithm 2. Their confidence is -S.
 
     Examples
     --------
@@ -74,7 +72,7 @@ class GROOD(Detector):
 
     Parameters
     ----------
-    k : the k-th nearest gradient counts
+    k, temperature : as in `grood`; index, nlist, nprobe, seed : as in `PolarSearch`
     ood_source : where the OOD prototype comes from: "proto_mean" (mean of the class prototypes), or
         "synthetic", "noise", "val_ood": then give it, see `synthetic_features`, `noise_features`
     ood_prototype : (D,), or (n, D) penultimate features whose mean it is
@@ -85,10 +83,8 @@ class GROOD(Detector):
     fraction : of the bank to use, in (0, 1], drawn by ``seed`` in every class alike
     variant : "gradient" (the paper), or for ablations "magnitude" (log pi_o), "l1" (log of the
         gradient's L1 norm), "direction" (nearest u_o), "distance" (-||h - p_o||), "nearest"
-        (distance to the nearest class prototype), "class_gradient" (gradient at the prototype of
-        the predicted class), "squared" (squared distances)
-    temperature : T
-    index, nlist, nprobe, seed : as in `oodlib.scores.neighbours.PolarSearch`
+        (distance to the nearest class prototype), "class_gradient" (at the prototype of the
+        predicted class), "squared" (squared distances)
 
     Learned: ``prototypes_`` (C, D), ``ood_prototype_`` (D,), ``bank_`` (M, D) and ``classes_``
     (M,), ``kept_`` (share of the training rows that pass ``bank_filter``).
@@ -195,7 +191,7 @@ class GROOD(Detector):
             return np.asarray(self.prototypes_.mean(0))
         given, size = np.asarray(self.ood_prototype, dtype=np.float64), self.prototypes_.shape[1]
         fits = given.ndim in (1, 2) and given.shape[-1] == size and len(given) > 0
-        if not fits or not np.isfinite(given).all():
+        if not (fits and np.isfinite(given).all()):
             raise OodlibError(
                 f"grood.fit: ood_prototype must be ({size},) or (n, {size}), finite, got "
                 f"{given.shape}. Give penultimate features of the same network."

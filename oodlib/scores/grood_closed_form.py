@@ -63,6 +63,8 @@ def grood_gradient(
     (N, D) float64. g does not depend on the label y. Its L2 norm is pi_o / T; below 1e-308 it
     becomes zero, which `grood_polar` represents.
 
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, Eq. 5 (as the authors' code has it)
+
     Parameters
     ----------
     features : (N, D)
@@ -76,10 +78,6 @@ def grood_gradient(
     Raises
     ------
     OodlibError : sizes differ, values are not finite, T out of range, a class outside 0 .. C-1
-
-    References
-    ----------
-    ElAraby et al., TMLR 2025, arXiv 2312.14427, Eq. 5 (as the authors' code has it)
 
     Examples
     --------

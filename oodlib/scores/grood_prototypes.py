@@ -18,7 +18,7 @@ from torch.nn.functional import conv2d, pad
 
 from oodlib.arrays import check_shape
 from oodlib.errors import OodlibError, check_interval
-from oodlib.models.hooks import eval_mode, find_head
+from oodlib.models.hooks import eval_mode, find_head, named_layers
 from oodlib.scores.moments import stream_means
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -154,6 +154,9 @@ def synthetic_features(
 
     Two passes per image.
 
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8 (neither could be read: the
+    formula is that of the authors' code)
+
     Parameters
     ----------
     layer : name of the early module
@@ -164,11 +167,6 @@ def synthetic_features(
     Raises
     ------
     OodlibError : lambda out of range, prototypes of another shape, no image; as `split_forward`
-
-    References
-    ----------
-    ElAraby et al., TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8 (neither could be read: the
-    formula is that of the authors' code)
     """
     check_interval("synthetic_features: lam", lam, "[0, 1]")
     model.to(device)
@@ -310,12 +308,7 @@ def _hooks(
     before: Mapping[str, list[Tensor]] | None = None,
 ) -> Iterator[None]:
     """Forward hooks after some modules, and lists that get the input of others."""
-    modules = dict(model.named_modules())
-    if unknown := [name for name in after if name not in modules]:
-        raise OodlibError(
-            f"split: the model has no layer {unknown[0]!r}. Its top-level layers are "
-            f"{', '.join(n for n, _ in model.named_children())}."
-        )
+    modules = named_layers("split", model, after)
     handles = [modules[name].register_forward_hook(hook) for name, hook in after.items()]
     for name, found in (before or {}).items():
         keep = partial(lambda found, _, inputs: found.append(inputs[0]), found)

@@ -17,14 +17,12 @@ def kl_matching(logits: Array, *, log_templates: Any) -> Array:
 
     S = min_k KL(p || d_k),   p = softmax(logits)
 
+    Hendrycks et al., ICML 2022, arXiv 1911.11132
+
     Parameters
     ----------
     logits : (N, C)
     log_templates : (K, C), logarithms of the mean outputs d_k of ID images predicted as class k
-
-    References
-    ----------
-    Hendrycks et al., ICML 2022, arXiv 1911.11132
 
     Examples
     --------

@@ -20,6 +20,8 @@ def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> A
 
     Neither faiss nor the number of queries at a time changes it.
 
+    Sun, Ming, Zhu, Li, ICML 2022, arXiv 2204.06507. The paper's score is -S, larger = ID.
+
     Parameters
     ----------
     features : (N, D)
@@ -30,10 +32,6 @@ def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> A
     Raises
     ------
     OodlibError : k outside 1 .. M, feature sizes differ
-
-    References
-    ----------
-    Sun, Ming, Zhu, Li, ICML 2022, arXiv 2204.06507. The paper's score is -S, larger = ID.
 
     Examples
     --------

@@ -24,6 +24,8 @@ class LayerwiseDensity:
 
     Two-sided: a gradient that is too small counts as much as one that is too large.
 
+    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485
+
     Parameters
     ----------
     epsilon : 0, the definition: tensors whose gradient is zero for a fit row, or the same for all,
@@ -36,10 +38,6 @@ class LayerwiseDensity:
     mean_, variance_ : (L,) of u over the fit rows, unbiased
     kept_ : (L,) bool, the tensors that count
     overflowed_ : fit rows left out because a norm was infinite
-
-    References
-    ----------
-    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485
 
     Examples
     --------

@@ -12,8 +12,6 @@ def max_logit(logits: Array) -> Array:
 
     S = -max_c z_c
 
-    References
-    ----------
     Hendrycks et al., ICML 2022, arXiv 1911.11132
 
     Examples

@@ -28,6 +28,8 @@ def opnp_sensitivity(features: Array, logits: Any, *, temperature: float = 1.0) 
     (C, D) float64, in the unit of the features; one matrix product, a block of rows at a time. The
     M of all rows is the mean of the shards' M, weighted by their numbers of rows.
 
+    Chen et al., NeurIPS 2023, arXiv 2402.10062; closed form: notebook on OPNP
+
     Parameters
     ----------
     features : (m, D), of either sign
@@ -37,10 +39,6 @@ def opnp_sensitivity(features: Array, logits: Any, *, temperature: float = 1.0) 
     Raises
     ------
     OodlibError : row counts differ, there is no row, a temperature that is not positive
-
-    References
-    ----------
-    Chen et al., NeurIPS 2023, arXiv 2402.10062; closed form: notebook on OPNP
 
     Examples
     --------
@@ -162,6 +160,8 @@ def opnp(
 ) -> NDArray[np.float64]:
     r"""The head (C, D) without its least and most sensitive weights and neurons, for a score.
 
+    Chen et al., NeurIPS 2023, arXiv 2402.10062: OPP removes weights, ONP neurons, OPNP both
+
     Parameters
     ----------
     weight, sensitivity : (C, D); of `opnp_sensitivity`
@@ -172,10 +172,6 @@ def opnp(
     Raises
     ------
     OodlibError : ratios as in `kept`, shapes that do not fit, or no weight is left
-
-    References
-    ----------
-    Chen et al., NeurIPS 2023, arXiv 2402.10062: OPP removes weights, ONP neurons, OPNP both
 
     Examples
     --------

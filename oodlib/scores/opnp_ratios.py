@@ -57,9 +57,9 @@ def sweep(
 ) -> Sweep:
     r"""Scores of the pruned head at every pair of ratios, in one pass over the banks.
 
-    The two tails are disjoint, so the logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and
-    U_j the weights of the low and of the high tail: an L x H grid costs L + H matrix products, not
-    L H. Products are in float32, scores in float64.
+    The logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and U_j the weights of the low and
+    the high tail, which are disjoint: an L x H grid costs L + H matrix products. Products are in
+    float32, scores in float64.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ def choose(
 ) -> Choice:
     """The pair with the best mean AUROC that costs at most ``tolerance`` of ID accuracy.
 
-    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` cannot
-    rank ratios and are dropped, unless that would leave none.
+    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` are
+    dropped, unless that would leave none.
 
     Parameters
     ----------
@@ -178,9 +178,8 @@ def choose(
     dropped = {name: float(a[none]) for name, a in every.items() if a[none] > ceiling}
     if len(dropped) == len(every):
         dropped = {}
-    mean = _mean(every, dropped)
-    unpruned = float(mean[none]), float(found.accuracy[none])
-    choice = _best(found, every, prefix, tolerance, unpruned, dropped)
+    unpruned = float(_mean(every, dropped)[none]), float(found.accuracy[none])
+    choice = _best(found, prefix, tolerance, unpruned, dropped)
     assert choice is not None  # the unpruned network itself is allowed
     return choice
 
@@ -191,13 +190,13 @@ def _mean(every: dict[str, Floats], dropped: Mapping[str, float]) -> Floats:
 
 def _best(
     found: Sweep,
-    every: dict[str, Floats],
     prefix: str,
     tolerance: float,
     unpruned: tuple[float, float],
     dropped: dict[str, float],
 ) -> Choice | None:
     """The best pair of the sweep, or None where every pair costs more than ``tolerance``."""
+    every = found.metric()
     mean, amount = _mean(every, dropped), np.add.outer(found.low, found.high)
     enough = found.accuracy >= unpruned[1] - tolerance - 1e-12
     if not enough.any():
@@ -232,10 +231,8 @@ def choose_both(
 
     Arguments as in `sweep` and `choose`; neurons (D,), weight and neuron from `choose`.
     """
-    near = {
-        key: _neighbours(high if key.endswith("high") else low, value)
-        for key, value in {**weight.ratios, **neuron.ratios}.items()
-    }
+    ratios = weight.ratios | neuron.ratios
+    near = {k: _neighbours(high if k.endswith("high") else low, v) for k, v in ratios.items()}
     options: Any = {"low": near["weight_low"], "high": near["weight_high"]}
     options |= {"scope": scope, "score": score}
     candidates: list[Choice] = []
@@ -245,8 +242,7 @@ def choose_both(
                 continue
             options["keep"] = kept(neurons, low=neuron_low, high=neuron_high)
             found = sweep(banks, sensitivity, **options)
-            reference = weight.unpruned, weight.dropped
-            choice = _best(found, found.metric(), "weight", tolerance, *reference)
+            choice = _best(found, "weight", tolerance, weight.unpruned, weight.dropped)
             if choice is not None:
                 ratios = choice.ratios | {"neuron_low": neuron_low, "neuron_high": neuron_high}
                 candidates.append(replace(choice, ratios=ratios, index=None))

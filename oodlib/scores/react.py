@@ -14,8 +14,6 @@ _VALUES = 2**27  # activations that the percentile is taken over, at most
 def react(features: Array, threshold: float) -> Array:
     r"""Features (N, D) clipped from above, ``min(h, threshold)``: not a score, but input for one.
 
-    References
-    ----------
     Sun, Guo, Li, NeurIPS 2021, arXiv 2111.12797
 
     Examples

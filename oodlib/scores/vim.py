@@ -17,16 +17,14 @@ def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: floa
 
     S = alpha ||R^T (h - o)||_2 - log sum_c exp z_c
 
+    Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
+
     Parameters
     ----------
     features : (N, D); logits : (N, C)
     origin : (D,), o = -W^+ b
     residual : (D, D - dim), orthonormal basis R of the space without the principal one
     alpha : mean largest logit / mean residual norm, over training images
-
-    References
-    ----------
-    Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
 
     Examples
     --------

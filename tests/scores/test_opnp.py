@@ -329,7 +329,7 @@ def test_signed_features_of_a_transformer(batch):
             r"weight must be \(C, D\) = \(4, 16\)",
         ),
         (lambda b: opnp_sensitivity(b.features * np.nan, b.logits), "features or logits hold NaN"),
-        (lambda b: opnp(b.head.weight, np.ones((2, 2))), r"need the same shape \(C, D\)"),
+        (lambda b: opnp(b.head.weight, np.ones((2, 2))), r"sensitivity must be \(C, D\) = \(4, 16\), got \(2, 2\)"),
         (
             lambda b: opnp(b.head.weight, b.head.weight, neuron_low=0.1),
             r"neurons must be \(D,\) = \(16,\)",
@@ -338,7 +338,7 @@ def test_signed_features_of_a_transformer(batch):
             lambda b: opnp(
                 np.eye(2), np.eye(2), [2.0, 1.0], weight_low=0.5, weight_high=0.25, neuron_high=0.5
             ),
-            "no weight is left",
+            "no weight of the remaining neurons is left",
         ),
     ],
 )
