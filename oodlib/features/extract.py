@@ -101,13 +101,9 @@ def batches(
             yield normalise(pixels, *statistics), labels
         return
     if isinstance(data, DataLoader) and start:
-        data = DataLoader(
-            Subset(data.dataset, range(start, len(data.dataset))),  # type: ignore[arg-type]
-            batch_size=data.batch_size,
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
-        )
-        start = 0
+        rest = Subset(data.dataset, range(start, len(data.dataset)))  # type: ignore[arg-type]
+        kept: Any = {k: getattr(data, k) for k in ("batch_size", "num_workers", "collate_fn")}
+        data, start = DataLoader(rest, **kept), 0
     for x, y in data:
         if start >= len(x):
             start -= len(x)
@@ -121,10 +117,7 @@ def _count(data: ImageSet | Iterable[Batch]) -> int:
         return len(data)
     if isinstance(data, DataLoader):
         if not isinstance(data.sampler, SequentialSampler):
-            raise OodlibError(
-                "extract: the DataLoader shuffles or samples: rows have no fixed order. Build it "
-                "with shuffle=False."
-            )
+            raise OodlibError("extract: the DataLoader shuffles. Build it with shuffle=False.")
         return len(data.dataset)  # type: ignore[arg-type]
     if isinstance(data, Sequence):
         return sum(len(x) for x, _ in data)

@@ -203,9 +203,8 @@ def load_detector(path: str | os.PathLike[str]) -> Detector:
             record = json.loads(file.metadata()["oodlib"])
             return _unpack(record, {key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118 not a dict
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise OodlibError(
-            f"load_detector: {path} is not a saved detector ({error}). Fit and save it again."
-        ) from error
+        message = f"load_detector: {path} is not a saved detector ({error}). Save it again."
+        raise OodlibError(message) from error
 
 
 def _pack(detector: Detector, arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, Any]:

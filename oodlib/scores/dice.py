@@ -15,16 +15,11 @@ from oodlib.scores.shaper import Shaper, shaped_bank
 def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[np.float64]:
     r"""The head's weight without its least contributions: not a score, but the head for one.
 
-    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is
-    not above the ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
+    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights (C, D) whose
+    contribution is not above the ``sparsity`` percentile (0 .. 100) of all become 0; a sparsity of
+    0 removes none. ``mean_features`` (D,) is the mean over ID training images.
 
     Sun, Li, ECCV 2022, arXiv 2111.09805
-
-    Parameters
-    ----------
-    weight : (C, D), as the result, float64
-    mean_features : (D,), mean over ID training images
-    sparsity : 0 .. 100, per cent
 
     Examples
     --------

@@ -15,13 +15,10 @@ def gen(logits: Array, *, gamma: float = 0.1, top: int = 100) -> Array:
 
     G = sum of p_c^gamma (1 - p_c)^gamma over the ``top`` largest p_c,   p = softmax(logits)
 
+    gamma in (0, 1): the smaller, the more the improbable classes count; top >= 1: all if fewer
+
     Liu, Lochman, Zach, CVPR 2023. The paper's score is -G, larger = ID. Here 1 - max p is the sum
     of the others, in log space: outputs close to certainty do not tie.
-
-    Parameters
-    ----------
-    gamma : in (0, 1); the smaller, the more the improbable classes count
-    top : M >= 1; all classes where there are fewer
 
     Examples
     --------

@@ -77,7 +77,7 @@ def split_forward(
     Parameters
     ----------
     layer : as in ``model.named_modules()``; all information must go through it
-    x : (n, c, h, w) network inputs, on the model's device
+    x : (n, c, h, w), on the model's device
     replace : output of the layer to go on with, (n, ...); then only the batch size of x matters
 
     Raises
@@ -159,8 +159,7 @@ def synthetic_features(
 
     Parameters
     ----------
-    layer : name of the early module
-    prototypes : (C, ...) class means of its output, `EarlyPrototypes.means[layer]`
+    prototypes : (C, ...) class means of the layer's output, `EarlyPrototypes.means[layer]`
     batches : network inputs of training images, of all classes alike (labels are not read)
     lam : lambda in [0, 1]; 1 is the plain pass. The released code has 0.5, its configuration 0.8
 

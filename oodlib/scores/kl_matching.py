@@ -17,12 +17,9 @@ def kl_matching(logits: Array, *, log_templates: Any) -> Array:
 
     S = min_k KL(p || d_k),   p = softmax(logits)
 
-    Hendrycks et al., ICML 2022, arXiv 1911.11132
+    logits (N, C); log_templates (K, C), log of the mean outputs d_k of ID images predicted as k
 
-    Parameters
-    ----------
-    logits : (N, C)
-    log_templates : (K, C), logarithms of the mean outputs d_k of ID images predicted as class k
+    Hendrycks et al., ICML 2022, arXiv 1911.11132
 
     Examples
     --------

@@ -138,8 +138,8 @@ def _norms(norms: Any, name: str) -> Floats:
     f = np.array(to_numpy(norms), dtype=np.float64)
     if f.ndim != 2 or 0 in f.shape or not (f >= 0).all():  # NaN fails too
         raise OodlibError(
-            f"{name}: needs squared norms (N, tensors), none negative or NaN, got shape {f.shape}. "
-            "Use layer_gradient_norms."
+            f"{name}: needs squared norms (N, tensors) >= 0, got {f.shape}. Use "
+            "layer_gradient_norms."
         )
     return f
 
@@ -147,7 +147,5 @@ def _norms(norms: Any, name: str) -> Floats:
 def _vector(values: Any, name: str) -> Floats:
     v = np.asarray(to_numpy(values), dtype=np.float64)
     if v.ndim != 1 or len(v) == 0 or np.isnan(v).any() or (v == -np.inf).any():
-        raise OodlibError(
-            f"{name}: needs values (n,), none NaN or -inf, got shape {v.shape}. Use -log_prob."
-        )
+        raise OodlibError(f"{name}: needs values (n,), none NaN or -inf, got {v.shape}.")
     return v

@@ -35,13 +35,9 @@ def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)
 
-    Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S.
+    features h (N, D), class_means mu (C, D), whitening A (D, r) with Sigma^+ = A A^T: `whitening`
 
-    Parameters
-    ----------
-    features : (N, D)
-    class_means : (C, D)
-    whitening : (D, r) with Sigma^+ = A A^T, see `whitening`
+    Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S.
 
     Examples
     --------
@@ -59,12 +55,9 @@ def relative_mahalanobis(
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
 
-    Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. Their confidence is -S.
+    mean mu (D,) and total_whitening (D, r0) are of all classes together, the others as there.
 
-    Parameters
-    ----------
-    features, class_means, whitening : as in `mahalanobis`
-    mean, total_whitening : (D,) and (D, r0), of all classes together
+    Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. Their confidence is -S.
 
     Examples
     --------

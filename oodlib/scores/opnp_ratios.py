@@ -118,7 +118,7 @@ def sweep(
                     scores[name][i, j, part] = score(pruned)
                     if name == "id" and labels is not None and known:
                         right[i, j] += float((pruned.argmax(1).numpy() == labels[part]).sum())
-    return Sweep(*(np.array(r, float) for r in (low, high)), scores, right / max(known, 1))
+    return Sweep(np.array(low, float), np.array(high, float), scores, right / max(known, 1))
 
 
 def _part(weight: NDArray[np.float32], removed: NDArray[np.bool_]) -> tuple[Tensor | None, Tensor]:

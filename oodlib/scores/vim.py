@@ -35,7 +35,8 @@ def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: floa
     o, r = tensor64(origin), tensor64(residual)
 
     def score(h: Tensor, z: Tensor) -> Tensor:
-        return alpha * ((h.cpu() - o) @ r).norm(dim=1).to(h.device) - z.logsumexp(1)
+        outside: Tensor = ((h.cpu() - o) @ r).norm(dim=1)
+        return alpha * outside.to(h.device) - z.logsumexp(1)
 
     return by_rows("vim", score, features, logits)
 
