@@ -29,8 +29,8 @@ def parameter_groups(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise OodlibError(
-                    f"parameter_groups: {pattern!r} of {group!r} matches no parameter. Known: "
-                    f"{', '.join(known)}."
+                    f"parameter_groups: {pattern!r} of group {group!r} matches no parameter. "
+                    f"Known: {', '.join(known)}."
                 )
     return {
         group: [n for n in known if any(fnmatchcase(n, p) for p in patterns)]

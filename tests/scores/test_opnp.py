@@ -329,7 +329,10 @@ def test_signed_features_of_a_transformer(batch):
             r"weight must be \(C, D\) = \(4, 16\)",
         ),
         (lambda b: opnp_sensitivity(b.features * np.nan, b.logits), "features or logits hold NaN"),
-        (lambda b: opnp(b.head.weight, np.ones((2, 2))), r"sensitivity must be \(C, D\) = \(4, 16\), got \(2, 2\)"),
+        (
+            lambda b: opnp(b.head.weight, np.ones((2, 2))),
+            r"sensitivity must be \(C, D\) = \(4, 16\), got \(2, 2\)",
+        ),
         (
             lambda b: opnp(b.head.weight, b.head.weight, neuron_low=0.1),
             r"neurons must be \(D,\) = \(16,\)",
