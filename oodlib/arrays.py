@@ -48,6 +48,18 @@ def check_rows(name: str, *arrays: Any) -> None:
         )
 
 
+def check_shape(what: str, got: Any, axes: str, shape: tuple[int, ...], remedy: str = "") -> None:
+    """Raise OodlibError unless an array has the shape, whose axes are called e.g. "(C, D)"."""
+    if tuple(np.shape(got)) != shape:
+        raise OodlibError(f"{what} must be {axes} = {shape}, got {np.shape(got)}. {remedy}".strip())
+
+
+def check_finite(what: str, values: NDArray[Any]) -> None:
+    """Raise OodlibError if values (N, ...) hold NaN or infinity; a block of rows at a time."""
+    if not all(np.isfinite(values[i : i + 65536]).all() for i in range(0, len(values), 65536)):
+        raise OodlibError(f"{what} hold NaN or infinity. Check the transform and the weights.")
+
+
 def check_k(name: str, k: Any, size: int) -> None:
     if not isinstance(k, int | np.integer) or not 1 <= k <= size:
         raise OodlibError(

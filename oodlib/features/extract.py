@@ -20,7 +20,7 @@ from oodlib.features.feature_bank import FeatureBank, Head, check_head
 from oodlib.features.stores import DiskStore, MemoryStore
 from oodlib.files import key_of, locked
 from oodlib.models.device import model_code_hash, pick_device, weights_hash
-from oodlib.models.hooks import eval_mode, find_head
+from oodlib.models.hooks import eval_mode, find_head, named_layers
 from oodlib.models.training.augment import normalise
 from oodlib.workspace import code_hash
 
@@ -32,13 +32,7 @@ class _Taps:
     """Forward hooks that record the head's input and the named layers of the current batch."""
 
     def __init__(self, model: nn.Module, head: str, layers: Sequence[str]):
-        modules = dict(model.named_modules())
-        unknown = [name for name in layers if name not in modules]
-        if unknown:
-            raise OodlibError(
-                f"extract: the model has no layer {unknown[0]!r}. Its top-level layers are "
-                f"{', '.join(n for n, _ in model.named_children())}."
-            )
+        modules = named_layers("extract", model, layers)
         self.features = torch.empty(0)
         self.layers: dict[str, Tensor] = {}
         self._aspect = 0.0
@@ -67,12 +61,9 @@ class _Taps:
 
     def _channels_last(self, output: Tensor) -> bool:
         """Whether its first two dimensions fit the picture's shape better than the last two."""
-
-        def misfit(height: int, width: int) -> float:
-            return abs(math.log(height / width) - self._aspect)
-
         _, a, b, c = output.shape
-        return misfit(a, b) < misfit(b, c)
+        first, last = (abs(math.log(h / w) - self._aspect) for h, w in ((a, b), (b, c)))
+        return first < last
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +75,8 @@ class _Taps:
 
 def _read_head(module: nn.Module) -> Head:
     weight = to_numpy(module.weight).reshape(len(module.weight), -1).copy()  # type: ignore[arg-type]
-    if module.bias is None:
-        return Head(weight, np.zeros(len(weight), weight.dtype))
-    return Head(weight, to_numpy(module.bias).copy())
+    bias = np.zeros(len(weight), weight.dtype) if module.bias is None else to_numpy(module.bias)
+    return Head(weight, bias.copy())
 
 
 def batches(
@@ -101,25 +91,19 @@ def batches(
     if isinstance(data, ImageSet):
         if mean is None or std is None:
             raise OodlibError(
-                "extract: an ImageSet holds raw pixels, so mean= and std= of the network are "
-                "needed (one number per channel, in units of pixel / 255)."
+                "extract: an ImageSet holds raw pixels: give mean= and std= of the network (one "
+                "number per channel, in units of pixel / 255)."
             )
         statistics = torch.tensor(mean), torch.tensor(std)
         for i in range(start, len(data), batch_size):
-            pixels, labels = (
-                torch.from_numpy(np.array(values[i : i + batch_size]))
-                for values in (data.images, data.labels)
-            )
+            rows = (values[i : i + batch_size] for values in (data.images, data.labels))
+            pixels, labels = (torch.from_numpy(np.array(part)) for part in rows)
             yield normalise(pixels, *statistics), labels
         return
     if isinstance(data, DataLoader) and start:
-        data = DataLoader(
-            Subset(data.dataset, range(start, len(data.dataset))),  # type: ignore[arg-type]
-            batch_size=data.batch_size,
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
-        )
-        start = 0
+        rest = Subset(data.dataset, range(start, len(data.dataset)))  # type: ignore[arg-type]
+        kept: Any = {k: getattr(data, k) for k in ("batch_size", "num_workers", "collate_fn")}
+        data, start = DataLoader(rest, **kept), 0
     for x, y in data:
         if start >= len(x):
             start -= len(x)
@@ -133,15 +117,12 @@ def _count(data: ImageSet | Iterable[Batch]) -> int:
         return len(data)
     if isinstance(data, DataLoader):
         if not isinstance(data.sampler, SequentialSampler):
-            raise OodlibError(
-                "extract: the DataLoader shuffles or samples, so rows would have no fixed order. "
-                "Build it with shuffle=False."
-            )
+            raise OodlibError("extract: the DataLoader shuffles. Build it with shuffle=False.")
         return len(data.dataset)  # type: ignore[arg-type]
     if isinstance(data, Sequence):
         return sum(len(x) for x, _ in data)
     raise OodlibError(
-        f"extract: expected an ImageSet, a DataLoader or a list of (x, y) batches, got "
+        "extract: expected an ImageSet, a DataLoader or a list of (x, y) batches, got "
         f"{type(data).__name__}."
     )
 
@@ -163,28 +144,21 @@ def extract(
 ) -> FeatureBank:
     """Run ``model`` once over ``data``: the input of its linear head, its logits, named layers.
 
-    Works for any classifier whose output is that of one linear layer (timm, torchvision, your own);
-    see `find_head`.
+    Works for any classifier whose output is that of one linear layer (`find_head`). The bank is
+    float32, and memory-mapped where ``cache`` is given.
 
     Parameters
     ----------
-    model : moved to ``device`` and put in evaluation mode
+    model : moved to ``device``; runs in evaluation mode
     data : an ImageSet, an unshuffled DataLoader of (x, y), or a list of such batches
-    mean, std : per channel, in units of pixel / 255; for an ImageSet only, other data come
-        transformed
-    layers : names as in ``model.named_modules()``; each is averaged over positions or tokens to
-        (N, d)
+    mean, std : per channel, in units of pixel / 255; of an ImageSet, other data come transformed
+    layers : names as in ``model.named_modules()``; averaged over positions or tokens to (N, d)
     cache : folder for banks. A finished bank with the same model, weights, transform and data is
         opened instead of computed again, and an interrupted one is resumed after its last shard.
         ``None`` holds everything in memory.
-    model_name : for the file name and the key; the class name where not given
-    fingerprint : identity of the data behind a loader, needed with ``cache`` (an ImageSet knows its
-        own)
+    model_name : for the file name and the key; by default the class name
+    fingerprint : identity of the data behind a loader, needed with ``cache``; an ImageSet has one
     shard_rows : rows in memory at a time with ``cache``, and between two records of progress
-
-    Returns
-    -------
-    FeatureBank, float32; memory-mapped where ``cache`` is given
 
     Raises
     ------
@@ -198,8 +172,8 @@ def extract(
         fingerprint = fingerprint or getattr(getattr(data, "dataset", data), "fingerprint", None)
         if fingerprint is None:
             raise OodlibError(
-                "extract: a cache needs fingerprint=, a string that names the data behind the "
-                "loader (for example the checksum of its image list)."
+                "extract: a cache needs fingerprint= of the data behind the loader (for example "
+                "the checksum of its image list)."
             )
         meta |= {
             "weights": weights_hash(model),
@@ -239,12 +213,8 @@ def stream(
 ) -> Iterator[FeatureBank]:
     """The same pass, bank by bank in the order of the data, from row ``start`` on.
 
-    Parameters as in `extract`; ``shard_rows`` is the size of a bank, rounded up to whole batches
-    (the last is smaller).
-
-    Raises
-    ------
-    OodlibError : as `extract`, and where the data do not hold the announced number of rows
+    Parameters and errors as in `extract`; also refused: not as many rows as announced.
+    ``shard_rows`` is the size of a bank, rounded up to whole batches (the last is smaller).
     """
     where, rows = pick_device(device), _count(data)
     title = f"{data.name}-{data.split}" if isinstance(data, ImageSet) else "images"
@@ -254,9 +224,8 @@ def stream(
     model.to(where)
 
     def bank() -> FeatureBank:
-        return FeatureBank.of_arrays(
-            {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, head
-        )
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return FeatureBank.of_arrays(joined, head)
 
     hidden = None if progress else True
     bar = tqdm(total=rows, initial=start, desc=title, unit="img", disable=hidden)
@@ -267,12 +236,8 @@ def stream(
                 head_name = find_head(model, x[:2])
                 head = _read_head(model.get_submodule(head_name))
             with _Taps(model, head_name, layers) as taps, torch.inference_mode():
-                values = {
-                    "logits": model(x),
-                    "features": taps.features,
-                    "labels": y,
-                    **{f"layer.{k}": v for k, v in taps.layers.items()},
-                }
+                values = {"logits": model(x), "features": taps.features, "labels": y}
+                values |= {f"layer.{k}": v for k, v in taps.layers.items()}
             arrays = {k: to_numpy(v if k == "labels" else v.float()) for k, v in values.items()}
             check_head(head, arrays["features"], arrays["logits"], rows=16)
             parts.append(arrays)
@@ -285,6 +250,6 @@ def stream(
             yield bank()
         if done + waiting != rows:
             raise OodlibError(
-                f"extract: {title} announced {rows} rows but gave {done + waiting}. "
-                "Check the loader's length and drop_last."
+                f"extract: {title} announced {rows} rows but gave {done + waiting}. Check the "
+                "loader's length and drop_last."
             )

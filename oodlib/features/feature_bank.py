@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from oodlib.arrays import to_numpy
+from oodlib.arrays import check_finite, check_shape, to_numpy
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, read_json, sha256, write_json
 
@@ -19,8 +19,7 @@ from oodlib.files import atomic_folder, read_json, sha256, write_json
 class Head:
     """The linear classifier behind the features: ``logits = features @ weight.T + bias``.
 
-    weight : (C, D); bias : (C,)
-    mask : (C, D) bool where pruning has removed weights: which ones are left
+    weight (C, D), bias (C,); mask (C, D) bool: which weights pruning has left, if it was pruned
     """
 
     weight: NDArray[np.floating[Any]]
@@ -97,10 +96,9 @@ class FeatureBank:
 
         Parameters
         ----------
-        features : (N, D)
         weight, bias : (C, D) and (C,) of the last linear layer; ``bias=None`` means zero
-        labels : (N,) integers, optional; methods that need classes ask for them
-        logits : (N, C), computed from the head where not given; checked against it where given
+        labels : (N,) integers; methods that need classes ask for them
+        logits : (N, C), checked against the head where given, else computed from it
 
         Raises
         ------
@@ -114,25 +112,16 @@ class FeatureBank:
             )
         n, classes = len(features), len(weight)
         bias = np.zeros(classes) if bias is None else to_numpy(bias)
-        if bias.shape != (classes,):
-            raise OodlibError(f"FeatureBank: bias must be (C,) = ({classes},), got {bias.shape}.")
+        check_shape("FeatureBank: bias", bias, "(C,)", (classes,))
         if n == 0:
-            raise OodlibError(
-                "FeatureBank: features hold no row. Check the loader or the filter before it."
-            )
+            raise OodlibError("FeatureBank: features hold no row. Check the loader or the filter.")
         head = Head(weight, bias)
         if labels is not None:
             labels = to_numpy(labels).astype(np.int64)
-            if labels.shape != (n,):
-                raise OodlibError(f"FeatureBank: labels must be (N,) = ({n},), got {labels.shape}.")
+            check_shape("FeatureBank: labels", labels, "(N,)", (n,))
         if not np.issubdtype(features.dtype, np.floating):
             features = features.astype(np.float32)
-        for start in range(0, n, 65536):
-            if not np.isfinite(features[start : start + 65536]).all():
-                raise OodlibError(
-                    "FeatureBank: features hold NaN or infinity. Check the transform and the "
-                    "weights."
-                )
+        check_finite("FeatureBank: features", features)
         if logits is None:
             logits = np.concatenate([head(features[i : i + 65536]) for i in range(0, n, 65536)])
         else:
@@ -179,15 +168,10 @@ class FeatureBank:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows of known label whose arg-max logit is the label, in [0, 1].
-
-        OodlibError : no label is known
-        """
+        """Share of rows of known label whose arg-max logit is the label; OodlibError: none is."""
         if self.labels is None or self.unknown == len(self):
-            raise OodlibError(
-                "FeatureBank.accuracy: this bank has no labels."
-                + ("" if self.labels is None else " All are -1, which stands for unknown.")
-            )
+            why = "" if self.labels is None else " All are -1, which stands for unknown."
+            raise OodlibError(f"FeatureBank.accuracy: this bank has no labels.{why}")
         known = self.labels >= 0
         return float((self.logits.argmax(1) == self.labels)[known].mean())
 
@@ -196,9 +180,8 @@ class FeatureBank:
         if self.accuracy < at_least:
             left_out = f" ({self.unknown} of unknown label left out)" if self.unknown else ""
             raise OodlibError(
-                f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID "
-                f"images{left_out}, expected at least {at_least:.1%}. Check the weights, the label "
-                "order and the transform."
+                f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID images"
+                f"{left_out}, expected {at_least:.1%}. Check weights, label order and transform."
             )
         return self.accuracy
 
@@ -212,12 +195,8 @@ class FeatureBank:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
-        """Open a saved bank, memory-mapped.
+        """Open a saved bank, memory-mapped; ``verify`` compares checksums (about 1 s per GB).
 
-        ``verify`` compares every file with its checksum (about 1 s per GB).
-
-        Raises
-        ------
         OodlibError : no bank there, a file is missing, or a checksum differs
         """
         path, remedy = Path(path), "This is not a complete bank. Extract again."
@@ -226,13 +205,11 @@ class FeatureBank:
             for name, digest in sidecar["sha256"].items():
                 if verify and sha256(path / name) != digest:
                     raise OodlibError(
-                        f"FeatureBank.load: {path / name} does not match its checksum: it was "
-                        "changed or cut after writing. Delete the folder and extract again."
+                        f"FeatureBank.load: {path / name} does not match its checksum. Delete the "
+                        "folder and extract again."
                     )
-            arrays = {
-                name.removesuffix(".npy"): np.load(path / name, mmap_mode="r")
-                for name in sidecar["sha256"]
-            }
+            files = [path / name for name in sidecar["sha256"]]
+            arrays = {file.stem: np.load(file, mmap_mode="r") for file in files}
             head = Head(np.asarray(arrays.pop("weight")), np.asarray(arrays.pop("bias")))
             meta = sidecar["meta"]
             if "logits" in arrays:
@@ -249,24 +226,12 @@ def _layers(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def check_head(
-    head: Head,
-    features: NDArray[Any],
-    logits: NDArray[Any],
-    *,
-    rtol: float = 1e-3,
-    rows: int = 1024,
+    head: Head, features: NDArray[Any], logits: NDArray[Any], rtol: float = 1e-3, rows: int = 1024
 ) -> None:
     """Raise OodlibError unless the first ``rows`` of ``head(features)`` are those of the logits."""
     expected, got = head(features[:rows]), np.asarray(logits[:rows], dtype=np.float64)
-    if expected.shape != got.shape or len(features) != len(logits):
-        raise OodlibError(
-            f"FeatureBank: logits must be (N, C) = {(len(features), head.num_classes)}, "
-            f"got {logits.shape}."
-        )
-    if not np.isfinite(got).all():
-        raise OodlibError(
-            "FeatureBank: logits hold NaN or infinity. Check the transform and the weights."
-        )
+    check_shape("FeatureBank: logits", logits, "(N, C)", (len(features), head.num_classes))
+    check_finite("FeatureBank: logits", got)
     error = np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-12)
     if error > rtol:
         raise OodlibError(

@@ -24,8 +24,8 @@ class MemoryStore:
         stop = self.done + len(bank)
         if stop > self.rows:
             raise OodlibError(
-                f"extract: the loader gave more rows than the {self.rows} of its dataset. Use a "
-                "loader that gives each row once (no sampler that repeats)."
+                f"extract: the loader gave more rows than the {self.rows} of its dataset. Use one "
+                "that gives each row once."
             )
         for name, values in self._arrays(bank).items():
             array = self._array(name, (self.rows, *values.shape[1:]), values.dtype)

@@ -19,14 +19,8 @@ def parameter_groups(
 ) -> dict[str, list[str]]:
     """Parameter names of each group.
 
-    Parameters
-    ----------
-    groups : name -> shell patterns of parameter names,
-        ``{"last": ["fc.weight"], "stage 4": ["layer4.*"]}``; None makes every parameter a group
-
-    Raises
-    ------
-    OodlibError : a pattern matches no parameter
+    groups : name -> shell patterns of parameter names, ``{"last": ["fc.weight"], "stage 4":
+        ["layer4.*"]}``, each with a match; None makes every parameter a group
     """
     known = [name for name, _ in model.named_parameters()]
     if groups is None:
@@ -57,13 +51,14 @@ def gradnorm_by_layer(
 
     S_g = -||d KL(u || softmax(f(x) / T)) / d theta_g||_q
 
+    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218 (the paper's sign is the opposite)
+
     Parameters
     ----------
     model : x (n, ...) -> logits (n, C); run in eval mode, its own mode is restored
     x : (N, ...), on the model's device
     groups : as in `parameter_groups`; groups may overlap
-    temperature : T > 0
-    norm : q in (0, inf]
+    temperature, norm : T > 0, and q in (0, inf]
     chunk_size : samples whose gradients are held at once; memory is chunk_size x (parameters +
         activations)
 
@@ -74,10 +69,6 @@ def gradnorm_by_layer(
     Raises
     ------
     OodlibError : a pattern that matches nothing, T or q out of range, logits that are not (n, C)
-
-    References
-    ----------
-    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218 (the paper's sign is the opposite)
     """
     check_temperature("gradnorm_by_layer", temperature)
     check_interval("gradnorm_by_layer: norm q", norm, "(0, inf]", "math.inf is the maximum norm.")

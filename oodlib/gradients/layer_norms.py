@@ -1,8 +1,7 @@
 """Squared norms of a layer's parameter gradients, from its inputs and the gradients at its outputs.
 
-    convolution, linear: dW = G A^T          A (D, T) unfolded input, G (P, T) gradient at the
-                         output, T pixels; ||dW||^2 = <A^T A, G^T G>   (ghost norm), cheaper than
-                         G A^T where T is small
+    convolution, linear: dW = G A^T   A (D, T) unfolded input, G (P, T) gradient at the output, T
+                         pixels; ||dW||^2 = <A^T A, G^T G> (ghost norm), cheaper where T is small
     layers of Glow:      written out
     any other layer:     its own backward pass for each group (vmap of vjp), over that layer alone
 
@@ -94,9 +93,8 @@ def _conv(layer: Layer) -> Squares:
     margin: tuple[int, ...] = module.padding
     bias = {"bias": layer.squares_of_sums(g.flatten(2).sum(2))} if "bias" in layer.weights else {}
     if x.ndim == 3:  # one dimension: a picture of one row
-        x, g = x.unsqueeze(2), g.unsqueeze(2)
+        x, g, margin = x.unsqueeze(2), g.unsqueeze(2), (0, *margin)
         kernel, stride, spacing = (1, *kernel), (1, *stride), (1, *spacing)
-        margin = (0, *margin)
     reach = [d * (k - 1) for d, k in zip(spacing, kernel, strict=True)]
     # with the kernel turned round the products are the same, and there is less to unfold
     turns = parts == 1 and set(stride) == {1} and all(map(int.__le__, margin, reach))

@@ -1,9 +1,7 @@
 """Squared gradient norms of every parameter tensor, by image or group, in micro-batches.
 
-`layer_gradient_norms` never forms most of the gradients it measures. One backward pass over a chunk
-yields the gradient at the output of every layer; the norms of that layer's parameter gradients
-follow from it and from the layer's input (`oodlib.gradients.layer_norms`). `gradnorm_by_layer`
-differs: any q-norm of any group of parameters, for classifiers.
+One backward pass over a chunk yields the gradient at the output of every layer; the norms of that
+layer's parameter gradients follow from it and the layer's input (`oodlib.gradients.layer_norms`).
 """
 
 import logging
@@ -38,21 +36,23 @@ def layer_gradient_norms(
 
     f_l = || d sum_b objective(x_b) / d theta_l ||^2
 
+    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485. Ghost
+    norms: Goodfellow 2015, arXiv 1510.01799 (linear layers); Li et al. 2022, arXiv 2110.05679; Bu
+    et al. 2022, arXiv 2205.10683 (convolutions)
+
     Parameters
     ----------
-    model : any module; run in eval mode, its own mode is restored. Frozen parameters count too
+    model : any module; runs in eval mode. Frozen parameters count too
     x : (N, ...), on the model's device; consecutive images form a group
     group_size : B images per group; the norm of the sum of their gradients, not of their norms
     objective : "log_prob" (``model.log_prob(x)``, nats), "sum_z" (sum of the last latent,
-        ``model(x)[0][-1]``, which the released code of the paper differentiates), or a function
-        (model, x) -> (N,) or its sum
+        ``model(x)[0][-1]``, as in the paper's released code), or (model, x) -> (N,) or its sum
     chunk_size : groups of one pass; None chooses from the free memory
 
     Returns
     -------
-    (N / B, tensors) float64 on the CPU, columns in the order of ``model.named_parameters()``. 0 for
-    a tensor that the objective does not use; +inf where a gradient is infinite or NaN, and for all
-    others where a group's objective is.
+    (N / B, tensors) float64 on the CPU, columns as in ``model.named_parameters()``. 0 for a tensor
+    that the objective does not use; +inf where a gradient, or a group's objective, is not finite.
 
     Raises
     ------
@@ -63,18 +63,11 @@ def layer_gradient_norms(
     -----
     RuntimeWarning : only one backward pass per group was right for this model, which is slow
 
-    References
-    ----------
-    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485. Ghost
-    norms: Goodfellow 2015, arXiv 1510.01799 (linear layers); Li et al. 2022, arXiv 2110.05679; Bu
-    et al. 2022, arXiv 2205.10683 (convolutions)
-
     Notes
     -----
     One group is also done by an ordinary backward pass. Where the layer-wise way cannot follow a
-    model (a layer used twice, shared or directly used weights) or differs there by more than 0.1 %,
-    `vmap` of the whole model takes over, then a loop. What a way cannot do is a RuntimeError, of
-    torch or of the model; any other error is raised as it is. The logger ``oodlib`` says (INFO)
+    model (a layer used twice, shared or directly used weights: a RuntimeError) or differs by more
+    than 0.1 %, `vmap` of the whole model takes over, then a loop. The logger ``oodlib`` says (INFO)
     which way was taken, and why not those before it.
 
     Examples
@@ -87,13 +80,13 @@ def layer_gradient_norms(
     """
     if group_size < 1 or (chunk_size is not None and chunk_size < 1):
         raise OodlibError(
-            f"layer_gradient_norms: group_size and chunk_size must be at least 1, got {group_size} "
-            f"and {chunk_size}."
+            "layer_gradient_norms: group_size and chunk_size must be at least 1, got "
+            f"{group_size} and {chunk_size}."
         )
     if len(x) == 0 or len(x) % group_size:
         raise OodlibError(
             f"layer_gradient_norms: needs a positive multiple of group_size={group_size} images, "
-            f"got {len(x)}: {len(x) % group_size} left over. Drop or add some."
+            f"got {len(x)}. Drop or add some."
         )
     target, x = _Target(model, objective), x.detach()
     with eval_mode(model), torch.enable_grad():
@@ -216,7 +209,7 @@ def _by_loop(target: _Target, x: Tensor, group_size: int) -> _Found:
 
 
 def _by_vmap(target: _Target, x: Tensor, group_size: int) -> _Found:
-    """One vectorised gradient per group; all of them are held at once."""
+    """One vectorised gradient per group, all held at once."""
 
     def norms(group: Tensor) -> _Found:
         def value(weights: dict[str, Tensor]) -> _Found:
@@ -294,9 +287,7 @@ def _by_layer(target: _Target, x: Tensor, group_size: int) -> _Found:
 
 
 def _overflows(found: _Found, used: list[bool]) -> Tensor:
-    """Norms (G, tensors) on the CPU, with +inf where a gradient is not finite, or the whole
-    objective of a group.
-    """
+    """Norms (G, tensors) on the CPU; +inf where a gradient or a group's objective overflowed."""
     value, norms = (t.detach().double().cpu() for t in found)
     norms = norms.where(norms.isfinite(), torch.inf)
     return norms.where(value.isfinite()[:, None] | ~torch.tensor(used), torch.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def named_layers(caller: str, model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    """All modules by name; OodlibError where one of the layers is not among them."""
+    modules = dict(model.named_modules())
+    if unknown := [name for name in layers if name not in modules]:
+        raise OodlibError(
+            f"{caller}: the model has no layer {unknown[0]!r}. Its top-level layers are "
+            f"{', '.join(name for name, _ in model.named_children())}."
+        )
+    return modules
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:

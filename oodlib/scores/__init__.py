@@ -29,8 +29,7 @@ from oodlib.scores.layerwise import LayerwiseDensity
 from oodlib.scores.mahalanobis import mahalanobis, relative_mahalanobis, whitening
 from oodlib.scores.max_logit import max_logit
 from oodlib.scores.moments import class_moments
-from oodlib.scores.msp import msp
-from oodlib.scores.odin import odin
+from oodlib.scores.msp import msp, odin
 from oodlib.scores.opnp import opnp, opnp_neurons, opnp_sensitivity
 from oodlib.scores.react import react
 from oodlib.scores.vim import vim

@@ -21,20 +21,14 @@ def ash(features: Array, *, percentile: float = 90.0, variant: Variant = "s") ->
     before and after: "p" leaves the others as they are, "b" sets each to s1 / (number left), "s"
     multiplies them by exp(s1 / s2).
 
+    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858: shapes the map before pooling, with
+    other numbers.
+
     Parameters
     ----------
-    features : (N, D), meant for D non-negative activations
+    features : (N, D), meant for non-negative activations; the result is (N, D) float64
     percentile : in [0, 100); D - round(D percentile / 100) activations are left
     variant : "s", "p" or "b"
-
-    Returns
-    -------
-    (N, D) float64
-
-    References
-    ----------
-    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858. The paper shapes the map before
-    pooling; on pooled features this is another variant with other numbers.
 
     Examples
     --------
@@ -58,14 +52,7 @@ def ash(features: Array, *, percentile: float = 90.0, variant: Variant = "s") ->
     return by_rows("ash", shape, features)
 
 
-@register(
-    key="ash",
-    title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
-    authors="Djurisic, Bozanic, Ashok, Liu",
-    year=2023,
-    arxiv="2209.09858",
-    deviations=("shapes pooled features; the released code shapes the map before pooling",),
-)
+@register("ash")
 class ASH(Shaper):
     """Detector of ``then`` behind `ash`."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 # Pillow's arguments, fixed because the length depends on them; both codecs are lossless with these
 _CODECS: dict[str, dict[str, Any]] = {
@@ -16,27 +16,21 @@ _CODECS: dict[str, dict[str, Any]] = {
 
 
 def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np.int64]:
-    """Length of each image's losslessly compressed file: L(x), in bits.
+    """Length L(x) of each image's losslessly compressed file with its header, (n,) int64, in bits.
 
     Input complexity is S(x) = -log2 p(x) - L(x), larger = more OOD, with both terms in bits of the
     whole image (not per dimension, not nats).
+
+    Serra, Alvarez, Gomez, Slizovskaia, Nunez, Luque, ICLR 2020, arXiv 1909.11480
 
     Parameters
     ----------
     images : (n, c, h, w) uint8, c = 1 (grey) or 3 (RGB)
     codec : "png" (Pillow's strongest compression) or "jpeg2000" (reversible transform)
 
-    Returns
-    -------
-    (n,) int64, bits of the file with its header, a nearly constant number
-
     Raises
     ------
     OodlibError : unknown codec, not uint8 of that shape, no image, or a Pillow without JPEG 2000
-
-    References
-    ----------
-    Serra, Alvarez, Gomez, Slizovskaia, Nunez, Luque, ICLR 2020, arXiv 1909.11480
 
     Examples
     --------
@@ -47,22 +41,18 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
     """
     from PIL import Image, features
 
-    if codec not in _CODECS:
-        raise OodlibError(
-            f"compressed_bits: there is no codec {codec!r}. Choose one of {', '.join(_CODECS)}."
-        )
+    one_of("compressed_bits: codec", codec, _CODECS)
     images = np.asarray(images)
     shape = images.shape
     if images.dtype != np.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape:
         raise OodlibError(
-            "compressed_bits: at least one image, uint8 of shape (n, 1 or 3, h, w), is needed, "
-            f"got {images.dtype} {shape}. Pass the 8-bit images as they were loaded, not the "
-            "scaled network input."
+            f"compressed_bits: needs images, uint8 (n, 1 or 3, h, w), got {images.dtype} {shape}. "
+            "Pass the 8-bit images as they were loaded, not the scaled network input."
         )
     if codec == "jpeg2000" and not features.check("jpg_2000"):
         raise OodlibError(
-            "compressed_bits: this Pillow was built without JPEG 2000 (OpenJPEG). Use codec "
-            '"png", or install Pillow\'s official wheel.'
+            "compressed_bits: this Pillow was built without JPEG 2000. Use codec png, or install "
+            "Pillow's official wheel."
         )
     bits = np.empty(len(images), np.int64)
     for i, image in enumerate(images):

@@ -6,22 +6,14 @@ import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    Self,
-    TypeVar,
-    dataclass_transform,
-    get_args,
-    get_origin,
-)
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_origin
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from oodlib.data.records import read_records
 from oodlib.errors import OodlibError, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.files import atomic_path
@@ -29,9 +21,9 @@ from oodlib.files import atomic_path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:
-    """Facts about one method; docs/methods.md is generated from these.
+    """Facts about one method, from ``detector.yaml``; docs/methods.md is generated from these.
 
-    arxiv : its number there; empty where the paper is not on arXiv and has a ``url`` instead
+    arxiv : its number there; a paper that is not on arXiv has a ``url`` instead
     needs : what ``fit`` reads: nothing (``score`` works at once), features, or features and labels
     deviations : where ours differs from the paper or its released code
     """
@@ -40,7 +32,7 @@ class Info:
     title: str
     authors: str
     year: int
-    arxiv: str
+    arxiv: str = ""
     needs: Literal["none", "features", "labels"] = "none"
     deviations: tuple[str, ...] = ()
     url: str = ""
@@ -66,15 +58,12 @@ class Detector:
     def fit(self, bank: FeatureBank) -> Self:
         """Learn from ID training data; nothing happens where the method learns nothing.
 
-        Raises
-        ------
         OodlibError : no row, no labels, a class without a sample, a parameter that does not fit
         """
         _check_bank(f"{self.info.key}.fit", bank)
         if self.info.needs == "labels" and bank.labels is None:
             raise OodlibError(
-                f"{self.info.key}.fit: needs labels, this bank has none. Give labels= to "
-                "FeatureBank.from_arrays."
+                f"{self.info.key}.fit: needs labels, this bank has none. Give labels=."
             )
         self._fit(bank)
         self.num_features_, self.num_classes_ = bank.features.shape[1], bank.head.num_classes
@@ -84,8 +73,6 @@ class Detector:
     def score(self, bank: FeatureBank) -> NDArray[np.float64]:
         """(N,) float64, larger = more OOD; a warning counts scores that overflowed and are +inf.
 
-        Raises
-        ------
         OodlibError : not fitted, or fitted on another network; a bank without a row
         """
         name = f"{self.info.key}.score"
@@ -101,13 +88,13 @@ class Detector:
         if shape != (self.num_features_, self.num_classes_):
             raise OodlibError(
                 f"{name}: fitted on {self.num_features_} features and {self.num_classes_} classes, "
-                f"got a bank of {shape[0]} and {shape[1]}. Use one network for both."
+                f"got {shape[0]} and {shape[1]}. Use one network for both."
             )
         fitted, other = getattr(self, "fitted_on_", {}), _network(bank)
         if any(v and other[k] and other[k] != v for k, v in fitted.items()):
             raise OodlibError(
-                f"{name}: fitted on a bank of another network: the sizes agree, the weights do "
-                "not. Fit on training data of this network, or use the old weights."
+                f"{name}: fitted on another network: the sizes agree, the weights do not. Fit on "
+                "training data of this network, or use the old weights."
             )
 
     def _fit(self, bank: FeatureBank) -> None:
@@ -117,7 +104,7 @@ class Detector:
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write parameters and learned values, whole or not at all: safetensors, a JSON header."""
+        """Write parameters and learned values, whole or not at all: safetensors with a header."""
         arrays: dict[str, NDArray[Any]] = {}
         header = json.dumps(_pack(self, arrays, ""), sort_keys=True)
         with atomic_path(path) as temporary:
@@ -129,19 +116,19 @@ class Detector:
 
 def _check_bank(name: str, bank: FeatureBank) -> None:
     if not isinstance(bank, FeatureBank):
-        raise OodlibError(
-            f"{name}: needs a FeatureBank, got {type(bank).__name__}. Use FeatureBank.from_arrays."
-        )
+        kind = type(bank).__name__
+        raise OodlibError(f"{name}: needs a FeatureBank, got {kind}. Use FeatureBank.from_arrays.")
     if len(bank) == 0:
         raise OodlibError(f"{name}: the bank holds no image. Check the folder or the filter.")
 
 
 def _network(bank: FeatureBank) -> dict[str, str]:
-    """What identifies the network behind a bank: its head, and all weights where they are known."""
+    """What identifies a network: its head, and all weights where they are known."""
     return {"head": bank.head.digest, "weights": bank.meta.get("weights", "")}
 
 
 D = TypeVar("D", bound=Detector)
+_INFO = read_records(__name__, lambda name, **facts: Info(key=name, **facts))
 _REGISTRY: dict[str, type[Detector]] = {}
 _TYPES: dict[Any, Any] = {
     int: numbers.Integral,
@@ -154,9 +141,9 @@ _TYPES: dict[Any, Any] = {
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
-def register(**facts: Any) -> Callable[[type[D]], type[D]]:
-    """Class decorator: a dataclass with its `Info`, of these facts, and known to `create`."""
-    info = Info(**facts)
+def register(key: str, **facts: Any) -> Callable[[type[D]], type[D]]:
+    """Class decorator: a dataclass with its `Info`, known to `create`; no facts: our own YAML."""
+    info = Info(key=key, **facts) if facts else _INFO[key]
 
     def attach(cls: type[D]) -> type[D]:
         _REGISTRY[info.key] = dataclasses.dataclass(kw_only=True, eq=False)(cls)
@@ -177,8 +164,6 @@ names = list_detectors  # its first name, kept
 def create(name: str, **params: Any) -> Detector:
     """Make a detector; ``then=`` of react, ash, dice and opnp is another name or a detector.
 
-    Raises
-    ------
     OodlibError : an unknown name or parameter (the message lists the known ones), a wrong value
 
     Examples
@@ -187,10 +172,7 @@ def create(name: str, **params: Any) -> Detector:
     >>> create("react", percentile=75, then="max_logit").fit(bank).score(bank)
     array([-1.25, -1.  ])
     """
-    if name not in _REGISTRY:
-        raise OodlibError(
-            f"create: unknown detector {name!r}. Known: {', '.join(sorted(_REGISTRY))}."
-        )
+    one_of("create: detector", name, sorted(_REGISTRY))
     fields = dataclasses.fields(_REGISTRY[name])
     known = [f.name for f in fields]
     if unknown := sorted(set(params) - set(known)):
@@ -205,34 +187,24 @@ def create(name: str, **params: Any) -> Detector:
         elif not isinstance(value, _TYPES.get(kind, object)) or (
             isinstance(value, bool) and kind in (int, float, int | None)
         ):
-            raise OodlibError(
-                f"{title} must be of type {getattr(kind, '__name__', kind)}, got {value!r}."
-            )
+            kind = getattr(kind, "__name__", kind)
+            raise OodlibError(f"{title} must be of type {kind}, got {value!r}.")
     if isinstance(params.get("then"), str):
         create(params["then"])  # an unknown name is refused here, not after a long fit
     return _REGISTRY[name](**params)
 
 
 def load_detector(path: str | os.PathLike[str]) -> Detector:
-    """Read a detector written by `Detector.save`.
-
-    Raises
-    ------
-    OodlibError : no such file, or not a detector
-    """
+    """Read a detector written by `Detector.save`; OodlibError: no such file, or not a detector."""
     if not Path(path).is_file():
-        raise OodlibError(
-            f"load_detector: there is no file {path}. Save a fitted detector with "
-            "detector.save(path)."
-        )
+        raise OodlibError(f"load_detector: there is no file {path}. Write it with detector.save.")
     try:
         with safe_open(path, framework="numpy") as file:
             record = json.loads(file.metadata()["oodlib"])
             return _unpack(record, {key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118 not a dict
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise OodlibError(
-            f"load_detector: {path} is not a saved detector ({error}). Fit and save it again."
-        ) from error
+        message = f"load_detector: {path} is not a saved detector ({error}). Save it again."
+        raise OodlibError(message) from error
 
 
 def _pack(detector: Detector, arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, Any]:

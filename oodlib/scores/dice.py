@@ -15,21 +15,10 @@ from oodlib.scores.shaper import Shaper, shaped_bank
 def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[np.float64]:
     r"""The head's weight without its least contributions: not a score, but the head for one.
 
-    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights whose contribution is
-    not above the ``sparsity`` percentile of all become 0; ``sparsity=0`` removes none.
+    Contribution of a weight: ``W_ci mean(h_i)``, with its sign. The weights (C, D) whose
+    contribution is not above the ``sparsity`` percentile (0 .. 100) of all become 0; a sparsity of
+    0 removes none. ``mean_features`` (D,) is the mean over ID training images.
 
-    Parameters
-    ----------
-    weight : (C, D)
-    mean_features : (D,), mean over ID training images
-    sparsity : 0 .. 100, per cent
-
-    Returns
-    -------
-    (C, D) float64
-
-    References
-    ----------
     Sun, Li, ECCV 2022, arXiv 2111.09805
 
     Examples
@@ -51,15 +40,7 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     return np.where(contribution > np.percentile(contribution, sparsity), weight, 0)
 
 
-@register(
-    key="dice",
-    title="DICE: Leveraging Sparsification for Out-of-Distribution Detection",
-    authors="Sun, Li",
-    year=2022,
-    arxiv="2111.09805",
-    needs="features",
-    deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",),
-)
+@register("dice")
 class DICE(Shaper):
     """Detector of ``then`` behind `dice`; ``sparsity``: per cent of the weights to remove."""
 

@@ -8,21 +8,10 @@ from oodlib.scores.detector import Detector, register
 
 
 def energy(logits: Array, *, temperature: float = 1.0) -> Array:
-    r"""Free energy; larger = more OOD.
+    r"""Free energy of logits (N, C), in their unit, (N,) float64; larger = more OOD.
 
-    E = -T log sum_c exp(z_c / T)
+    E = -T log sum_c exp(z_c / T),   temperature T > 0
 
-    Parameters
-    ----------
-    logits : (N, C)
-    temperature : T > 0
-
-    Returns
-    -------
-    (N,) float64, in the unit of the logits
-
-    References
-    ----------
     Liu, Wang, Owens, Li, NeurIPS 2020, arXiv 2010.03759. The paper's score is -E, larger = ID.
 
     Examples
@@ -34,13 +23,7 @@ def energy(logits: Array, *, temperature: float = 1.0) -> Array:
     return by_rows("energy", lambda z: -temperature * (z / temperature).logsumexp(1), logits)
 
 
-@register(
-    key="energy",
-    title="Energy-based Out-of-distribution Detection",
-    authors="Liu, Wang, Owens, Li",
-    year=2020,
-    arxiv="2010.03759",
-)
+@register("energy")
 class Energy(Detector):
     """Detector of `energy`."""
 

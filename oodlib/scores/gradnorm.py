@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from oodlib.arrays import Array, by_rows, check_rows, check_temperature, tensor64
+from oodlib.arrays import Array, by_rows, check_rows, check_shape, check_temperature, tensor64
 from oodlib.errors import OodlibError, check_interval, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores.detector import Detector, register
@@ -26,59 +26,46 @@ def gradnorm(
     generator: torch.Generator | None = None,
     mask: Any = None,
 ) -> Array:
-    r"""GradNorm from the last linear layer, without autograd; larger = more OOD.
+    r"""GradNorm from the last linear layer, without autograd, (N,) float64; larger = more OOD.
 
     S = -||h||_q ||p - t||_q / T,   p = softmax(logits / T),   q = norm,   t = 1/C if uniform
 
     This is minus the L_q norm of d CE(t, p) / dW of each sample; for the uniform target CE is
     KL(u || p) + log C.
 
+    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218, Eq. 9 (q = 1). Paper: larger = ID, hence the
+    minus sign. The official code sums over classes where the paper averages: C times larger, same
+    ranking. The bias is left out, as in the paper; append a column of ones to the features to
+    include it. Valid if logits = W h + b for one vector h per image.
+
     Parameters
     ----------
     features : (N, D)  input h of the last linear layer
     logits : (N, C)    before division by the temperature
-    temperature : T > 0
-    norm : q in (0, inf]
+    temperature, norm : T > 0, and q in (0, inf]
     target : "uniform" (the paper), "predicted" (one-hot at the arg-max), "random" (one-hot at a
         random label), or "label_mean" (mean over all labels of the norms for each label)
     generator : of the random labels; only for target="random"
-    mask : (C, D) bool, of a pruned head: a removed weight has no gradient. Then
-        S = -(sum over unmasked (j, i) of |p_j - 1/C|^q |h_i|^q)^(1/q) / T, uniform target and
-        finite q only
-
-    Returns
-    -------
-    (N,) float64
+    mask : (C, D) bool, of a pruned head: a removed weight has no gradient. Uniform target and
+        finite q only: S = -(sum over unmasked (j, i) of |p_j - 1/C|^q |h_i|^q)^(1/q) / T
 
     Raises
     ------
     OodlibError : row counts differ, features are maps instead of pooled vectors, unknown target,
         q or T out of range, a mask of another shape or with another target
 
-    References
-    ----------
-    Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218, Eq. 9 (q = 1)
-
-    Notes
-    -----
-    Paper: larger = ID, hence the minus sign. The official code sums over classes where the paper
-    averages: C times larger, same ranking. The bias is left out, as in the paper; append a column
-    of ones to the features to include it. Valid if logits = W h + b for one vector h per image.
-
     Examples
     --------
     >>> gradnorm(torch.tensor([[1., 2.]]), torch.tensor([[3., 1.]]).log())
     tensor([-1.5000], dtype=torch.float64)
     """
-    check_temperature("gradnorm", temperature)
-    check_rows("gradnorm", features, logits)
+    name = "gradnorm"
+    _check(name, features, logits, temperature, norm, target)
     if mask is not None:
         return _masked(features, logits, temperature, norm, target, mask)
-    v = _deviation("gradnorm", logits, temperature, norm, target, generator)
+    v = _deviation(name, logits, temperature, norm, target, generator)
     scale = temperature * np.shape(logits)[-1]
-    return by_rows(
-        "gradnorm", lambda h, v: -vector_norm(h, norm, dim=1) * v[:, 0] / scale, features, v
-    )
+    return by_rows(name, lambda h, v: -vector_norm(h, norm, dim=1) * v[:, 0] / scale, features, v)
 
 
 def gradnorm_factors(
@@ -90,15 +77,11 @@ def gradnorm_factors(
     target: Target = "uniform",
     generator: torch.Generator | None = None,
 ) -> tuple[Array, Array]:
-    r"""The two factors of GradNorm, S = -U V / (C T): feature size, and distance to the target.
+    r"""The two factors U, V of GradNorm S = -U V / (C T): feature size, and distance to the target.
 
     U = ||h||_q,   V = C ||p - t||_q   (q = 1, uniform: V = sum_j |1 - C p_j| <= 2 (C - 1))
 
-    Arguments as in `gradnorm`. Both factors are norms: **larger = more ID** if the paper is right.
-
-    Returns
-    -------
-    U, V : (N,) float64 each
+    Arguments as in `gradnorm`; (N,) float64 each. **Larger = more ID** if the paper is right.
 
     Examples
     --------
@@ -106,8 +89,7 @@ def gradnorm_factors(
     (array([3.]), array([1.]))
     """
     name = "gradnorm_factors"
-    check_temperature(name, temperature)
-    check_rows(name, features, logits)
+    _check(name, features, logits, temperature, norm, target)
     v = _deviation(name, logits, temperature, norm, target, generator)
 
     def both(h: Tensor, v: Tensor) -> Tensor:
@@ -120,15 +102,7 @@ def gradnorm_factors(
 def gradnorm_limit(features: Array, logits: Any, *, norm: float = 1) -> Array:
     r"""Limit of T^2 times `gradnorm` (uniform target) as T grows; larger = more OOD.
 
-    S = -||h||_q ||z - mean z||_q / C
-
-    Parameters
-    ----------
-    features : (N, D); logits : (N, C); norm : q in (0, inf]
-
-    Returns
-    -------
-    (N,) float64
+    S = -||h||_q ||z - mean z||_q / C,   features (N, D), logits (N, C), norm q in (0, inf]
 
     Examples
     --------
@@ -149,11 +123,10 @@ def _masked(
     features: Array, logits: Any, temperature: float, norm: float, target: str, mask: Any
 ) -> Array:
     left, size = tensor64(mask), (np.shape(logits)[-1], np.shape(features)[-1])
-    _check_norm("gradnorm", norm)
-    if tuple(left.shape) != size or target != "uniform" or math.isinf(norm):
+    check_shape("gradnorm: mask", left, "(C, D)", size)
+    if target != "uniform" or math.isinf(norm):
         raise OodlibError(
-            f'gradnorm: mask must be (C, D) = {size}, with target="uniform" and a finite norm, got '
-            f"{tuple(left.shape)}, {target!r} and {norm}."
+            f'gradnorm: a mask needs target="uniform" and a finite norm, got {target!r} and {norm}.'
         )
 
     def function(h: Tensor, z: Tensor) -> Tensor:
@@ -164,35 +137,33 @@ def _masked(
     return by_rows("gradnorm", function, features, logits)
 
 
+def _check(
+    name: str, features: Any, logits: Any, temperature: float, norm: float, target: str
+) -> None:
+    check_temperature(name, temperature)
+    check_rows(name, features, logits)
+    _check_norm(name, norm)
+    one_of(f"{name}: target", target, get_args(Target))
+
+
 def _check_norm(name: str, norm: float) -> None:
     check_interval(f"{name}: norm q", norm, "(0, inf]", "Use math.inf for the maximum norm.")
 
 
 def _deviation(
-    name: str,
-    logits: Array,
-    temperature: float,
-    norm: float,
-    target: str,
-    generator: torch.Generator | None,
+    name: str, logits: Array, temperature: float, norm: float, target: str, generator: Any
 ) -> Array:
     """(N, 1): C ||p - t||_q of every row."""
-    _check_norm(name, norm)
-    one_of(f"{name}: target", target, get_args(Target))
-    if target == "random":
-        if generator is None:
-            raise OodlibError(
-                f'{name}: target="random" needs generator=torch.Generator().manual_seed(...).'
-            )
-        count, classes = np.shape(logits)
-        labels = torch.randint(classes, (count, 1), generator=generator, device=generator.device)
-
-        def random(z: Tensor, y: Tensor) -> Tensor:
-            return _one_hot(z / temperature, y.long().to(z.device), norm)
-
-        return by_rows(name, random, logits, labels)
-    function = {"uniform": _uniform, "label_mean": _label_mean, "predicted": _predicted}[target]
-    return by_rows(name, lambda z: function(z / temperature, norm), logits)
+    if target != "random":
+        function = {"uniform": _uniform, "label_mean": _label_mean, "predicted": _one_hot}[target]
+        return by_rows(name, lambda z: function(z / temperature, norm), logits)
+    if generator is None:
+        raise OodlibError(
+            f'{name}: target="random" needs generator=torch.Generator().manual_seed(...).'
+        )
+    count, classes = np.shape(logits)
+    labels = torch.randint(classes, (count, 1), generator=generator, device=generator.device)
+    return by_rows(name, lambda z, y: _one_hot(z / temperature, norm, y), logits, labels)
 
 
 def _uniform(a: Tensor, norm: float) -> Tensor:
@@ -207,11 +178,9 @@ def _uniform(a: Tensor, norm: float) -> Tensor:
     return size
 
 
-def _predicted(a: Tensor, norm: float) -> Tensor:
-    return _one_hot(a, a.argmax(1, keepdim=True), norm)
-
-
-def _one_hot(a: Tensor, labels: Tensor, norm: float) -> Tensor:
+def _one_hot(a: Tensor, norm: float, labels: Tensor | None = None) -> Tensor:
+    """One-hot at the labels (n, 1), by default at the arg-max."""
+    labels = a.argmax(1, keepdim=True) if labels is None else labels.long().to(a.device)
     p = a.softmax(1).scatter_(1, labels, 0)
     # p_y - 1 from the others: exact for a saturated softmax
     p.scatter_(1, labels, -p.sum(1, keepdim=True))
@@ -232,17 +201,7 @@ def _label_mean(a: Tensor, norm: float) -> Tensor:
     return torch.mul(each.mean(1, keepdim=True), a.shape[1])
 
 
-@register(
-    key="gradnorm",
-    title="On the Importance of Gradients for Detecting Distributional Shifts in the Wild",
-    authors="Huang, Geng, Li",
-    year=2021,
-    arxiv="2110.00218",
-    deviations=(
-        "closed form instead of a backward pass per image; equal to rounding",
-        "the paper's scale; the released code is C times larger, same ranking",
-    ),
-)
+@register("gradnorm")
 class GradNorm(Detector):
     """Detector of `gradnorm`; ``seed`` draws the labels of target="random"."""
 

@@ -11,16 +11,11 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from oodlib.arrays import Array, by_rows, check_k, check_temperature, to_numpy
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 from oodlib.features.feature_bank import FeatureBank
+from oodlib.scores import grood_closed_form as closed
 from oodlib.scores.detector import Detector, register
-from oodlib.scores.grood_closed_form import (
-    check_prototypes,
-    distances,
-    grood_polar,
-    softmax,
-    unit,
-)
+from oodlib.scores.grood_closed_form import grood_polar
 from oodlib.scores.moments import stream_means
 from oodlib.scores.neighbours import Index, PolarSearch
 
@@ -45,31 +40,17 @@ def grood(
 
     log S,   S = k-th smallest over the bank x' of ||g(x) - g(x')||_2,   g as in `grood_gradient`
 
+    (N,) float64; -inf for a member of the bank (k = 1). The logarithm changes no ranking; gradients
+    of ID images of a collapsed network are too small for float32, their squared distances for
+    float64. Search is exact, whatever the number of queries at a time.
+
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, Algorithm 2. Their confidence is -S.
+
     Parameters
     ----------
-    features : (N, D)
+    features, prototypes, ood_prototype, temperature : as in `grood_gradient`, as are the errors
     bank : (M, D), ID training features
-    prototypes, ood_prototype, temperature : as in `grood_gradient`
     k : 1 .. M; the paper has k = 1
-
-    Returns
-    -------
-    (N,) float64; -inf for a member of the bank (k = 1)
-
-    Raises
-    ------
-    OodlibError : as in `grood_gradient`, and k outside 1 .. M
-
-    References
-    ----------
-    ElAraby, Sahoo, Pequignot, Novello, Paull, TMLR 2025, arXiv 2312.14427, Algorithm 2. Their
-    confidence is -S.
-
-    Notes
-    -----
-    The logarithm changes no ranking; the gradients of ID images of a collapsed network are too
-    small for float32, and their squared distances for float64. Search is exact and does not depend
-    on the number of queries at a time.
 
     Examples
     --------
@@ -85,41 +66,25 @@ def grood(
     return torch.from_numpy(found) if isinstance(features, Tensor) else found
 
 
-@register(
-    key="grood",
-    title="GROOD: GRadient-Aware Out-of-Distribution Detection",
-    authors="ElAraby, Sahoo, Pequignot, Novello, Paull",
-    year=2025,
-    arxiv="2312.14427",
-    needs="labels",
-    deviations=(
-        "closed form instead of a backward pass per image, and log S instead of S: the same "
-        "ranking",
-        "the OOD prototype is the mean of the class prototypes unless another one is given",
-        "exact search by default; the released code probes 4 inverted lists",
-    ),
-)
+@register("grood")
 class GROOD(Detector):
     """Detector of `grood`; holds the training features of its bank (memory-mapped ones on disk).
 
     Parameters
     ----------
-    k : the k-th nearest gradient counts
+    k, temperature : as in `grood`; index, nlist, nprobe, seed : as in `PolarSearch`
     ood_source : where the OOD prototype comes from: "proto_mean" (mean of the class prototypes), or
-        "synthetic", "noise", "val_ood": then give it, see `synthetic_features` and `noise_features`
-        of `oodlib.scores.grood_prototypes`
+        "synthetic", "noise", "val_ood": then give it, see `synthetic_features`, `noise_features`
     ood_prototype : (D,), or (n, D) penultimate features whose mean it is
-    filter : use of those features only the ones whose distance to the nearest class prototype
-        exceeds its 0.8 quantile (at least 2), as an option of the released code does
-    bank_filter : "correct" (gradients of correctly classified training images, released code) or
-        "all" (Algorithm 1)
+    filter : of those features only the ones whose distance to the nearest class prototype exceeds
+        its 0.8 quantile (at least 2), an option of the released code
+    bank_filter : "correct" (correctly classified training images, released code) or "all"
+        (Algorithm 1)
     fraction : of the bank to use, in (0, 1], drawn by ``seed`` in every class alike
     variant : "gradient" (the paper), or for ablations "magnitude" (log pi_o), "l1" (log of the
         gradient's L1 norm), "direction" (nearest u_o), "distance" (-||h - p_o||), "nearest"
-        (distance to the nearest class prototype), "class_gradient" (gradient at the prototype of
-        the predicted class), "squared" (squared distances)
-    temperature : T
-    index, nlist, nprobe, seed : as in `oodlib.scores.neighbours.PolarSearch`
+        (distance to the nearest class prototype), "class_gradient" (at the prototype of the
+        predicted class), "squared" (squared distances)
 
     Learned: ``prototypes_`` (C, D), ``ood_prototype_`` (D,), ``bank_`` (M, D) and ``classes_``
     (M,), ``kept_`` (share of the training rows that pass ``bank_filter``).
@@ -145,8 +110,7 @@ class GROOD(Detector):
             given = to_numpy(self.ood_prototype).astype(np.float64)
         except (TypeError, ValueError) as error:
             raise OodlibError(
-                "grood: ood_prototype must be numbers, (D,) or (n, D), got "
-                f"{type(self.ood_prototype).__name__}."
+                f"grood: ood_prototype must be numbers, got {type(self.ood_prototype).__name__}."
             ) from error
         if given.ndim == 2 and len(given) and not self.filter:
             given = given.mean(0)
@@ -163,8 +127,8 @@ class GROOD(Detector):
             rows = np.flatnonzero(predicted == bank.labels)
             if len(rows) == 0:
                 raise OodlibError(
-                    "grood.fit: no training image is classified correctly, so the bank is empty. "
-                    'Check the labels, or use bank_filter="all".'
+                    "grood.fit: no training image is classified correctly. Check the labels, or "
+                    'use bank_filter="all".'
                 )
         self.kept_ = len(rows) / len(bank)
         rows = _stratified(rows, bank.labels, self.fraction, self.seed)
@@ -183,15 +147,15 @@ class GROOD(Detector):
     def _values(self, features: NDArray[Any], classes: NDArray[Any]) -> NDArray[Any]:
         if self.variant in _SEARCHED:
             return self._search(*self._gradients(features, classes), self.k)
-        check_prototypes("grood", features, self.prototypes_, self.ood_prototype_, None)
+        closed.check_prototypes(features, self.prototypes_, self.ood_prototype_, None)
         p, o = torch.from_numpy(self.prototypes_), torch.from_numpy(self.ood_prototype_)
 
         def function(h: Tensor) -> Tensor:
-            log_pi, difference, distance = softmax(h, p, o, self.temperature)
+            log_pi, difference, distance = closed.softmax(h, p, o, self.temperature)
             if self.variant == "distance":
                 return -distance
             if self.variant == "nearest":
-                return distances(h, p).amin(1)
+                return closed.distances(h, p).amin(1)
             if self.variant == "l1":
                 return log_pi[:, -1] + (difference.abs().sum(1) / distance).log()
             return log_pi[:, -1]
@@ -201,27 +165,18 @@ class GROOD(Detector):
     def _gradients(
         self, features: NDArray[Any], classes: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        log_norm, direction = grood_polar(
-            features,
-            self.prototypes_,
-            self.ood_prototype_,
-            temperature=self.temperature,
-            squared=self.variant == "squared",
-            classes=classes if self.variant == "class_gradient" else None,
-        )
-        return (np.zeros(len(direction)) if self.variant == "direction" else log_norm), direction
+        options: Any = {"temperature": self.temperature, "squared": self.variant == "squared"}
+        if self.variant == "class_gradient":
+            options["classes"] = classes
+        found = grood_polar(features, self.prototypes_, self.ood_prototype_, **options)
+        return (np.zeros(len(features)), found[1]) if self.variant == "direction" else found
 
     @cached_property
     def _search(self) -> PolarSearch:
         parts = [slice(i, i + _ROWS) for i in range(0, len(self.bank_), _ROWS)]
-        return PolarSearch(
-            np.concatenate([self._gradients(self.bank_[s], self.classes_[s])[0] for s in parts]),
-            self._directions,
-            index=self.index,
-            nlist=self.nlist,
-            nprobe=self.nprobe,
-            seed=self.seed,
-        )
+        norms = [self._gradients(self.bank_[s], self.classes_[s])[0] for s in parts]
+        options: Any = {name: getattr(self, name) for name in ("index", "nlist", "nprobe", "seed")}
+        return PolarSearch(np.concatenate(norms), self._directions, **options)
 
     def _directions(self, rows: Any) -> NDArray[np.float64]:
         if self.variant == "class_gradient":
@@ -229,14 +184,14 @@ class GROOD(Detector):
         else:
             difference = self.bank_[rows] - self.ood_prototype_
         tensor = torch.from_numpy(difference)
-        return np.asarray(unit(tensor, vector_norm(tensor, dim=1)))
+        return np.asarray(closed.unit(tensor, vector_norm(tensor, dim=1)))
 
     def _ood_prototype(self) -> NDArray[np.float64]:
         if self.ood_prototype is None:
             return np.asarray(self.prototypes_.mean(0))
         given, size = np.asarray(self.ood_prototype, dtype=np.float64), self.prototypes_.shape[1]
         fits = given.ndim in (1, 2) and given.shape[-1] == size and len(given) > 0
-        if not fits or not np.isfinite(given).all():
+        if not (fits and np.isfinite(given).all()):
             raise OodlibError(
                 f"grood.fit: ood_prototype must be ({size},) or (n, {size}), finite, got "
                 f"{given.shape}. Give penultimate features of the same network."
@@ -246,7 +201,7 @@ class GROOD(Detector):
         if given.ndim != 2 or len(given) < 2:
             raise OodlibError(
                 f"grood.fit: filter=True chooses among features (n, {size}), n >= 2, got "
-                f"{given.shape}. Give the features instead of their mean."
+                f"{given.shape}. Give them instead of their mean."
             )
         p = torch.from_numpy(self.prototypes_)
         nearest = torch.cdist(torch.from_numpy(given), p).amin(1).numpy()
@@ -257,16 +212,12 @@ class GROOD(Detector):
 
     def _check_parameters(self) -> None:
         check_temperature("grood.fit", self.temperature)
-        if not 0 < self.fraction <= 1 or self.seed < 0:
-            raise OodlibError(
-                "grood.fit: fraction must lie in (0, 1] and seed be at least 0, got "
-                f"{self.fraction} and {self.seed}."
-            )
+        check_interval("grood.fit: fraction", self.fraction, "(0, 1]")
+        check_interval("grood.fit: seed", self.seed, "[0, inf)")
         if self.ood_prototype is None and (self.filter or self.ood_source != "proto_mean"):
             raise OodlibError(
                 f"grood.fit: ood_source={self.ood_source!r}, filter={self.filter} need "
-                "ood_prototype=, features of such images (see synthetic_features and "
-                "noise_features of oodlib.scores.grood_prototypes, Testbed.ood_val)."
+                "ood_prototype=, see synthetic_features, noise_features and Testbed.ood_val."
             )
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from oodlib.arrays import Array, by_rows, check_rows, check_temperature, tensor64, to_numpy
+from oodlib import arrays
+from oodlib.arrays import Array, by_rows, check_finite, check_rows, tensor64, to_numpy
 from oodlib.errors import OodlibError
 
 
@@ -23,16 +24,9 @@ def grood_polar(
 ) -> tuple[Array, Array]:
     r"""The gradient of `grood_gradient` as log of its L2 norm and direction: nothing underflows.
 
-    With d_j = ||h - p_j||, s_j = -d_j / T and log pi = log softmax(s_1 .. s_C, s_o):
+    log ||g|| = log pi_o - log T  (N,),   u = (h - p_o) / ||h - p_o||  (N, D)
 
-    log ||g|| = log pi_o - log T,   u = (h - p_o) / d_o
-
-    Arguments and errors as in `grood_gradient`.
-
-    Returns
-    -------
-    log_norm : (N,) float64; -inf where h = p_o
-    direction : (N, D) float64, unit length; zero where h = p_o
+    float64; -inf and zero where h = p_o. Arguments and errors as in `grood_gradient`.
 
     Examples
     --------
@@ -40,12 +34,14 @@ def grood_polar(
     >>> log_norm.round(4), u
     (array([-0.6931]), array([[0.6, 0.8]]))
     """
-    check_temperature("grood", temperature)
+    arrays.check_temperature("grood", temperature)
     p, o = (tensor64(a).cpu() for a in (prototypes, ood_prototype))
-    y = check_prototypes("grood", features, prototypes, ood_prototype, classes)
-    columns = by_rows(
-        "grood", lambda x, *y: _polar(x.cpu(), p, o, temperature, squared, *y), features, *y
-    )
+    y = check_prototypes(features, prototypes, ood_prototype, classes)
+
+    def function(h: Tensor, y: Tensor | None = None) -> Tensor:
+        return _polar(h.cpu(), p, o, temperature, squared, y)
+
+    columns = by_rows("grood", function, features, *y)
     return columns[:, 0], columns[:, 1:]
 
 
@@ -64,7 +60,10 @@ def grood_gradient(
 
     g = dH/dp_o = (pi_o / T) (h - p_o) / ||h - p_o||      (``squared``: 2 (pi_o / T) (h - p_o))
 
-    g does not depend on the label y. Its L2 norm is pi_o / T.
+    (N, D) float64. g does not depend on the label y. Its L2 norm is pi_o / T; below 1e-308 it
+    becomes zero, which `grood_polar` represents.
+
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, Eq. 5 (as the authors' code has it)
 
     Parameters
     ----------
@@ -76,18 +75,9 @@ def grood_gradient(
     classes : (N,) predicted classes y; then the gradient at the prototype of that class instead,
         dH/dp_y = ((pi_y - 1) / T) (h - p_y) / ||h - p_y||
 
-    Returns
-    -------
-    (N, D) float64. A norm below 1e-308 becomes zero: `grood_polar` represents it.
-
     Raises
     ------
     OodlibError : sizes differ, values are not finite, T out of range, a class outside 0 .. C-1
-
-    References
-    ----------
-    ElAraby, Sahoo, Pequignot, Novello, Paull, TMLR 2025, arXiv 2312.14427, Eq. 5 (as the authors'
-    code has it)
 
     Examples
     --------
@@ -103,7 +93,7 @@ def grood_gradient(
 
 
 def _polar(
-    h: Tensor, p: Tensor, o: Tensor, temperature: float, squared: bool, classes: Any = None
+    h: Tensor, p: Tensor, o: Tensor, temperature: float, squared: bool, classes: Tensor | None
 ) -> Tensor:
     """(n, 1 + D): log norm and direction."""
     log_pi, difference, distance = softmax(h, p, o, temperature, squared)
@@ -139,29 +129,24 @@ def distances(h: Tensor, p: Tensor) -> Tensor:
     return torch.cdist(h, p, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def check_prototypes(
-    name: str, features: Any, prototypes: Any, ood_prototype: Any, y: Any
-) -> list[Any]:
+def check_prototypes(features: Any, prototypes: Any, ood_prototype: Any, y: Any) -> list[Any]:
     """The classes as a column, where they are given."""
-    check_rows(name, features)
+    check_rows("grood", features)
     given = {"features": features, "prototypes": prototypes, "ood_prototype": ood_prototype}
     (_, size), shape, ood_shape = shapes = [tuple(np.shape(values)) for values in given.values()]
     if len(shape) != 2 or not shape[0] or shape[1] != size or ood_shape != (size,):
         raise OodlibError(
-            f"{name}: features (N, D), prototypes (C, D) and ood_prototype (D,) need the same D, "
+            "grood: features (N, D), prototypes (C, D) and ood_prototype (D,) need the same D, "
             f"got {shapes[0]}, {shape} and {ood_shape}."
         )
     for what, values in given.items():
-        if not np.isfinite(to_numpy(values)).all():
-            raise OodlibError(
-                f"{name}: {what} hold NaN or infinity. Check the transform and the weights."
-            )
+        check_finite(f"grood: {what}", to_numpy(values))
     if y is None:
         return []
     y = to_numpy(y)
     if y.shape != (len(features),) or not np.isin(y, np.arange(len(prototypes))).all():
         raise OodlibError(
-            f"{name}: classes must be (N,) = ({len(features)},) whole numbers in 0 .. "
+            f"grood: classes must be (N,) = ({len(features)},) whole numbers in 0 .. "
             f"{len(prototypes) - 1}, got {y.shape} of {np.unique(y)[:5].tolist()}."
         )
     return [y[:, None]]

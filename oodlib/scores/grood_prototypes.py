@@ -1,8 +1,7 @@
 """OOD prototypes of GROOD that need the network again: mixed early maps, and noise.
 
-A network is split at a *named* module by forward hooks: one pass records the module's output, the
-next one puts another output in its place. No list of children is replayed, so functional
-activations, skips and token handling stay as they are.
+Forward hooks split a network at a *named* module: one pass records its output, the next one puts
+another output in its place. Functional activations, skips and token handling stay as they are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from oodlib.arrays import check_shape
 from oodlib.errors import OodlibError, check_interval
-from oodlib.models.hooks import eval_mode, find_head
+from oodlib.models.hooks import eval_mode, find_head, named_layers
 from oodlib.scores.moments import stream_means
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -57,36 +57,28 @@ def early_layers(model: nn.Module) -> list[str]:
     """Names of three early modules, early to late; the last is the usual place to mix.
 
     Known: ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm),
-    Swin, BiT and ConvNeXt.
-
-    Raises
-    ------
-    OodlibError : another kind of network: name a layer yourself
+    Swin, BiT and ConvNeXt; another kind of network is an OodlibError: name a layer yourself.
     """
     known = {name for name, _ in model.named_modules()}
     for names in _EARLY:
         if known.issuperset(names):
             return list(names[:3])
     raise OodlibError(
-        f"early_layers: no early modules are known for {type(model).__name__}. Name a stage that "
-        "all information goes through, see model.named_modules()."
+        f"early_layers: none are known for {type(model).__name__}. Name a stage that all "
+        "information goes through, see model.named_modules()."
     )
 
 
 def split_forward(
     model: nn.Module, layer: str, x: Tensor, replace: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass in evaluation mode that returns, or replaces, the output of a named module.
+    """One pass: output of a named module (n, ...), input of the head (n, D), logits (n, C).
 
     Parameters
     ----------
     layer : as in ``model.named_modules()``; all information must go through it
-    x : (n, c, h, w) network inputs, on the model's device
+    x : (n, c, h, w), on the model's device
     replace : output of the layer to go on with, (n, ...); then only the batch size of x matters
-
-    Returns
-    -------
-    output of the layer (n, ...), input of the linear head (n, D), logits (n, C)
 
     Raises
     ------
@@ -109,20 +101,19 @@ def early_prototypes(
 
     Parameters
     ----------
-    layers : names of modules that all information goes through; this is checked on the first images
+    layers : names of modules that all information goes through; checked on the first images
     batches : network inputs and true labels, `Testbed.batches("fit")`
-    num_classes : C
 
     Raises
     ------
     OodlibError : as in `split_forward`; a batch without an image, a label outside 0 .. C-1, a class
         without a sample
     """
-    shapes: dict[str, torch.Size] = {}
+    shapes: list[torch.Size] = []
     forwards = 0
 
     def maps() -> Iterator[tuple[NDArray[Any], Tensor]]:
-        nonlocal forwards
+        nonlocal forwards, shapes
         for x, y in batches:
             _check_batch("early_prototypes", x)
             x = x.to(device)
@@ -133,21 +124,19 @@ def early_prototypes(
             hooks = {layer: _record(found[layer]) for layer in layers}
             with _hooks(model, hooks), torch.inference_mode():
                 model(x)
-            shapes.update({layer: found[layer][0].shape[1:] for layer in layers})
+            outputs = [found[layer][0] for layer in layers]
+            shapes = [output.shape[1:] for output in outputs]
             forwards += len(x)
-            flat = [found[layer][0].flatten(1).float().cpu().numpy() for layer in layers]
-            yield np.concatenate(flat, 1), y
+            yield np.concatenate([o.flatten(1).float().cpu().numpy() for o in outputs], 1), y
 
     if not layers:
         raise OodlibError("early_prototypes: name at least one layer.")
     model.to(device)
     with eval_mode(model):
         means = torch.from_numpy(stream_means(maps(), num_classes).astype(np.float32))
-    parts = torch.split(means, [shapes[layer].numel() for layer in layers], 1)
-    named = zip(layers, parts, strict=True)
-    return EarlyPrototypes(
-        {layer: part.reshape(num_classes, *shapes[layer]) for layer, part in named}, forwards
-    )
+    parts = torch.split(means, [shape.numel() for shape in shapes], 1)
+    maps_of = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return EarlyPrototypes(dict(zip(layers, maps_of, strict=True)), forwards)
 
 
 def synthetic_features(
@@ -163,27 +152,20 @@ def synthetic_features(
 
     z = lambda f_early(x) + (1 - lambda) P_early[r],   r = class with the second largest logit of x
 
+    Two passes per image.
+
+    ElAraby et al., TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8 (neither could be read: the
+    formula is that of the authors' code)
+
     Parameters
     ----------
-    layer : name of the early module
-    prototypes : (C, ...) class means of its output, `EarlyPrototypes.means[layer]`
+    prototypes : (C, ...) class means of the layer's output, `EarlyPrototypes.means[layer]`
     batches : network inputs of training images, of all classes alike (labels are not read)
-    lam : lambda in [0, 1]; 1 is the plain forward pass. The released code has 0.5, its
-        configuration 0.8
-
-    Returns
-    -------
-    OodFeatures : two passes per image
+    lam : lambda in [0, 1]; 1 is the plain pass. The released code has 0.5, its configuration 0.8
 
     Raises
     ------
-    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image;
-        as `split_forward`
-
-    References
-    ----------
-    ElAraby, Sahoo, Pequignot, Novello, Paull, TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8
-    (neither could be read: the formula is that of the authors' code)
+    OodlibError : lambda out of range, prototypes of another shape, no image; as `split_forward`
     """
     check_interval("synthetic_features: lam", lam, "[0, 1]")
     model.to(device)
@@ -196,13 +178,13 @@ def synthetic_features(
             x = x.to(device)
             head = head or _check_split(model, layer, x[:2])
             early, _, logits = _split(model, layer, head, x, None)
-            if logits.shape[1] < 2 or prototypes.shape != (logits.shape[1], *early.shape[1:]):
-                raise OodlibError(
-                    f"synthetic_features: prototypes of {layer!r} must be (C, ...) = "
-                    f"{(logits.shape[1], *early.shape[1:])} with C > 1, got "
-                    f"{tuple(prototypes.shape)}. Use early_prototypes with the same layer and "
-                    "image size."
-                )
+            check_shape(
+                f"synthetic_features: prototypes of {layer!r}",
+                prototypes,
+                "(C, ...)",
+                (max(2, logits.shape[1]), *early.shape[1:]),
+                "Use early_prototypes with the same layer and image size.",
+            )
             runner_up = logits.topk(2).indices[:, 1]
             mixed = lam * early + (1 - lam) * prototypes[runner_up].to(early.dtype)
             features.append(_split(model, layer, head, x, mixed)[1].float().cpu().numpy())
@@ -213,15 +195,13 @@ def synthetic_features(
 
 
 def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Generator) -> Tensor:
-    """Blurred uniform noise (n, c, h, w) in [0, 1], float32.
+    """Uniform noise (n, c, h, w) in [0, 1], float32, after a Gaussian blur of 5 x 7 pixels.
 
-    Gaussian blur of 5 x 7 pixels, sigma uniform in (0.2, 5) for each image.
+    Its sigma is uniform in (0.2, 5) for each image.
     """
     c, h, w = shape
     if min(h, w) < 4:
-        raise OodlibError(
-            f"noise_images: images of at least 4 x 4 pixels are needed, got {h} x {w}."
-        )
+        raise OodlibError(f"noise_images: needs at least 4 x 4 pixels, got {h} x {w}.")
     images = torch.rand(n, c, h, w, generator=generator)
     sigma = 0.2 + 4.8 * torch.rand(n, 1, generator=generator)
     for size, axis in ((7, 2), (5, 3)):  # torchvision's order is (x, y): 5 wide, 7 high
@@ -244,21 +224,13 @@ def noise_features(
     std: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
 ) -> OodFeatures:
-    """Penultimate features of blurred noise with a small logsumexp of the logits (10 of each 100).
+    """Penultimate features of n `noise_images` with a small logsumexp of the logits (10 of 100).
 
     Parameters
     ----------
     shape : (c, h, w) of the network's inputs
-    n : number of features
-    mean, std : of the network's input normalisation; the released code feeds the noise without it
-
-    Returns
-    -------
-    OodFeatures : ten passes per feature
-
-    Raises
-    ------
-    OodlibError : n below 1, only one of mean and std
+    mean, std : of the network's input normalisation, both or neither; the released code feeds the
+        noise without it
     """
     if (mean is None) != (std is None):
         raise OodlibError("noise_features: give both mean and std, or neither.")
@@ -298,8 +270,7 @@ def _split(
         logits = model(x)
     if len(outputs) != 1:
         raise OodlibError(
-            f"split: layer {layer!r} ran {len(outputs)} times in one pass, once is needed. Name a "
-            "module that is used once."
+            f"split: layer {layer!r} ran {len(outputs)} times in one pass. Name one used once."
         )
     return outputs[0], features[0].flatten(1), logits
 
@@ -311,8 +282,8 @@ def _check_split(model: nn.Module, layer: str, x: Tensor) -> str:
     again = _split(model, layer, head, 1 - x, output)[2]
     if not torch.allclose(again, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise OodlibError(
-            f"split: a path leads around layer {layer!r}, so its output does not determine the "
-            "logits. Name a whole stage or block instead of a layer inside a residual branch."
+            f"split: a path leads around layer {layer!r}. Name a whole stage or block instead of a "
+            "layer inside a residual branch."
         )
     return head
 
@@ -329,10 +300,6 @@ def _record(found: list[Tensor], replace: Tensor | None = None) -> Callable[...,
     return hook
 
 
-def _record_input(found: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    found.append(inputs[0])
-
-
 @contextmanager
 def _hooks(
     model: nn.Module,
@@ -340,17 +307,11 @@ def _hooks(
     before: Mapping[str, list[Tensor]] | None = None,
 ) -> Iterator[None]:
     """Forward hooks after some modules, and lists that get the input of others."""
-    modules = dict(model.named_modules())
-    if unknown := [name for name in after if name not in modules]:
-        raise OodlibError(
-            f"split: the model has no layer {unknown[0]!r}. Its top-level layers are "
-            f"{', '.join(n for n, _ in model.named_children())}."
-        )
+    modules = named_layers("split", model, after)
     handles = [modules[name].register_forward_hook(hook) for name, hook in after.items()]
-    handles += [
-        modules[name].register_forward_pre_hook(partial(_record_input, found))
-        for name, found in (before or {}).items()
-    ]
+    for name, found in (before or {}).items():
+        keep = partial(lambda found, _, inputs: found.append(inputs[0]), found)
+        handles.append(modules[name].register_forward_pre_hook(keep))
     try:
         yield
     finally:

@@ -13,21 +13,12 @@ from oodlib.scores.detector import Detector, register
 
 
 def kl_matching(logits: Array, *, log_templates: Any) -> Array:
-    r"""Divergence from the nearest template; larger = more OOD, as in the paper.
+    r"""Divergence from the nearest template, (N,) float64, nats; larger = more OOD.
 
     S = min_k KL(p || d_k),   p = softmax(logits)
 
-    Parameters
-    ----------
-    logits : (N, C)
-    log_templates : (K, C), logarithms of the mean outputs d_k of ID images predicted as class k
+    logits (N, C); log_templates (K, C), log of the mean outputs d_k of ID images predicted as k
 
-    Returns
-    -------
-    (N,) float64, nats
-
-    References
-    ----------
     Hendrycks et al., ICML 2022, arXiv 1911.11132
 
     Examples
@@ -39,7 +30,7 @@ def kl_matching(logits: Array, *, log_templates: Any) -> Array:
     log_d = tensor64(log_templates)
     if log_d.ndim != 2 or log_d.shape[1] != np.shape(logits)[-1]:
         raise OodlibError(
-            f"kl_matching: logits (N, C) and log_templates (K, C) need the same C, got "
+            "kl_matching: logits (N, C) and log_templates (K, C) need the same C, got "
             f"{tuple(np.shape(logits))} and {tuple(log_d.shape)}."
         )
 
@@ -50,17 +41,7 @@ def kl_matching(logits: Array, *, log_templates: Any) -> Array:
     return by_rows("kl_matching", score, logits)
 
 
-@register(
-    key="kl_matching",
-    title="Scaling Out-of-Distribution Detection for Real-World Settings",
-    authors="Hendrycks, Basart, Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song",
-    year=2022,
-    arxiv="1911.11132",
-    needs="features",
-    deviations=(
-        "templates from the bank that it is fitted on; the paper takes ID validation images",
-    ),
-)
+@register("kl_matching")
 class KLMatching(Detector):
     """Detector of `kl_matching`; a class that is predicted for no image has no template."""
 

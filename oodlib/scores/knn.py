@@ -14,9 +14,13 @@ from oodlib.scores.neighbours import SPARE, EuclideanSearch
 
 
 def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> Array:
-    r"""Euclidean distance to the k-th nearest training feature; larger = more OOD.
+    r"""Euclidean distance to the k-th nearest training feature, (N,) float64; larger = more OOD.
 
     S = ||x - x_(k)||_2,   x = h / ||h||_2 if ``normalise``
+
+    Neither faiss nor the number of queries at a time changes it.
+
+    Sun, Ming, Zhu, Li, ICML 2022, arXiv 2204.06507. The paper's score is -S, larger = ID.
 
     Parameters
     ----------
@@ -25,17 +29,9 @@ def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> A
     k : 1 .. M
     normalise : features to unit length first, as the paper does (a zero feature stays zero)
 
-    Returns
-    -------
-    (N,) float64; neither faiss nor the number of queries at a time changes it
-
     Raises
     ------
     OodlibError : k outside 1 .. M, feature sizes differ
-
-    References
-    ----------
-    Sun, Ming, Zhu, Li, ICML 2022, arXiv 2204.06507. The paper's score is -S, larger = ID.
 
     Examples
     --------
@@ -66,15 +62,7 @@ def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> A
     return by_rows("knn", distance, features)
 
 
-@register(
-    key="knn",
-    title="Out-of-Distribution Detection with Deep Nearest Neighbors",
-    authors="Sun, Ming, Zhu, Li",
-    year=2022,
-    arxiv="2204.06507",
-    needs="features",
-    deviations=("distances of the candidates are computed again in float64",),
-)
+@register("knn")
 class KNN(Detector):
     """Detector of `knn`; holds the training features (a memory-mapped bank stays on disk)."""
 

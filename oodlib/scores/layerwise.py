@@ -1,7 +1,6 @@
 r"""Scores of a generative model's gradients and likelihoods; larger = more OOD, +inf = most OOD.
 
-f_l = ||d sum_b log p(x_b) / d theta_l||^2 comes from `oodlib.gradients.layer_gradient_norms`; a row
-is an image or a group of B images.
+f_l = ||d sum_b log p(x_b) / d theta_l||^2 is of `layer_gradient_norms`; a row is an image or group.
 """
 
 from typing import Any, Self
@@ -25,10 +24,12 @@ class LayerwiseDensity:
 
     Two-sided: a gradient that is too small counts as much as one that is too large.
 
+    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485
+
     Parameters
     ----------
     epsilon : 0, the definition: tensors whose gradient is zero for a fit row, or the same for all,
-        are left out, and a zero met later counts as the smallest fitted value. Above 0, as in the
+        are left out, and a later zero counts as the smallest fitted value. Above 0, as in the
         released code (1e-10): u = log(f + epsilon), sigma^2 + epsilon, every tensor counts; then
         the unit of the objective matters.
 
@@ -37,10 +38,6 @@ class LayerwiseDensity:
     mean_, variance_ : (L,) of u over the fit rows, unbiased
     kept_ : (L,) bool, the tensors that count
     overflowed_ : fit rows left out because a norm was infinite
-
-    References
-    ----------
-    Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485
 
     Examples
     --------
@@ -61,8 +58,7 @@ class LayerwiseDensity:
         if len(f) < 2:
             raise OodlibError(
                 f"LayerwiseDensity.fit: needs at least 2 rows of finite norms, got {len(f)} "
-                f"({self.overflowed_} overflowed). Give more ID images, or a flow that trained "
-                "stably."
+                f"({self.overflowed_} overflowed). Give more ID images, or a stably trained flow."
             )
         self._floor = f.min(0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -72,8 +68,8 @@ class LayerwiseDensity:
         self.kept_ = np.ones_like(varies) if self.epsilon else varies
         if not self.kept_.any():
             raise OodlibError(
-                "LayerwiseDensity.fit: every tensor has a zero or constant gradient, so there is "
-                "nothing to fit. Check the objective, and that the fit images differ."
+                "LayerwiseDensity.fit: nothing to fit: every gradient is zero or constant. Check "
+                "the objective, and that the fit images differ."
             )
         return self
 
@@ -84,8 +80,7 @@ class LayerwiseDensity:
         f = _norms(norms, "LayerwiseDensity")
         if f.shape[1] != len(self.mean_):
             raise OodlibError(
-                f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of "
-                f"{f.shape[1]}. Take both from one network."
+                f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of {f.shape[1]}."
             )
         f = f + self.epsilon if self.epsilon else np.where(f > 0, f, self._floor)
         with np.errstate(divide="ignore"):
@@ -114,25 +109,20 @@ def naive_norm(norms: Any) -> Floats:
 
 
 def typicality(nll: Any, fit_nll: Any) -> Floats:
-    """|nll - mean of fit_nll|, (n,): how far from the typical set.
+    """|nll - mean of fit_nll|, (n,), in one unit; infinite fit rows are left out.
 
     Nalisnick et al. 2019, arXiv 1906.02994, without the bootstrap, as Dauncey et al. use it.
-    nll (n,), fit_nll (m,) in one unit; infinite fit rows are left out, an infinite nll scores +inf.
     """
     nll, fit = _vector(nll, "typicality"), _vector(fit_nll, "typicality")
     fit = fit[np.isfinite(fit)]
     if len(fit) == 0:
-        raise OodlibError(
-            "typicality: no finite likelihood to average. Give ID images of a flow that trained "
-            "stably."
-        )
+        raise OodlibError("typicality: no finite likelihood. Give ID images of a stable flow.")
     return np.asarray(np.abs(nll - fit.mean()))
 
 
 def input_complexity(nll_bits: Any, code_bits: Any) -> Floats:
-    """-log2 p(x) - L(x), (n,): the likelihood beside a general-purpose code.
+    """-log2 p(x) - L(x), (n,), of bits per image or group, L by `compressed_bits`.
 
-    nll_bits (n,) and code_bits (n,), both in bits per image (or per group), from `compressed_bits`.
     Serrà et al. 2020, arXiv 1909.11480.
     """
     nll, code = _vector(nll_bits, "input_complexity"), _vector(code_bits, "input_complexity")
@@ -148,8 +138,8 @@ def _norms(norms: Any, name: str) -> Floats:
     f = np.array(to_numpy(norms), dtype=np.float64)
     if f.ndim != 2 or 0 in f.shape or not (f >= 0).all():  # NaN fails too
         raise OodlibError(
-            f"{name}: needs squared norms (N, tensors), none negative or NaN, got shape {f.shape}. "
-            "Use layer_gradient_norms."
+            f"{name}: needs squared norms (N, tensors) >= 0, got {f.shape}. Use "
+            "layer_gradient_norms."
         )
     return f
 
@@ -157,7 +147,5 @@ def _norms(norms: Any, name: str) -> Floats:
 def _vector(values: Any, name: str) -> Floats:
     v = np.asarray(to_numpy(values), dtype=np.float64)
     if v.ndim != 1 or len(v) == 0 or np.isnan(v).any() or (v == -np.inf).any():
-        raise OodlibError(
-            f"{name}: needs values (n,), none NaN or -inf, got shape {v.shape}. Use -log_prob."
-        )
+        raise OodlibError(f"{name}: needs values (n,), none NaN or -inf, got {v.shape}.")
     return v

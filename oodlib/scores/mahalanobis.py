@@ -16,7 +16,7 @@ from oodlib.scores.moments import class_moments
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
     """Matrix A (D, rank) with A A^T the pseudo-inverse of a covariance (D, D).
 
-    ||A^T x||^2 is the Mahalanobis form of x. Directions whose variance is below ``rtol`` times the
+    ||A^T x||^2 is the Mahalanobis form of x. Directions with a variance below ``rtol`` times the
     largest (dead units) are left out.
 
     Examples
@@ -31,22 +31,12 @@ def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
 
 
 def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
-    r"""Squared Mahalanobis distance to the nearest class mean; larger = more OOD.
+    r"""Squared Mahalanobis distance to the nearest class mean, (N,) float64; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)
 
-    Parameters
-    ----------
-    features : (N, D)
-    class_means : (C, D)
-    whitening : (D, r) with Sigma^+ = A A^T, see `whitening`
+    features h (N, D), class_means mu (C, D), whitening A (D, r) with Sigma^+ = A A^T: `whitening`
 
-    Returns
-    -------
-    (N,) float64
-
-    References
-    ----------
     Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S.
 
     Examples
@@ -61,22 +51,12 @@ def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
 def relative_mahalanobis(
     features: Array, class_means: Any, whitening: Any, mean: Any, total_whitening: Any
 ) -> Array:
-    r"""Mahalanobis distance to the nearest class minus that to all data; larger = more OOD.
+    r"""`mahalanobis` minus the distance to all data, (N,) float64; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
 
-    Parameters
-    ----------
-    features : (N, D)
-    class_means, whitening : (C, D) and (D, r), within classes
-    mean, total_whitening : (D,) and (D, r0), of all classes together
+    mean mu (D,) and total_whitening (D, r0) are of all classes together, the others as there.
 
-    Returns
-    -------
-    (N,) float64
-
-    References
-    ----------
     Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. Their confidence is -S.
 
     Examples
@@ -103,19 +83,7 @@ def _nearest(means: Any, whitening: Any) -> Callable[[Tensor], Tensor]:
     return distance
 
 
-@register(
-    key="mahalanobis",
-    title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial "
-    "Attacks",
-    authors="Lee, Lee, Lee, Shin",
-    year=2018,
-    arxiv="1807.03888",
-    needs="labels",
-    deviations=(
-        "last features only, no input perturbation, no layer weights learned on outliers",
-        "pseudo-inverse of the covariance, in float64",
-    ),
-)
+@register("mahalanobis")
 class Mahalanobis(Detector):
     """Detector of `mahalanobis`."""
 
@@ -127,15 +95,7 @@ class Mahalanobis(Detector):
         return mahalanobis(bank.features, self.class_means_, self.whitening_)
 
 
-@register(
-    key="relative_mahalanobis",
-    title="A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
-    authors="Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan",
-    year=2021,
-    arxiv="2106.09022",
-    needs="labels",
-    deviations=("pseudo-inverse of the covariances, in float64",),
-)
+@register("relative_mahalanobis")
 class RelativeMahalanobis(Detector):
     """Detector of `relative_mahalanobis`."""
 

@@ -12,8 +12,6 @@ def max_logit(logits: Array) -> Array:
 
     S = -max_c z_c
 
-    References
-    ----------
     Hendrycks et al., ICML 2022, arXiv 1911.11132
 
     Examples
@@ -24,13 +22,7 @@ def max_logit(logits: Array) -> Array:
     return by_rows("max_logit", lambda z: -z.amax(1), logits)
 
 
-@register(
-    key="max_logit",
-    title="Scaling Out-of-Distribution Detection for Real-World Settings",
-    authors="Hendrycks, Basart, Mazeika, Zou, Kwon, Mostajabi, Steinhardt, Song",
-    year=2022,
-    arxiv="1911.11132",
-)
+@register("max_logit")
 class MaxLogit(Detector):
     """Detector of `max_logit`."""
 

@@ -16,9 +16,8 @@ _ROWS = 16384
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments of labelled features.
+    """Moments of labelled features: mean (D,), class_means (C, D), counts (C,).
 
-    mean : (D,); class_means : (C, D); counts : (C,)
     covariance : (D, D), within classes, divided by N (not N - C), as in the Mahalanobis papers
     total_covariance : (D, D), about the global mean, divided by N
     """
@@ -37,12 +36,6 @@ class MomentSums:
     moments: ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and ``within = total - sum_c n_c
     (mu_c-mean)(mu_c-mean)^T / N``.
 
-    Parameters
-    ----------
-    num_classes : C
-
-    Raises
-    ------
     OodlibError : no batch, a label outside 0 .. C-1, a class without a sample
     """
 
@@ -75,13 +68,8 @@ class MomentSums:
         total = self.scatter / n - np.outer(centred, centred)
         spread = means - centred
         within = total - (spread.T * (self.counts / n)) @ spread
-        return Moments(
-            mean=self.shift + centred,
-            class_means=self.shift + means,
-            counts=self.counts.copy(),
-            covariance=(within + within.T) / 2,
-            total_covariance=(total + total.T) / 2,
-        )
+        symmetric = (within + within.T) / 2, (total + total.T) / 2
+        return Moments(self.shift + centred, self.shift + means, self.counts.copy(), *symmetric)
 
 
 def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
@@ -93,10 +81,7 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
 
 
 def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArray[np.float64]:
-    """Class means (C, d) of batches of features (n, ...), flattened to d; memory C x d only.
-
-    Arguments and errors as in `stream_moments`.
-    """
+    """Class means (C, d) of features (n, ...), flattened to d; batches as in `stream_moments`."""
     sums, counts = np.empty((0, 0)), np.zeros(num_classes, dtype=np.int64)
     for batch_features, batch_labels in batches:
         features, labels = to_numpy(batch_features), to_numpy(batch_labels)
@@ -127,8 +112,8 @@ def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
 def _check_labels(name: str, features: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
     if len(features) != len(labels) or len(features) == 0:
         raise OodlibError(
-            f"{name}: a batch has {len(features)} features but {len(labels)} labels; as many are "
-            "needed, and at least one. Check the loader or the filter before it."
+            f"{name}: a batch has {len(features)} features but {len(labels)} labels. Check the "
+            "loader or the filter before it."
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise OodlibError(
@@ -144,5 +129,5 @@ def _check_counts(name: str, counts: NDArray[np.int64]) -> None:
         empty = np.flatnonzero(counts == 0)
         raise OodlibError(
             f"{name}: every class needs a sample, class {empty[0]} has none ({len(empty)} of "
-            f"{len(counts)} classes are empty). Check the split."
+            f"{len(counts)} are empty). Check the split."
         )

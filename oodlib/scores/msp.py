@@ -1,4 +1,4 @@
-"""Maximum softmax probability."""
+"""Maximum softmax probability, and ODIN without its perturbation: the same at T = 1000."""
 
 from typing import Any
 
@@ -8,21 +8,12 @@ from oodlib.scores.detector import Detector, register
 
 
 def msp(logits: Array, *, temperature: float = 1.0) -> Array:
-    r"""Negative maximum softmax probability; larger = more OOD.
+    r"""Negative maximum softmax probability of logits (N, C), (N,) float64; larger = more OOD.
 
-    S = -max_c p_c,   p = softmax(logits / T)
+    S = -max_c p_c in [-1, -1/C],   p = softmax(logits / T),   temperature T > 0
 
-    Parameters
-    ----------
-    logits : (N, C)
-    temperature : T > 0
+    Largest logits that lead by more than about 37 T tie at -1.
 
-    Returns
-    -------
-    (N,) float64 in [-1, -1/C]; largest logits that lead by more than about 37 T tie at -1
-
-    References
-    ----------
     Hendrycks, Gimpel, ICLR 2017, arXiv 1610.02136. The paper's score is -S, larger = ID.
 
     Examples
@@ -34,14 +25,22 @@ def msp(logits: Array, *, temperature: float = 1.0) -> Array:
     return by_rows("msp", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
-@register(
-    key="msp",
-    title="A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural "
-    "Networks",
-    authors="Hendrycks, Gimpel",
-    year=2017,
-    arxiv="1610.02136",
-)
+def odin(logits: Array, *, temperature: float = 1000.0) -> Array:
+    r"""`msp` at a high temperature, **no input perturbation**; larger = more OOD.
+
+    Liang, Li, Srikant, ICLR 2018, arXiv 1706.02690; epsilon = 0 as in GradNorm's released code.
+    The paper's score is -S, larger = ID.
+
+    Examples
+    --------
+    >>> odin(np.array([[8.0, 0.0], [2.0, 0.0]])).round(4)
+    array([-0.502 , -0.5005])
+    """
+    check_temperature("odin", temperature)
+    return by_rows("odin", lambda z: -(z / temperature).softmax(1).amax(1), logits)
+
+
+@register("msp")
 class MSP(Detector):
     """Detector of `msp`."""
 
@@ -49,3 +48,13 @@ class MSP(Detector):
 
     def _score(self, bank: FeatureBank) -> Any:
         return msp(bank.logits, temperature=self.temperature)
+
+
+@register("odin")
+class ODIN(Detector):
+    """Detector of `odin`."""
+
+    temperature: float = 1000.0
+
+    def _score(self, bank: FeatureBank) -> Any:
+        return odin(bank.logits, temperature=self.temperature)

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,14 +22,9 @@ _RANGE = 40.0  # e^80 is the largest square, so float32 holds it
 class EuclideanSearch:
     """Distance to the k-th nearest row of ``train`` (M, D), exact in float64 with or without faiss.
 
-    faiss finds candidates in float32; their distances are computed again, and a query is searched
-    again in float64 where a float32 error could have hidden a neighbour. Centre the values first:
-    large ones lose digits in float32.
-
-    Parameters
-    ----------
-    train : (M, D) float64
-    candidates : rows to look at for each query, k .. M
+    faiss finds ``candidates`` (k .. M rows for each query) in float32; their distances are computed
+    again, and a query is searched again in float64 where a float32 error could have hidden a
+    neighbour. Centre the values first: large ones lose digits in float32.
     """
 
     def __init__(self, train: Floats, candidates: int):
@@ -52,8 +46,7 @@ class EuclideanSearch:
         approximate, found = self.index.search(x.astype(np.float32), self.candidates)
         result = self.measure(x, found, k)
         if self.candidates < len(self.train):
-            # a neighbour that was not returned lies at least as far as the last candidate, up to
-            # the float32 error
+            # what was not returned lies as far as the last candidate, up to the float32 error
             size = np.linalg.norm(x, axis=1) + self.farthest
             slack = 2.0**-22 * np.sqrt(x.shape[1]) * size**2
             unsure = ~(approximate[:, -1] - slack >= result**2)
@@ -89,18 +82,15 @@ class PolarSearch:
     Parameters
     ----------
     log_norm : (M,) the l of every vector
-    directions : row numbers (n,) or a slice -> (n, D) float64, the unit vectors u of these rows (or
-        zero vectors)
+    directions : row numbers (n,) or a slice -> (n, D) float64, unit (or zero) vectors u of the rows
     index : "flat" compares with every vector, exactly and without faiss: float32 cosines give lower
         bounds of all distances, the nearest are measured in float64, and a query that the bounds
         leave open is searched again with float64 cosines, then against everything. "ivf" (inverted
         lists), "hnsw" (graph, 32 links) and "ivfpq" (lists of compressed vectors) look at a part
         only, with faiss; the k + 16 candidates they find are measured in float64. They see norms
         within e^-40 .. e^40 of the median, others at that edge: a warning says so
-    nlist : number of inverted lists; by default 4 sqrt(M), or fewer where a list would have less
-        than 39 vectors
-    nprobe : lists that are searched; a query that meets too few vectors there is searched again in
-        more of them
+    nlist : number of inverted lists, by default 4 sqrt(M), of 39 vectors or more on average
+    nprobe : lists that are searched, and more of them for a query that meets too few vectors
     seed : of k-means
 
     Raises
@@ -131,7 +121,7 @@ class PolarSearch:
         if beyond:
             warnings.warn(
                 f"PolarSearch: {beyond} of {len(log_norm)} norms lie more than {_RANGE:.0f} nats "
-                f'from the median, where index="{index}" cannot tell them apart. Use index="flat".',
+                f'from the median, out of sight of index="{index}". Use index="flat".',
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -196,8 +186,8 @@ class PolarSearch:
         while (few := (found >= 0).sum(1) < k).any():  # the lists it looked at hold fewer: label -1
             if not hasattr(index, "nlist") or nprobe >= index.nlist:
                 raise OodlibError(
-                    f"PolarSearch: {int(few.sum())} queries found fewer than k = {k} neighbours. "
-                    'Give index="flat".'
+                    f"PolarSearch: {few.sum()} queries found fewer than k = {k} neighbours. Use "
+                    'index="flat".'
                 )
             import faiss
 
@@ -245,16 +235,20 @@ def _build(
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(size, 32)
         index.hnsw.efConstruction, index.hnsw.efSearch = 100, 128
-        with _one_thread(faiss):  # several threads would add in a changing order
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # several threads would add in a changing order
+        try:
             index.add(vectors)
+        finally:
+            faiss.omp_set_num_threads(threads)
         return index
     lists = nlist
     if lists is None:
         lists = max(1, min(round(4 * math.sqrt(count)), count // _PER_CENTROID))
     if not (1 <= lists <= count and 1 <= nprobe <= lists):
         raise OodlibError(
-            f"PolarSearch: 1 <= nprobe <= nlist <= {count} (vectors in the bank) is needed, got "
-            f"nprobe {nprobe} and nlist {lists}."
+            f"PolarSearch: needs 1 <= nprobe <= nlist <= {count} (vectors in the bank), got nprobe "
+            f"{nprobe} and nlist {lists}."
         )
     coarse = faiss.IndexFlatL2(size)
     if kind == "ivf":
@@ -264,7 +258,7 @@ def _build(
         if bits < 4:
             raise OodlibError(
                 f'PolarSearch: index="ivfpq" needs at least {16 * _PER_CENTROID} vectors to train '
-                f'its code, got {count}. Use index="flat" or "ivf".'
+                f'its code, got {count}. Use "flat" or "ivf".'
             )
         parts = max(m for m in range(1, min(64, size) + 1) if size % m == 0)
         index = faiss.IndexIVFPQ(coarse, size, lists, parts, bits)
@@ -274,13 +268,3 @@ def _build(
     index.add(vectors)
     index.nprobe = nprobe
     return index
-
-
-@contextmanager
-def _one_thread(faiss: Any) -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

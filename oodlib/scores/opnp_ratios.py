@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oodlib import arrays, metrics
 from oodlib.arrays import to_numpy
-from oodlib.errors import OodlibError, one_of
+from oodlib.errors import OodlibError, check_interval, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores import energy
 from oodlib.scores.opnp import Scope, kept, ranks, tail_size
@@ -25,11 +25,9 @@ HIGH = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Scores and ID accuracy of every pair of ratios.
+    """Scores and ID accuracy of every pair of ratios low (L,), high (H,).
 
-    low (L,), high (H,) : the ratios
-    scores : set -> (L, H, N) float64, larger = more OOD; NaN where low + high is 1 or more; "id" is
-        the ID set
+    scores : set, or "id" -> (L, H, N) float64, larger = more OOD; NaN where low + high >= 1
     accuracy : (L, H) of the ID images whose label is known; NaN where none is
     """
 
@@ -59,49 +57,40 @@ def sweep(
 ) -> Sweep:
     r"""Scores of the pruned head at every pair of ratios, in one pass over the banks.
 
-    The two tails are disjoint, so the logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and
-    U_j the weights of the low and of the high tail: an L x H grid costs L + H matrix products, not
-    L H. Products are in float32, scores in float64.
+    The logits of a pair are ``z - H L_i^T - H U_j^T`` with L_i and U_j the weights of the low and
+    the high tail, which are disjoint: an L x H grid costs L + H matrix products. Products are in
+    float32, scores in float64.
 
     Parameters
     ----------
     banks : "id" and OOD sets, all of one head
     sensitivity : (C, D) of weights, or (D,) of neurons, whose columns are then pruned
-    low, high : ratios, as in `oodlib.scores.opnp.kept`
-    scope : of the weights' ranking
+    low, high, scope : as in `oodlib.scores.opnp.kept`
     keep : (D,) or (C, D) bool, removed beforehand
     score : (n, C) logits -> (n,), larger = more OOD
 
     Raises
     ------
-    OodlibError : no set called "id", a bank of another network or without a row, shapes that do not
-        fit, ratios outside [0, 1)
+    OodlibError : no "id", a bank of another network or without a row, wrong shapes or ratios
     """
     if "id" not in banks:
-        raise OodlibError(
-            f"sweep: banks need an ID set called 'id', got {', '.join(banks) or 'none'}."
-        )
+        raise OodlibError(f"sweep: banks need an ID set called 'id', got {', '.join(banks)}.")
     head, labels = banks["id"].head, banks["id"].labels
     sensitivity = to_numpy(sensitivity)
     for what, values in {"sensitivity": sensitivity, "keep": keep}.items():
         shapes = (head.weight.shape, head.weight.shape[1:])
         if values is not None and np.shape(values) not in shapes:
             raise OodlibError(
-                f"sweep: {what} must be (C, D) = {head.weight.shape} or (D,), got "
-                f"{np.shape(values)}."
+                f"sweep: {what} must be (C, D) = {shapes[0]} or (D,), got {np.shape(values)}."
             )
     for name, bank in banks.items():
         if bank.head.digest != head.digest or len(bank) == 0:
             what = "is empty" if len(bank) == 0 else "has another head than the ID set"
-            raise OodlibError(
-                f"sweep: the bank of {name} {what}. All banks come from one network and hold "
-                "images."
-            )
+            raise OodlibError(f"sweep: the bank of {name} {what}. Take all from one network.")
     weight = np.array(head.weight if keep is None else head.weight * keep, dtype=np.float32)
-    if not all(0 <= ratio < 1 for ratio in (*low, *high)):
-        raise OodlibError(
-            f"sweep: ratios must be shares in [0, 1), got low {list(low)} and high {list(high)}."
-        )
+    for title, grid in {"low": low, "high": high}.items():
+        for ratio in grid:
+            check_interval(f"sweep: {title}", ratio, "[0, 1)")
     rank, n = ranks(sensitivity, scope=scope if sensitivity.ndim == 2 else "global")
     removed = [
         [_part(weight, rank < tail_size(ratio, n)) for ratio in low],
@@ -129,9 +118,7 @@ def sweep(
                     scores[name][i, j, part] = score(pruned)
                     if name == "id" and labels is not None and known:
                         right[i, j] += float((pruned.argmax(1).numpy() == labels[part]).sum())
-    return Sweep(
-        np.array(low, dtype=float), np.array(high, dtype=float), scores, right / max(known, 1)
-    )
+    return Sweep(np.array(low, float), np.array(high, float), scores, right / max(known, 1))
 
 
 def _part(weight: NDArray[np.float32], removed: NDArray[np.bool_]) -> tuple[Tensor | None, Tensor]:
@@ -149,9 +136,8 @@ class Choice:
 
     ratios : as keywords of the detector "opnp"
     index : of the pair in the sweep's grid, where it is on one
-    auroc, accuracy : mean over the validation sets, and of ID validation images, at the choice
-    unpruned : the two before pruning
-    by_set : AUROC of each validation set at the choice
+    auroc, accuracy : mean over the validation sets, and of ID images; unpruned : before pruning
+    by_set : AUROC of each validation set
     dropped : sets that the unpruned network separates too well to rank ratios -> its AUROC
     """
 
@@ -169,41 +155,31 @@ def choose(
 ) -> Choice:
     """The pair with the best mean AUROC that costs at most ``tolerance`` of ID accuracy.
 
-    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` cannot
-    rank ratios and are dropped, unless that would leave none.
+    Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` are
+    dropped, unless that would leave none.
 
     Parameters
     ----------
-    found : a sweep over ID validation images and OOD validation sets; ratio 0 must be in both grids
+    found : a sweep over labelled ID and OOD validation sets; ratio 0 must be in both grids
     prefix : "weight" or "neuron": of the ratios' names
-
-    Raises
-    ------
-    OodlibError : no OOD set, no labels, ratio 0 is missing, another prefix
     """
     one_of("choose: prefix", prefix, ("weight", "neuron"))
     if 0 not in found.low or 0 not in found.high:
         raise OodlibError(
-            "choose: both grids need the ratio 0: the unpruned network is what the others are "
-            f"measured by. Got low {found.low.tolist()} and high {found.high.tolist()}."
+            "choose: both grids need the ratio 0, the unpruned network, got low "
+            f"{found.low.tolist()} and high {found.high.tolist()}."
         )
     none = (int(np.argmin(found.low)), int(np.argmin(found.high)))
     if np.isnan(found.accuracy[none]):
-        raise OodlibError(
-            "choose: the ID validation set has no labels, and accuracy bounds the choice. Give "
-            "labels."
-        )
+        raise OodlibError("choose: the ID validation set has no labels. Accuracy needs them.")
     every = found.metric()
     if not every:
-        raise OodlibError(
-            "choose: there is no OOD validation set in this sweep. See validation_banks."
-        )
+        raise OodlibError("choose: no OOD validation set in this sweep. See validation_banks.")
     dropped = {name: float(a[none]) for name, a in every.items() if a[none] > ceiling}
     if len(dropped) == len(every):
         dropped = {}
-    mean = _mean(every, dropped)
-    unpruned = float(mean[none]), float(found.accuracy[none])
-    choice = _best(found, every, prefix, tolerance, unpruned, dropped)
+    unpruned = float(_mean(every, dropped)[none]), float(found.accuracy[none])
+    choice = _best(found, prefix, tolerance, unpruned, dropped)
     assert choice is not None  # the unpruned network itself is allowed
     return choice
 
@@ -214,13 +190,13 @@ def _mean(every: dict[str, Floats], dropped: Mapping[str, float]) -> Floats:
 
 def _best(
     found: Sweep,
-    every: dict[str, Floats],
     prefix: str,
     tolerance: float,
     unpruned: tuple[float, float],
     dropped: dict[str, float],
 ) -> Choice | None:
     """The best pair of the sweep, or None where every pair costs more than ``tolerance``."""
+    every = found.metric()
     mean, amount = _mean(every, dropped), np.add.outer(found.low, found.high)
     enough = found.accuracy >= unpruned[1] - tolerance - 1e-12
     if not enough.any():
@@ -253,32 +229,20 @@ def choose_both(
 ) -> Choice:
     """Ratios of both: the single choices and their grid neighbours (up to 81), by the same rule.
 
-    Parameters
-    ----------
-    banks, sensitivity, scope, score : as in `sweep`; ``neurons`` (D,)
-    weight, neuron : from `choose`
+    Arguments as in `sweep` and `choose`; neurons (D,), weight and neuron from `choose`.
     """
-    near = {
-        key: _neighbours(high if key.endswith("high") else low, value)
-        for key, value in {**weight.ratios, **neuron.ratios}.items()
-    }
+    ratios = weight.ratios | neuron.ratios
+    near = {k: _neighbours(high if k.endswith("high") else low, v) for k, v in ratios.items()}
+    options: Any = {"low": near["weight_low"], "high": near["weight_high"]}
+    options |= {"scope": scope, "score": score}
     candidates: list[Choice] = []
     for neuron_low in near["neuron_low"]:
         for neuron_high in near["neuron_high"]:
             if neuron_low + neuron_high >= 1:
                 continue
-            found = sweep(
-                banks,
-                sensitivity,
-                low=near["weight_low"],
-                high=near["weight_high"],
-                scope=scope,
-                keep=kept(neurons, low=neuron_low, high=neuron_high),
-                score=score,
-            )
-            choice = _best(
-                found, found.metric(), "weight", tolerance, weight.unpruned, weight.dropped
-            )
+            options["keep"] = kept(neurons, low=neuron_low, high=neuron_high)
+            found = sweep(banks, sensitivity, **options)
+            choice = _best(found, "weight", tolerance, weight.unpruned, weight.dropped)
             if choice is not None:
                 ratios = choice.ratios | {"neuron_low": neuron_low, "neuron_high": neuron_high}
                 candidates.append(replace(choice, ratios=ratios, index=None))
@@ -294,7 +258,7 @@ def _neighbours(grid: Sequence[float], value: float) -> list[float]:
     if value not in ordered:
         raise OodlibError(
             f"choose_both: the chosen ratio {value} is not in the grid {ordered}. Use the grids of "
-            "the two single choices."
+            "the single choices."
         )
     at = ordered.index(value)
     return ordered[max(0, at - 1) : at + 2]

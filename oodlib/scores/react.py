@@ -14,8 +14,6 @@ _VALUES = 2**27  # activations that the percentile is taken over, at most
 def react(features: Array, threshold: float) -> Array:
     r"""Features (N, D) clipped from above, ``min(h, threshold)``: not a score, but input for one.
 
-    References
-    ----------
     Sun, Guo, Li, NeurIPS 2021, arXiv 2111.12797
 
     Examples
@@ -26,14 +24,7 @@ def react(features: Array, threshold: float) -> Array:
     return by_rows("react", lambda h: h.clamp(max=threshold), features)
 
 
-@register(
-    key="react",
-    title="ReAct: Out-of-distribution Detection With Rectified Activations",
-    authors="Sun, Guo, Li",
-    year=2021,
-    arxiv="2111.12797",
-    needs="features",
-)
+@register("react")
 class ReAct(Shaper):
     """Detector of ``then`` behind `react`, clipped at a percentile of all training activations."""
 

@@ -12,11 +12,10 @@ from oodlib.scores.detector import Detector, create
 
 @dataclass(kw_only=True, eq=False)
 class Shaper(Detector):
-    """A detector that changes features or head and scores the result with ``then``.
+    """A detector that changes features or head (``_shape``) and scores the result with ``then``.
 
-    In a chain each shaper learns from the unshaped bank, as its authors do; the detector at the end
-    is fitted on the shaped bank. A new shaper defines ``_shape(bank) -> FeatureBank`` and, where it
-    learns, ``_learn(bank)``.
+    In a chain each shaper learns (``_learn``) from the unshaped bank, as its authors do; the
+    detector at the end is fitted on the shaped bank.
     """
 
     then: str | Detector = "energy"

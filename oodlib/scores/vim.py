@@ -4,17 +4,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from oodlib.arrays import Array, by_rows, tensor64
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 from oodlib.features.feature_bank import FeatureBank, Head
 from oodlib.scores.detector import Detector, register
 
 
 def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: float) -> Array:
-    r"""Virtual logit minus log-sum-exp of the real ones; larger = more OOD, as in the paper.
+    r"""Virtual logit minus log-sum-exp of the real ones, (N,) float64; larger = more OOD.
 
     S = alpha ||R^T (h - o)||_2 - log sum_c exp z_c
+
+    Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
 
     Parameters
     ----------
@@ -23,14 +26,6 @@ def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: floa
     residual : (D, D - dim), orthonormal basis R of the space without the principal one
     alpha : mean largest logit / mean residual norm, over training images
 
-    Returns
-    -------
-    (N,) float64
-
-    References
-    ----------
-    Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
-
     Examples
     --------
     >>> h, z = np.array([[5.0, 2.0]]), np.log([[3.0, 1.0]])
@@ -38,12 +33,12 @@ def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: floa
     array([-0.3863])
     """
     o, r = tensor64(origin), tensor64(residual)
-    return by_rows(
-        "vim",
-        lambda h, z: alpha * ((h.cpu() - o) @ r).norm(dim=1).to(h.device) - z.logsumexp(1),
-        features,
-        logits,
-    )
+
+    def score(h: Tensor, z: Tensor) -> Tensor:
+        outside: Tensor = ((h.cpu() - o) @ r).norm(dim=1)
+        return alpha * outside.to(h.device) - z.logsumexp(1)
+
+    return by_rows("vim", score, features, logits)
 
 
 def vim_origin(head: Head) -> NDArray[np.float64]:
@@ -56,16 +51,11 @@ def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray
     """Orthonormal basis (D, D - dim) of the space without the ``dim`` principal directions.
 
     second : (D, D), second moment of the training features about the origin, in any scale
-    dim : see `ViM`
     """
     size = len(second)
     if dim is None:
         dim = 1000 if size >= 2048 else 512 if size >= 768 else size // 2
-    if not 0 < dim < size:
-        raise OodlibError(
-            f"vim.fit: dim must lie in 1 .. {size - 1} (D = {size} features), got {dim}. At least "
-            "one direction must be left over."
-        )
+    check_interval("vim.fit: dim", dim, f"[1, {size - 1}]", f"One of {size} directions must stay.")
     return np.ascontiguousarray(np.linalg.eigh(second)[1][:, : size - dim])  # ascending eigenvalues
 
 
@@ -76,23 +66,12 @@ def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
     if not norms.mean() > 0:
         size, left = np.shape(residual)
         raise OodlibError(
-            f"vim.fit: the training features lie in {size - left} dimensions, nothing is left "
-            "over. Give a smaller dim."
+            f"vim.fit: the training features lie in {size - left} dimensions. Give a smaller dim."
         )
     return float(np.asarray(logits, dtype=np.float64).max(1).mean() / norms.mean())
 
 
-@register(
-    key="vim",
-    title="ViM: Out-Of-Distribution with Virtual-logit Matching",
-    authors="Wang, Li, Feng, Zhang",
-    year=2022,
-    arxiv="2203.10807",
-    needs="features",
-    deviations=(
-        "below 768 features half of them are principal (512 would leave little or nothing)",
-    ),
-)
+@register("vim")
 class ViM(Detector):
     """Detector of `vim`.
 

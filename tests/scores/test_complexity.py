@@ -69,12 +69,12 @@ def test_rows_are_independent():
     [noise().astype(np.float32), noise()[0], noise(2, (2, 8, 8)), noise(0), noise(2, (3, 0, 4))],
 )
 def test_bad_images_are_refused(images):
-    with pytest.raises(OodlibError, match=r"uint8 of shape \(n, 1 or 3, h, w\).*got.*8-bit"):
+    with pytest.raises(OodlibError, match=r"uint8 \(n, 1 or 3, h, w\).*got.*8-bit"):
         compressed_bits(images)
 
 
 def test_unknown_codec_is_refused():
-    with pytest.raises(OodlibError, match=r"no codec 'gif'.*png, jpeg2000"):
+    with pytest.raises(OodlibError, match=r"codec must be one of png, jpeg2000, got 'gif'"):
         compressed_bits(noise(), "gif")
 
 

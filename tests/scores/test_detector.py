@@ -303,7 +303,7 @@ def test_a_bank_of_another_network_of_the_same_size_is_refused(blobs, tmp_path, 
     other = FeatureBank.from_arrays(
         test.features, weight=test.head.weight[::-1], bias=test.head.bias
     )
-    with pytest.raises(OodlibError, match=f"{name}.score: fitted on a bank of another network"):
+    with pytest.raises(OodlibError, match=f"{name}.score: fitted on another network"):
         oodlib.load_detector(tmp_path / "d").score(other)
 
 
@@ -333,8 +333,8 @@ def narrower(bank):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: oodlib.create("msq"), "unknown detector 'msq'. Known: ash, dice"),
-        (lambda b: oodlib.create("react", then="msq"), "unknown detector 'msq'"),
+        (lambda b: oodlib.create("msq"), "detector must be one of ash, dice, .*, got 'msq'"),
+        (lambda b: oodlib.create("react", then="msq"), "detector must be one of .*, got 'msq'"),
         (lambda b: oodlib.create("energy", t=2), "energy has no parameter 't'. Known: temperature"),
         (lambda b: oodlib.create("mahalanobis").score(b), "mahalanobis.score: not fitted"),
         (lambda b: oodlib.create("ash", then="knn").score(b), "ash.score: not fitted"),
@@ -348,10 +348,10 @@ def narrower(bank):
         ),
         (
             lambda b: oodlib.create("knn").fit(b).score(narrower(b)),
-            "fitted on 16 features and 4 classes, got a bank of 9",
+            "fitted on 16 features and 4 classes, got 9",
         ),
         (lambda b: oodlib.create("knn", k=801).fit(b), r"k must lie in 1 .. 800 .*got 801"),
-        (lambda b: oodlib.create("vim", dim=16).fit(b), "dim must lie in 1 .. 15"),
+        (lambda b: oodlib.create("vim", dim=16).fit(b), r"dim must lie in \[1, 15\], got 16"),
         (
             lambda b: oodlib.create("react", percentile=101).fit(b),
             r"percentile must lie in \[0, 100",

@@ -42,5 +42,5 @@ def test_a_shift_of_the_logits_changes_nothing(batch):
 
 @pytest.mark.parametrize("params", [{"gamma": 0}, {"gamma": 1.5}, {"top": 0}])
 def test_refusals(batch, params):
-    with pytest.raises(OodlibError, match="gamma must lie between 0 and 1, and top be at least 1"):
+    with pytest.raises(OodlibError, match=r"must lie in [\(\[]"):
         gen(batch[3], **params)

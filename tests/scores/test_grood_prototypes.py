@@ -223,7 +223,7 @@ class Twice(nn.Module):
             ),
             "a path leads around layer",
         ),
-        (lambda m, x, y: early_layers(m.blocks), "no early modules are known for Sequential"),
+        (lambda m, x, y: early_layers(m.blocks), "none are known for Sequential"),
         (lambda m, x, y: early_prototypes(m, [], [(x, y)], 7), "name at least one layer"),
         (lambda m, x, y: early_prototypes(m, ["blocks.0"], [], 7), "there was no batch"),
         (lambda m, x, y: early_prototypes(m, ["blocks.0"], [(x, y)], 8), "class 7 has none"),

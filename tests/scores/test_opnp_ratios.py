@@ -308,7 +308,7 @@ def unlabelled(bank):
         ),
         (
             lambda b, m: sweep({"id": b}, m, low=[0, 1.0]),
-            r"ratios must be shares in \[0, 1\), got low \[0, 1.0\]",
+            r"sweep: low must lie in \[0, 1\), got 1.0",
         ),
         (
             lambda b, m: choose(sweep({"id": b, "a": b}, m, low=[0.1], high=[0])),
@@ -316,7 +316,7 @@ def unlabelled(bank):
         ),
         (
             lambda b, m: choose(sweep({"id": unlabelled(b), "a": b}, m, **GRID)),
-            "has no labels, and accuracy bounds",
+            "has no labels",
         ),
         (lambda b, m: choose(sweep({"id": b}, m, **GRID)), "no OOD validation set in this sweep"),
         (
