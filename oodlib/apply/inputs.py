@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from oodlib.data.folders import SUFFIXES, ImageList, Transform, image_loader
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, explained
 from oodlib.features.extract import extract, stream
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.workspace import root
@@ -26,16 +26,10 @@ UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not deco
 
 
 class Inputs(Protocol):
-    """Rows to score, images or features, and what tells them apart from changed ones.
+    """Rows to score, images or features, and what tells them apart from changed ones."""
 
-    Attributes
-    ----------
-    weights : hash of the network, or of the head where the rows are features
-    only_logits : there are no features, so that only methods of the logits can be used
-    """
-
-    weights: str
-    only_logits: bool
+    weights: str  # hash of the network, or of the head where the rows are features
+    only_logits: bool  # there are no features, so that only methods of the logits can be used
 
     def __len__(self) -> int: ...
 
@@ -57,14 +51,10 @@ class Inputs(Protocol):
 
 
 def open_images(path: str | Path, transform: Transform) -> ImageList:
-    """The images of a folder, of a list file, or one image.
+    """The images of a folder, of a list file, or one image; OodlibError if there are none.
 
     A folder gives all images below it, labelled by the rank of the first-level folder. A list holds
     one path per line, relative to its own folder, alone or followed by a space and a label.
-
-    Raises
-    ------
-    OodlibError : nothing there, no image in it, or a listed file is missing
     """
     if not str(path):  # Path("") would be the current folder
         raise OodlibError("open_images: path is empty. Give a folder of images.")
@@ -73,18 +63,13 @@ def open_images(path: str | Path, transform: Transform) -> ImageList:
         return ImageList(path, transform=transform)
     if not path.is_file():
         raise OodlibError(
-            f"{path} is neither a folder nor a file. Give a folder of images, or a text file with "
-            "one path per line."
+            f"{path} is neither a folder nor a file. Give images, or a list of paths."
         )
     if path.suffix.lower() in SUFFIXES:
         return ImageList(path.parent, [(path.name, -1)], transform=transform)
-    try:
+    what = f"{path} is neither an image nor a text file"
+    with explained(UnicodeDecodeError, what, f"Give one path per line, or {', '.join(SUFFIXES)}."):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise OodlibError(
-            f"{path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with one "
-            "path per line."
-        ) from error
     rows = [_list_row(path.parent, line) for line in lines if line]
     return ImageList(path.parent, rows, transform=transform, name=path.stem)
 
@@ -99,8 +84,7 @@ def _list_row(folder: Path, line: str) -> tuple[str, int]:
 class EveryImage(ImageList):
     """The same images, where another one of the list stands in for an image that does not decode.
 
-    Its label is `UNREADABLE`, so that nothing computed from the stand-in is used. OodlibError: no
-    image decodes.
+    Its label is `UNREADABLE`: nothing computed from it is used. OodlibError: no image decodes.
     """
 
     def __init__(self, images: ImageList):
@@ -120,19 +104,15 @@ class EveryImage(ImageList):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
         raise OodlibError(
-            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder, or "
-            "copy them again."
+            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder."
         )
 
 
 class Images:
-    """Images on disk behind a network: the counterpart of `FeatureFile`.
+    """Images on disk behind a network, the counterpart of `FeatureFile`.
 
-    Parameters
-    ----------
-    weights : hash of the model's weights
-    model_name : in the names of cached features, which lie in the folder ``cache``
-    batches : ``batch_size`` and ``workers`` of `image_loader`
+    Their cached features lie in ``cache``, named by ``model_name``; ``batches`` goes to
+    `image_loader`.
     """
 
     only_logits = False
@@ -200,22 +180,20 @@ class FeatureFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise OodlibError(f"FeatureFile: there is no file {path}. Check the path.")
-        try:
+        kinds = (OSError, ValueError, zipfile.BadZipFile, SafetensorError)
+        with explained(kinds, f"{path} cannot be read as {self.path.suffix}", "Write it again."):
             if self.path.suffix == ".npz":
                 with np.load(self.path) as file:
                     self._arrays: dict[str, Any] = {key: file[key] for key in file.files}
             else:
                 self._map()
-        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            raise OodlibError(
-                f"{path} cannot be read as {self.path.suffix} ({error}). Write it again."
-            ) from error
         self.only_logits = "weight" not in self._arrays
         self._main = "logits" if self.only_logits else "features"
         if self._main not in self._arrays:
+            found = ", ".join(sorted(self._arrays)) or "nothing"
             raise OodlibError(
-                f"{path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs features "
-                "and the head's weight (and bias), or logits."
+                f"{path} holds {found}; it needs features and the head's weight (and bias), or "
+                "logits."
             )
         self.weights = self.bank(0, 1).head.digest
 
@@ -237,18 +215,17 @@ class FeatureFile:
         for key in {"labels", "paths", "logits"} & self._arrays.keys():
             if self._shape(key)[:1] != shape[:1]:
                 raise OodlibError(
-                    f"{self.path}: {self._main} {shape} and {key} {self._shape(key)} need equal "
-                    "row counts. Write the file again."
+                    f"{self.path}: {key} {self._shape(key)} need as many rows as {self._main} {shape}."
                 )
         stop = len(self) if stop is None else min(stop, len(self))
-        part, whole = slice(start, stop), slice(None)
-        wanted = dict.fromkeys(("features", "logits", "labels"), part)
+        wanted = dict.fromkeys(("features", "logits", "labels"), slice(start, stop))
         if not self.only_logits:
-            wanted |= {"weight": whole, "bias": whole}
+            wanted |= dict.fromkeys(("weight", "bias"), slice(None))
+        present = self._arrays.keys()
         rows: dict[str, Any] = {
-            key: np.asarray(self._arrays[key][index])
-            for key, index in wanted.items()
-            if key in self._arrays
+            key: np.asarray(self._arrays[key][part])
+            for key, part in wanted.items()
+            if key in present
         }
         if self.only_logits:
             rows["features"] = rows.pop("logits")
@@ -288,8 +265,7 @@ def plain_errors(kind: type[Exception]) -> Iterator[None]:
             line = f"{line[:300]}. Check the path, its permissions and the free disk space."
         elif not isinstance(error, OodlibError):
             line = (
-                "An image did not pass through the transform and the model "
-                f"({type(error).__name__}: {line[:300]}). The transform must give tensors of one "
-                "shape that the model takes."
+                f"An image did not pass through the transform and the model ({type(error).__name__}: "
+                f"{line[:300]}). The transform must give tensors of one shape that the model takes."
             )
         raise OodlibError(line) from error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, draw
 from oodlib.data.folders import ImageList, Transform, read_list
 from oodlib.data.records import read_records
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 _ID = {"fit": "imagenet-1k-train", "id": "imagenet-1k"}  # split -> name in PAPER_SETS
 _OOD = ("ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")
@@ -25,26 +25,18 @@ NATIVE = (375, 500)  # height and width of most ImageNet images, hence of the un
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSet:
-    """One set of the ``paper`` profile, none of which is downloaded: what a user must provide.
-
-    Attributes
-    ----------
-    tree : the folder expected below the data root
-    counts : image counts that a correct copy may have, with the protocol each belongs to
-    list_name : OpenOOD's list below ``benchmark_imglist/imagenet/``, "" if it has none
-    needs_list : its folder holds other sets' images too, so that its list alone defines it
-    """
+    """One set of the ``paper`` profile, none of which is downloaded: what a user must provide."""
 
     name: str
     title: str
     role: str
     source: str
     terms: str
-    tree: str
-    counts: dict[str, int]
-    list_name: str = ""
+    tree: str  # the folder expected below the data root
+    counts: dict[str, int]  # protocol -> its number of images
+    list_name: str = ""  # OpenOOD's list below benchmark_imglist/imagenet/
     root: str = "images_largescale"
-    needs_list: bool = False
+    needs_list: bool = False  # its folder holds other sets' images too
 
 
 PAPER_SETS: dict[str, PaperSet] = read_records(__name__, PaperSet)
@@ -53,7 +45,7 @@ PAPER_SETS: dict[str, PaperSet] = read_records(__name__, PaperSet)
 def class_remap(
     checkpoint_list: str | os.PathLike[str], reference: Sequence[tuple[str, int]]
 ) -> NDArray[np.int64]:
-    """The reference class of each output of a checkpoint, from two lists of the same images.
+    """The reference class of each output of a checkpoint, (C,), from two lists of the same images.
 
     The BiT checkpoint of the GradNorm paper has MOS's class order (``imagenet2012_val_list.txt`` of
     its repository); with folder order its accuracy is about 0.1 %.
@@ -63,10 +55,6 @@ def class_remap(
     ----------
     checkpoint_list : list file in the checkpoint's label order
     reference : rows in the wanted order, as `read_list` gives; images are matched by file name
-
-    Returns
-    -------
-    (C,) int64, a permutation
 
     Raises
     ------
@@ -82,7 +70,7 @@ def class_remap(
     if n == 0 or {a for a, _ in pairs} != set(range(n)) or {b for _, b in pairs} != set(range(n)):
         raise OodlibError(
             f"class_remap: {checkpoint_list} and the reference list do not give a one-to-one map "
-            f"of classes ({n} pairs of labels seen). Both must list the same images of every class."
+            f"of classes ({n} pairs of labels seen). Both must list the same images."
         )
     return np.array([b for _, b in sorted(pairs)], dtype=np.int64)
 
@@ -95,10 +83,7 @@ def open_paper_set(
     list_file: str | os.PathLike[str] | None = None,
 ) -> ImageList:
     """A set below ``data_root``: by ``list_file``, else OpenOOD's list, else its whole folder."""
-    if name not in PAPER_SETS:
-        raise OodlibError(
-            f"There is no paper-profile set {name!r}. Known: {', '.join(PAPER_SETS)}."
-        )
+    one_of("paper-profile set", name, PAPER_SETS)
     entry, root = PAPER_SETS[name], Path(data_root)
     default = root / "benchmark_imglist" / "imagenet" / entry.list_name
     if list_file is None and entry.list_name and default.is_file():
@@ -107,15 +92,10 @@ def open_paper_set(
         return ImageList(root / entry.root, list_file, transform=transform, name=name)
     folder = _folder(entry, root)
     if entry.needs_list:
-        raise OodlibError(
-            f"{name}: the list {default} is missing; its folder alone does not say which images "
-            f"belong to it. Source: {entry.source}."
-        )
+        raise OodlibError(f"{name}: its list {default} is missing. Source: {entry.source}.")
     if not folder.is_dir():
-        raise OodlibError(
-            f"{name}: the folder {folder} is missing. Expected tree: {entry.tree}; "
-            f"source: {entry.source}."
-        )
+        expected = f"Expected tree: {entry.tree}; source: {entry.source}"
+        raise OodlibError(f"{name}: the folder {folder} is missing. {expected}.")
     return ImageList(folder, transform=transform, name=name)
 
 
@@ -181,19 +161,12 @@ class UnitTests(ImageList):
     Parameters
     ----------
     id_images : ImageNet's validation images; ``n`` of them, drawn without replacement, have their
-        pixels shuffled
-    transform : of PIL images
+        pixels shuffled (fewer are an OodlibError)
     n : pictures per test (the original: 400)
     seed : of the drawing; every picture depends on it and on its own number alone
     canvas : height and width in pixels
 
-    Attributes
-    ----------
-    labels : (17 n,), index in `UNIT_TESTS`; ``paths`` names the validation image that a row may use
-
-    Raises
-    ------
-    OodlibError : fewer than ``n`` validation images
+    ``labels`` (17 n,) are indices in `UNIT_TESTS`; ``paths`` names the image that a row may use.
     """
 
     def __init__(
@@ -208,7 +181,7 @@ class UnitTests(ImageList):
         if not 1 <= n <= len(id_images):
             raise OodlibError(
                 f"UnitTests: n must lie in 1 .. {len(id_images)}, the number of images of "
-                f"{id_images.name} whose pixels are shuffled, got {n}."
+                f"{id_images.name}, got {n}."
             )
         chosen = np.random.default_rng(seed).permutation(len(id_images))[:n]
         rows = [(id_images.paths[i], test) for test in range(len(UNIT_TESTS)) for i in chosen]
@@ -241,21 +214,14 @@ def imagenet_split(
     """One of `SPLITS` below ``data_root``, laid out as ``oodlib data --profile paper`` describes.
 
     Labels are ImageNet's classes for "fit" and "id", those of `ood_classes` for the OOD sets, the
-    test's number for "unit_tests".
-
-    Parameters
-    ----------
-    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (by
-        default 400, or as many as there are ID images)
+    test's number for "unit_tests". At most ``n`` images, drawn with ``seed``; of the unit tests, n
+    pictures per test (by default 400, or as many as there are ID images).
 
     Raises
     ------
     OodlibError : unknown split, or its images are not there
     """
-    if split not in SPLITS:
-        raise OodlibError(
-            f"There is no split {split!r} of the ImageNet models. Known: {', '.join(SPLITS)}."
-        )
+    one_of("imagenet_split: split", split, SPLITS)
     if split == "unit_tests":
         ids = open_paper_set("imagenet-1k", data_root)
         n = min(400, len(ids)) if n is None else n

@@ -20,15 +20,8 @@ _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 def published(name: str, *, folder: Path | None = None) -> DataFrame:
     """The rows of ``data/published/<name>.csv``: numbers as float64, an unread number as NaN.
 
-    Parameters
-    ----------
-    name : "imagenet", "openood_v15", "gradnorm_unread", ...: a file name without suffix
-    folder : of the files; by default ``data/published`` of the project
-
-    Returns
-    -------
-    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in
-    per cent unless the column ``unit`` says "bits/dim", "steps", "count" or "ratio"
+    The number is in ``value``, or in ``mean`` with ``std``: in per cent, unless the column ``unit``
+    says "bits/dim", "steps", "count" or "ratio". ``folder`` replaces ``data/published``.
 
     Raises
     ------

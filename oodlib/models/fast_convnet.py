@@ -7,23 +7,13 @@ from torch import Tensor, nn
 
 
 def whitening_filters(images: Tensor, *, size: int = 2, eps: float = 5e-4) -> Tensor:
-    r"""Filters that decorrelate the pixels of small patches (PCA whitening).
+    r"""PCA whitening of patches: filters (2 c size^2, c, size, size) that decorrelate their pixels.
 
     With patch covariance ``V diag(l) V^T`` the filters are the columns of ``V / sqrt(l + eps)``,
-    then the same with the opposite sign, so that no information is lost behind a ReLU.
+    then the same with the opposite sign, so that no information is lost behind a ReLU (K. Jordan
+    2024, arXiv 2404.00498, section 3.2).
 
-    Parameters
-    ----------
     images : (n, c, h, w) float, normalised as the network will see them
-    size : side of the square patch, in pixels
-
-    Returns
-    -------
-    (2 * c * size**2, c, size, size) float32
-
-    References
-    ----------
-    K. Jordan 2024, arXiv 2404.00498, section 3.2
     """
     c = images.shape[1]
     patches = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)

@@ -27,14 +27,13 @@ def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None 
     """Images to a continuous variable: v / 2^bits - 1/2 + U(0, 2^-bits), in [-0.5, 0.5).
 
     images (N, C, H, W) uint8, torch or NumPy -> float32 on the same device; below 8 bits the lower
-    bits are dropped. ``generator`` None draws from torch's own; draw once per image set where
-    scores are compared. OodlibError: no image, another dtype.
+    bits are dropped. Draw once per image set where scores are compared. OodlibError: other images.
     """
     v = images if isinstance(images, Tensor) else torch.tensor(np.asarray(images))
     if v.dtype != torch.uint8 or v.ndim != 4 or len(v) == 0:
         raise OodlibError(
-            f"dequantise: needs images (N, C, H, W) uint8, N >= 1, with values 0 .. 255, got "
-            f"{tuple(v.shape)} {v.dtype}. Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
+            f"dequantise: needs images (N, C, H, W) uint8, N >= 1, got {tuple(v.shape)} {v.dtype}. "
+            "Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
         )
     device = generator.device if generator else v.device
     noise = torch.rand(v.shape, generator=generator, device=device)
@@ -93,10 +92,9 @@ class InvertibleConv(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and U, (C, C) each; the other halves of the parameters have no effect."""
-        ones = torch.ones_like(self.log_s)
-        return self.lower.tril(-1) + torch.diag_embed(ones), self.upper.triu(1) + torch.diag_embed(
-            self.sign * self.log_s.exp()
-        )
+        ones, diagonal = torch.ones_like(self.log_s), self.sign * self.log_s.exp()
+        lower = self.lower.tril(-1) + torch.diag_embed(ones)
+        return lower, self.upper.triu(1) + torch.diag_embed(diagonal)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
@@ -105,9 +103,8 @@ class InvertibleConv(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         lower, upper = self.factors()
-        x = torch.linalg.solve_triangular(
-            lower, self.permutation.T @ y.flatten(2), upper=False, unitriangular=True
-        )
+        x = self.permutation.T @ y.flatten(2)
+        x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, x, upper=True).view_as(y)
 
 
@@ -206,13 +203,12 @@ class Glow(nn.Module):
     Parameters
     ----------
     image_shape : (C, H, W); H and W divisible by 2^levels
-    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L tensors. Defaults
-        are the paper's: 1,353 tensors, 44,235,312 parameters
+    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L tensors (the
+        paper's, the defaults, have 1,353 with 44,235,312 parameters)
     bits : of a pixel value, for the likelihood of the discrete image
     generator : of the initial weights; None draws from torch's own
 
-    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. The buffer
-    `initialised` is saved.
+    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype.
 
     Raises
     ------
@@ -237,14 +233,14 @@ class Glow(nn.Module):
         shape = tuple(int(n) for n in image_shape)
         if len(shape) != 3 or min(*shape, steps, levels, hidden) < 1 or not 1 <= bits <= 8:
             raise OodlibError(
-                "Glow: needs image_shape (C, H, W), steps, levels and hidden of at least 1, bits "
-                f"in 1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}."
+                "Glow: image_shape (C, H, W), steps, levels and hidden must be at least 1, bits in "
+                f"1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}."
             )
         channels, height, width = shape
         if height % 2**levels or width % 2**levels:
             raise OodlibError(
-                f"Glow: the sides are halved {levels} times and must be divisible by {2**levels}; "
-                f"got {height} x {width}. Pad or resize the images, or use fewer levels."
+                f"Glow: {levels} levels need sides divisible by {2**levels}, got {height} x "
+                f"{width}. Resize the images, or use fewer levels."
             )
         self.image_shape, self.bits = shape, bits
         self.latent_shapes: list[tuple[int, int, int]] = []
@@ -273,8 +269,7 @@ class Glow(nn.Module):
         if spread.max() <= 2**-self.bits or spread.min() == 0:
             raise OodlibError(
                 f"Glow.initialise: needs images that vary, got {len(x)} of constant colour: range "
-                f"per channel {[round(s, 5) for s in spread.tolist()]}. Give dequantised training "
-                "images."
+                f"per channel {spread.tolist()}. Give dequantised training images."
             )
         if len(x) < 256:
             message = f"Glow.initialise: {len(x)} images are few; use 256 or more."
@@ -310,8 +305,8 @@ class Glow(nn.Module):
         n, shapes = len(latents[-1]) if latents else 0, [tuple(z.shape) for z in latents]
         if n == 0 or shapes != [(n, *shape) for shape in self.latent_shapes]:
             raise OodlibError(
-                f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} and one N, "
-                f"got {shapes}. Give what forward returned."
+                f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} as forward "
+                f"returns them, got {shapes}."
             )
         return self._decode(latents[-1], list(latents[:-1]), None)
 
@@ -360,7 +355,7 @@ class Glow(nn.Module):
         if tuple(x.shape[1:]) != self.image_shape or len(x) == 0 or x.dtype != dtype:
             raise OodlibError(
                 f"Glow.{method}: needs at least one image, (N, {str(self.image_shape)[1:-1]}) "
-                f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise(uint8 images)."
+                f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise."
             )
         try:
             low, high = (float(v) for v in x.detach().aminmax())
@@ -369,7 +364,7 @@ class Glow(nn.Module):
         if not max(-low, high) <= (0.5 if images else 3e38):
             raise OodlibError(
                 f"Glow.{method}: needs finite values{' in [-0.5, 0.5]' * images}, got {low:.4g} .. "
-                f"{high:.4g}. Use dequantise(uint8 images)."
+                f"{high:.4g}. Use dequantise."
             )
 
 

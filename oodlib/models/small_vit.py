@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from oodlib.errors import OodlibError
+from oodlib.errors import one_of
 from oodlib.models.device import random_state
 
 # name -> (width, depth, heads, channels of the convolutions, their strides)
@@ -65,11 +65,8 @@ def small_vit(
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer_hybrid import ConvStem
 
-    if name not in NETWORKS or head not in ("raw", "unit"):
-        raise OodlibError(
-            f"small_vit: the network must be one of {', '.join(NETWORKS)} and the head 'raw' or "
-            f"'unit', got {name!r} and {head!r}."
-        )
+    one_of("small_vit: name", name, NETWORKS)
+    one_of("small_vit: head", head, ("raw", "unit"))
     width, depth, heads, channels, strides = NETWORKS[name]
     with random_state() as seed_torch:
         seed_torch(seed)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
 from oodlib.data.records import read_records
-from oodlib.errors import OodlibError
+from oodlib.errors import one_of
 
 LOOKALIKE = 0.90
 DUPLICATE = 0.95
@@ -39,17 +39,11 @@ OOD_SCRIPTS: tuple[str, ...] = ("greek", "cyrillic", "armenian", "georgian", "he
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """Candidates of a glyph set, as ``alphabets.yaml`` lists them.
-
-    Attributes
-    ----------
-    blocks : ranges of codepoints, both ends included
-    confusable : pairs of a character and the basic Latin letter that it is listed to look like
-    """
+    """Candidates of a glyph set, as ``alphabets.yaml`` lists them."""
 
     name: str
-    blocks: tuple[tuple[int, int], ...]
-    confusable: str = ""
+    blocks: tuple[tuple[int, int], ...]  # of codepoints, both ends included
+    confusable: str = ""  # pairs of a character and the basic Latin letter it looks like
 
 
 SCRIPTS: dict[str, Script] = read_records(__name__, Script)
@@ -134,8 +128,7 @@ def _duplicates(codepoints: tuple[int, ...]) -> dict[int, str]:
 @cache
 def _split(name: str) -> tuple[tuple[int, ...], dict[int, str]]:
     """(codepoints that stay, removed codepoint -> reason) of a script."""
-    if name not in SCRIPTS:
-        raise OodlibError(f"alphabet: unknown script {name!r}; known: latin, {', '.join(SCRIPTS)}.")
+    one_of("alphabet: script", name, ("latin", *SCRIPTS))
     wanted = "L" if name == "unicode" else "LNS"
     candidates = tuple(
         c

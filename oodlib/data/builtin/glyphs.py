@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 _OBLIQUE = ("", "-Bold", "-Oblique", "-BoldOblique")
 _STYLES = {
@@ -36,9 +36,9 @@ INK = 11 / 16  # longer side of the ink over the mask's side; the border leaves 
 
 def font_path(font: str) -> Path:
     """The font file of the installed matplotlib; OodlibError for a font that is not whitelisted."""
-    if font not in FONTS:
-        raise OodlibError(f"font_path: font must be one of {', '.join(FONTS)}; got {font!r}.")
     import matplotlib
+
+    one_of("font_path: font", font, FONTS)
 
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
 
@@ -87,15 +87,15 @@ def _freetype(font: str, em: int) -> Any:
 def glyph_mask(font: str, codepoint: int, side: int = 64) -> NDArray[np.uint8]:
     """(side, side) coverage 0..255 of an upright, centred glyph, its longer side ``INK * side``.
 
-    All glyphs get the same extent, so that size (small letters, large operators) is no cue for the
-    script. Read-only, cached. OodlibError if the font has no real glyph for the codepoint.
+    All glyphs get the same extent, so that size is no cue for the script. Read-only, cached.
+    OodlibError if the font has no real glyph for the codepoint.
     """
     from PIL import Image, ImageDraw
 
     if not has_real_glyph(font, codepoint):
         raise OodlibError(
-            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; "
-            f"fonts that do: {', '.join(fonts_with(codepoint)) or 'none'}."
+            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; fonts that do: "
+            f"{', '.join(fonts_with(codepoint)) or 'none'}."
         )
     face = _freetype(font, side * 3 // 2)
     box = face.getbbox(chr(codepoint), anchor="ls")

@@ -2,12 +2,10 @@
 
 **Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because
 noise drawn directly at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375
-x 500, shrunk to 248 (ratio 0.66). Here: a square canvas of 1.5 times ``size`` (48 for 32), shrunk
-by an antialiased bicubic filter. With h the canvas's shorter side, ``low_freq*`` multiply their
-blur widths by h / 375 (the structures keep their size relative to the picture), and the stripe
-counts n are those with floor(h / n) >= 3 pixels (no 20 at h = 48); all else is used as it is.
-**Native use**: ``size=None, canvas=(375, 500)`` returns the canvases with every parameter as
-published, for the network's own transform.
+x 500, shrunk to 248 (ratio 0.66). Here: a square canvas of 1.5 times ``size``, shrunk by an
+antialiased bicubic filter. With h the canvas's shorter side, ``low_freq*`` multiply their blur
+widths by h / 375, and the stripe counts n are those with floor(h / n) >= 3 pixels. **Native use**:
+``size=None, canvas=(375, 500)`` returns the canvases with every parameter as published.
 
 Values are clipped to [0, 1], multiplied by 255 and truncated. Gaussian blurs wrap around and reach
 4 sigma. The original stores every second picture as JPEG; here none is.
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.data.images import ImageSet
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -159,8 +157,7 @@ def draw(
 
     h, w = canvas
     key = (seed, crc32(f"{name}/{split}".encode()), index)
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-    pixels = None
+    rng, pixels = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))), None
     if source is not None:
         pixels = np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
     return (np.clip(_MAKERS[name](Canvas(rng, h, w, pixels)), 0, 1) * 255).astype(np.uint8)
@@ -194,30 +191,25 @@ def unit_test(
 
     References
     ----------
-    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (generators read in the authors' code,
-    MIT licence)
+    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (authors' code, MIT licence)
     """
     from PIL import Image
 
-    if name not in _MAKERS:
-        raise OodlibError(f"unit_test: unknown name {name!r}; the 17 are {', '.join(UNIT_TESTS)}.")
+    one_of("unit_test: name", name, UNIT_TESTS)
     if canvas is None:
         if size is None:
-            raise OodlibError(
-                "unit_test: give size, or canvas=(height, width), or both; got neither."
-            )
+            raise OodlibError("unit_test: give size, or canvas=(height, width), or both.")
         canvas = ((3 * size + 1) // 2,) * 2
     h, w = canvas
     if n < 1 or min(h, w) < 12:
         raise OodlibError(
-            f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, "
-            f"got n={n}, canvas {h} x {w}."
+            f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, got n={n}, {h} x {w}."
         )
     shuffles = name in NEEDS_ID_IMAGES
     if shuffles and (id_images is None or len(id_images) < n):
         raise OodlibError(
-            f"unit_test: {name} shuffles in-distribution test images: give id_images with at least "
-            f"{n} images, got {0 if id_images is None else len(id_images)}."
+            f"unit_test: {name} needs at least {n} in-distribution test images as id_images, got "
+            f"{0 if id_images is None else len(id_images)}."
         )
     shape = (h, w) if size is None else (size, size)
     images = np.empty((n, 3, *shape), dtype=np.uint8)

@@ -98,19 +98,12 @@ def _pebbles(x: Field, y: Field, u: Field) -> Field:
     return np.clip(1.2 - (4 + 2 * u[24]) * _cells(x, y, u)[0], 0, 1)
 
 
+_MAKERS = (
+    *(_bricks, _camouflage, _checker, _clouds, _dots, _grating, _marble, _pebbles, _plaid),
+    *(_ripples, _voronoi, _wood),
+)
 TEXTURES: dict[str, Callable[[Field, Field, Field], Field]] = {
-    "bricks": _bricks,
-    "camouflage": _camouflage,
-    "checker": _checker,
-    "clouds": _clouds,
-    "dots": _dots,
-    "grating": _grating,
-    "marble": _marble,
-    "pebbles": _pebbles,
-    "plaid": _plaid,
-    "ripples": _ripples,
-    "voronoi": _voronoi,
-    "wood": _wood,
+    make.__name__[1:]: make for make in _MAKERS
 }
 NUMBERS = 256  # uniform numbers that one texture may use
 

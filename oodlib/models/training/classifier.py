@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from oodlib.errors import OodlibError
 from oodlib.models.training.augment import augment, normalise, seeded
@@ -119,24 +120,18 @@ def train(
     """
     n, per_epoch = len(images), len(images) // recipe.batch_size
     if per_epoch == 0:
-        raise OodlibError(
-            f"train: {n} images do not fill one batch of {recipe.batch_size}. Use a smaller "
-            "batch_size."
-        )
+        size = recipe.batch_size
+        raise OodlibError(f"train: {n} images do not fill one batch of {size}. Lower batch_size.")
     total = math.ceil(recipe.epochs * per_epoch)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     whiten = getattr(model, "whiten", None) if recipe.whiten_bias_epochs is not None else None
     flip_keys = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed))
     shuffle = _Shuffle(n, seed)
     slow = copy.deepcopy(model) if recipe.lookahead else None
-    run = TrainingRun(
-        "train",
-        model,
-        _optimiser(model, recipe),
-        key={"recipe": asdict(recipe), "seed": seed, "n": n},
-        path=checkpoint,
-        parts={"shuffle": shuffle} | ({"slow": slow} if slow else {}),
-    )
+    parts = {"shuffle": shuffle} | ({"slow": slow} if slow else {})
+    key = {"recipe": asdict(recipe), "seed": seed, "n": n}
+    optimiser = _optimiser(model, recipe)
+    run = TrainingRun("train", model, optimiser, key=key, path=checkpoint, parts=parts)
 
     def loss(step: int) -> Tensor:
         epoch, batch = divmod(step, per_epoch)
@@ -146,11 +141,9 @@ def train(
         x = augment(x, recipe, epoch, flip_keys[index], shuffle.generator)
         if whiten is not None:
             whiten.bias.requires_grad_(step < (recipe.whiten_bias_epochs or 0) * per_epoch)
-        return nn.functional.cross_entropy(
-            model(x.to(device, memory_format=torch.channels_last)),
-            labels[index].to(device),
-            label_smoothing=recipe.label_smoothing,
-        )
+        logits = model(x.to(device, memory_format=torch.channels_last))
+        smoothing = recipe.label_smoothing
+        return cross_entropy(logits, labels[index].to(device), label_smoothing=smoothing)
 
     def look_ahead(step: int) -> None:
         if slow and step % 5 == 0:
@@ -168,8 +161,8 @@ def train(
         on_epoch(0, model.eval())
     return run.run_steps(
         loss,
-        rate=lambda step: recipe.factor(step / total),
-        rows={*range(per_epoch, total, per_epoch), total},
+        lambda step: recipe.factor(step / total),
+        {*range(per_epoch, total, per_epoch), total},
         row=row,
         after_step=look_ahead,
         after_row=lambda row: on_epoch(row["epoch"], model.eval()) if on_epoch else None,

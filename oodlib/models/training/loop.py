@@ -63,7 +63,7 @@ class TrainingRun:
             if state["key"] != key:
                 raise OodlibError(
                     f"{name}: {self.path} belongs to another run: {state['key']}, this one is "
-                    f"{key}. Delete it to start afresh, or restore the old settings."
+                    f"{key}. Delete it, or restore the old settings."
                 )
             for part, content in state["parts"].items():
                 self.parts[part].load_state_dict(content)
@@ -89,9 +89,9 @@ class TrainingRun:
     def run_steps(
         self,
         loss: Callable[[int], Tensor],
-        *,
         rate: Callable[[int], float],
         rows: Collection[int],
+        *,
         row: Callable[[], dict[str, Any]] | None = None,
         clip: float | None = None,
         after_step: Callable[[int], None] | None = None,
@@ -130,14 +130,8 @@ class TrainingRun:
         self.model.train()
         if 0 in rows and not self.history:
             add_row()
-        bar = tqdm(
-            desc=title,
-            total=total,
-            initial=self.step,
-            unit="step",
-            disable=None if progress else True,
-        )
-        with bar:
+        off = None if progress else True
+        with tqdm(desc=title, total=total, initial=self.step, unit="step", disable=off) as bar:
             while self.step < total:
                 # gradient
                 for group in self.optimiser.param_groups:
@@ -175,16 +169,11 @@ class TrainingRun:
         return self.history
 
     def _pack(self) -> memoryview:
-        return pack_state(
-            {
-                "key": self.key,
-                "step": self.step,
-                "history": self.history,
-                "losses": self.losses,
-                "seconds": self.seconds,
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            }
-        )
+        state = {
+            name: getattr(self, name) for name in ("key", "step", "history", "losses", "seconds")
+        }
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return pack_state({**state, "parts": parts})
 
 
 def pack_state(state: dict[str, Any]) -> memoryview:
