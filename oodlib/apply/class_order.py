@@ -1,7 +1,5 @@
 """Are the labels of a user's images the model's classes, in its order?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``python -m oodlib score``: an OOD score and a decision for each of a user's images, as CSV."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys
@@ -164,8 +162,8 @@ def _fitted(fit: inputs.Inputs | None, given: argparse.Namespace) -> tuple[Detec
     if detector.info.needs == "labels" and check_classes(bank) is None:
         found = 0 if bank.labels is None else int((np.unique(bank.labels) >= 0).sum())
         raise OodlibError(
-            f"{name} learns from classes: {given.fit_images} needs one folder for each of the model's "
-            f"{bank.head.num_classes} classes, in its order (or labels), and holds {found}."
+            f"{name} learns from classes: {given.fit_images} needs one folder for each of the "
+            f"model's {bank.head.num_classes} classes, in its order (or labels), not {found}."
         )
     print(f"Fitted on {len(bank)} images{_accuracy(bank, given.fit_images)}.")
     return detector.fit(bank), f"{identity} {fit.identity} {fit.stamp(0, len(fit))}"

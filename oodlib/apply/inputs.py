@@ -1,7 +1,5 @@
 """What is scored: image folders, lists, single images, and files of features or logits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re
@@ -169,11 +167,8 @@ class FeatureFile:
     """What a network computed, in ``.safetensors`` (read in pieces) or ``.npz`` (read whole).
 
     It holds ``features`` (N, D) with the ``weight`` (C, D) and ``bias`` (C,) of the head, or only
-    ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,).
-
-    Raises
-    ------
-    OodlibError : no such file, none of these arrays in it, arrays that do not fit
+    ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,). OodlibError: no
+    such file, none of these arrays in it, arrays that do not fit.
     """
 
     def __init__(self, path: str | Path):
@@ -213,9 +208,10 @@ class FeatureFile:
         """Rows ``start`` to ``stop``; logits alone become features under an identity head."""
         shape = self._shape(self._main)
         for key in {"labels", "paths", "logits"} & self._arrays.keys():
-            if self._shape(key)[:1] != shape[:1]:
+            if (other := self._shape(key))[:1] != shape[:1]:
+                needed = f"as many rows as {self._main} {shape}"
                 raise OodlibError(
-                    f"{self.path}: {key} {self._shape(key)} need as many rows as {self._main} {shape}."
+                    f"{self.path}: {key} {other} need {needed}. Write the file again."
                 )
         stop = len(self) if stop is None else min(stop, len(self))
         wanted = dict.fromkeys(("features", "logits", "labels"), slice(start, stop))
@@ -265,7 +261,8 @@ def plain_errors(kind: type[Exception]) -> Iterator[None]:
             line = f"{line[:300]}. Check the path, its permissions and the free disk space."
         elif not isinstance(error, OodlibError):
             line = (
-                f"An image did not pass through the transform and the model ({type(error).__name__}: "
-                f"{line[:300]}). The transform must give tensors of one shape that the model takes."
+                "An image did not pass through the transform and the model "
+                f"({type(error).__name__}: {line[:300]}). The transform must give tensors of one "
+                "shape that the model takes."
             )
         raise OodlibError(line) from error

@@ -1,7 +1,5 @@
 """A network to score with, by name: the suite's, a public one, timm's, or a user's function."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import pickle
@@ -64,6 +62,9 @@ def load_network(
 ) -> tuple[nn.Module, Transform]:
     """A classifier in evaluation mode and the transform of PIL images that goes with it.
 
+    OodlibError: an unknown name, a function that fails or returns something else, options that do
+    not apply.
+
     Parameters
     ----------
     name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1),
@@ -73,11 +74,6 @@ def load_network(
         its function runs, not later
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number
         of classes where that is not the model's own
-
-    Raises
-    ------
-    OodlibError : an unknown name, a function that fails or returns something else, options that do
-        not apply
     """
     from oodlib.models.pretrained import PUBLIC, paper_model, public_model
     from oodlib.models.shipped import SPECS, load_trained

@@ -1,7 +1,5 @@
 """Scores written shard by shard into a CSV file that an interruption does not lose."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

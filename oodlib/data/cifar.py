@@ -13,15 +13,12 @@ OpenOOD's lists are not available here. A table must state where ours differ:
 
 **Tiny-ImageNet classes left out** (column ``cifar10_class`` of
 ``data/manifests/tiny_imagenet_classes.csv``), 26 of 200: a class whose WordNet words contain one of
-the search terms under which CIFAR-10 was collected (the terms are its original file names:
-"bullfrog", "tabby", "station wagon", ...), or which by its WordNet definition is a kind of
-airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer,
-dog, frog, horse, ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle,
-go-kart. For CIFAR-100 (column ``cifar100_class``), 48: a class whose words name a CIFAR-100 class
-or a kind, part or close relative of one (lampshade, seashore, freight car, bison).
+the search terms of CIFAR-10's collection (its original file names: "bullfrog", "tabby", ...), or
+which by its WordNet definition is a kind of airplane, automobile or bus, bird, domestic cat, deer,
+dog, frog, horse, ship or truck. Look-alikes stay (lion, gazelle, go-kart). For CIFAR-100 (column
+``cifar100_class``), 48: a class whose words name a CIFAR-100 class or a kind, part or close
+relative of one (lampshade, seashore, freight car, bison).
 """
-
-from __future__ import annotations
 
 import csv
 import functools

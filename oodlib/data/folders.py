@@ -57,6 +57,8 @@ def _folder_rows(root: Path) -> list[tuple[str, int]]:
 class ImageList(Dataset[tuple[Any, int]]):
     """Images on disk with labels, decoded on access and passed through any transform of PIL images.
 
+    OodlibError: empty list, a listed file is missing, or (on access) an image does not decode.
+
     Parameters
     ----------
     root : folder that the list's paths are relative to
@@ -66,10 +68,6 @@ class ImageList(Dataset[tuple[Any, int]]):
     name : for messages and provenance
 
     ``paths`` and ``labels`` (n,) int64 are in the order of the rows.
-
-    Raises
-    ------
-    OodlibError : empty list, a listed file is missing, or (on access) an image does not decode
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """The ImageNet-scale sets of the paper profile: their source, how to open them, what is present."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence
@@ -48,17 +46,14 @@ def class_remap(
     """The reference class of each output of a checkpoint, (C,), from two lists of the same images.
 
     The BiT checkpoint of the GradNorm paper has MOS's class order (``imagenet2012_val_list.txt`` of
-    its repository); with folder order its accuracy is about 0.1 %.
-    ``logits[:, np.argsort(class_remap(...))]`` is in reference order.
+    its repository); with folder order its accuracy is about 0.1 %. OodlibError: the lists share too
+    few images, or contradict each other. In reference order:
+    ``logits[:, np.argsort(class_remap(...))]``.
 
     Parameters
     ----------
     checkpoint_list : list file in the checkpoint's label order
     reference : rows in the wanted order, as `read_list` gives; images are matched by file name
-
-    Raises
-    ------
-    OodlibError : the lists share too few images, or contradict each other
     """
     labels = {Path(path).name: label for path, label in reference}
     pairs = {
@@ -146,8 +141,7 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
 def ood_classes(images: ImageList) -> NDArray[np.int64]:
     """Class of each OOD image, (n,): the rank of its folder among those of the set; never -1.
 
-    A set read from its folder has these labels already. OpenOOD's lists say -1 for every OOD image,
-    so for them the class is taken from the path; images that share one folder are one class.
+    OpenOOD's lists say -1 for every OOD image, so for them it is taken from the path.
     """
     if (images.labels >= 0).all():
         return images.labels
@@ -215,11 +209,8 @@ def imagenet_split(
 
     Labels are ImageNet's classes for "fit" and "id", those of `ood_classes` for the OOD sets, the
     test's number for "unit_tests". At most ``n`` images, drawn with ``seed``; of the unit tests, n
-    pictures per test (by default 400, or as many as there are ID images).
-
-    Raises
-    ------
-    OodlibError : unknown split, or its images are not there
+    pictures per test (by default 400, or as many as there are ID images). OodlibError: unknown
+    split, or its images are not there.
     """
     one_of("imagenet_split: split", split, SPLITS)
     if split == "unit_tests":

@@ -22,11 +22,8 @@ def published(name: str, *, folder: Path | None = None) -> DataFrame:
 
     The number is in ``value``, or in ``mean`` with ``std``: in per cent, unless the column ``unit``
     says "bits/dim", "steps", "count" or "ratio". ``folder`` replaces ``data/published``.
-
-    Raises
-    ------
-    OodlibError : no such file, a column is missing, a unit is unknown, a number is negative or
-        above 100 %, an empty number has no note, a row has no source, or two rows share a key
+    OodlibError: no such file, a column is missing, a unit is unknown, a number is negative or above
+    100 %, an empty number has no note, a row has no source, or two rows share a key.
     """
     import pandas as pd
 

@@ -1,7 +1,5 @@
 """Records that only list facts: a YAML file beside the module that reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar

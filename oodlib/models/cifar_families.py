@@ -4,8 +4,6 @@ Each is ``head(features(x))``: a body that ends in a ReLU, so that features are 
 average pooling, and a linear head. Families differ in their convolutions and connections.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any

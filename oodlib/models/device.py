@@ -1,7 +1,5 @@
 """The device a model runs on, its random state, and hashes of its weights and code."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import inspect

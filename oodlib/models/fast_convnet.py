@@ -1,7 +1,5 @@
 """Small classifiers for 32-pixel images. Each one is ``head(features(x))`` with a linear head."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

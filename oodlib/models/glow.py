@@ -7,8 +7,6 @@ Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of (actnor
 convolution, affine coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence
@@ -200,6 +198,9 @@ class Level(nn.Module):
 class Glow(nn.Module):
     """Multi-scale Glow (Kingma, Dhariwal, arXiv 1807.03039); ``initialise(x)`` once, then train.
 
+    OodlibError: a shape that cannot be halved L times, a size below one; x of another shape or
+    dtype, empty, with a NaN or outside [-0.5, 0.5] (not checked inside `vmap`).
+
     Parameters
     ----------
     image_shape : (C, H, W); H and W divisible by 2^levels
@@ -209,11 +210,6 @@ class Glow(nn.Module):
     generator : of the initial weights; None draws from torch's own
 
     All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype.
-
-    Raises
-    ------
-    OodlibError : a shape that cannot be halved L times, a size below one; x of another shape or
-        dtype, empty, with a NaN or outside [-0.5, 0.5] (not checked inside `vmap`)
     """
 
     initialised: Tensor

@@ -1,7 +1,5 @@
 """A network in evaluation mode for a while, and its head."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from functools import partial

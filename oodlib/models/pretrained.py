@@ -3,8 +3,6 @@
 ``pretrained.yaml`` lists the public ones; checkpoints of others are never part of this project.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -67,11 +65,7 @@ def public_model(
 
     The file comes from ``weights/`` of the mirror (default ``OODLIB_MIRROR``), else by download
     into ``<data>/weights``; its SHA-256 is checked either way and its pickle is read with
-    ``weights_only=True``.
-
-    Raises
-    ------
-    OodlibError : unknown name, wrong hash, or no file and no download
+    ``weights_only=True``. OodlibError: unknown name, wrong hash, or no file and no download.
     """
     one_of("public_model: name", name, PUBLIC)
     info, build = PUBLIC[name]
@@ -164,6 +158,9 @@ def paper_model(
 ) -> tuple[nn.Module, Transform]:
     """A timm or torchvision classifier in evaluation mode and its image transform.
 
+    OodlibError: unknown model or tag, no tag and no file, a missing or unreadable file, tensors
+    that do not fit, no connection.
+
     Parameters
     ----------
     timm_name : with its tag, "resnetv2_101x1_bit.goog_in21k_ft_in1k" (without tag only with a
@@ -174,11 +171,6 @@ def paper_model(
     preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both
         sides to 480, no crop, mean and std 0.5
     num_classes : of the weights file, where it is not the tag's own
-
-    Raises
-    ------
-    OodlibError : unknown model or tag, no tag and no file, a missing or unreadable file, tensors
-        that do not fit, no connection
 
     Notes
     -----

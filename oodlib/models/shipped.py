@@ -3,8 +3,6 @@
 Weights are half-precision safetensors under ``data/checkpoints``, each with a JSON record.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -153,15 +151,13 @@ def load_trained(
 ) -> Trained:
     """A shipped network, in evaluation mode.
 
+    OodlibError: unknown name, no such seed or snapshot, a file that does not match its provenance.
+
     Parameters
     ----------
     name : a key of `SPECS`
     epoch : one of the spec's snapshots along training; the finished network where not given
     source : folder of weights; the shipped ones where not given
-
-    Raises
-    ------
-    OodlibError : unknown name, no such seed or snapshot, a file that does not match its provenance
     """
     one_of("load_trained: name", name, SPECS)
     spec, source = SPECS[name], source or folder()

@@ -4,8 +4,6 @@ Hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of
 projection, without which a tiny ViT learns several times slower from a few hundred thousand images.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 
@@ -50,16 +48,14 @@ def small_vit(
 ) -> nn.Module:
     """A network of `NETWORKS` with fresh weights: mean of normalised tokens, linear head.
 
+    OodlibError: unknown name or head.
+
     Parameters
     ----------
     dropout : after each projection of attention and MLP and on the embedded patches (AugReg's "do")
     stochastic_depth : rate of the last block, rising linearly from the first (AugReg's "sd")
     head : "raw", or "unit" for a head on L2-normalised features, as that of the model soups
     seed : of the weights; the global random state is left as it was
-
-    Raises
-    ------
-    OodlibError : unknown name or head
     """
     import timm
     from timm.layers import HybridEmbed

@@ -1,7 +1,5 @@
 """Strict checks of what timm accepts in silence: bare names, files of another network, no hub."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Iterator

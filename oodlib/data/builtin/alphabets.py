@@ -5,17 +5,14 @@ confusable of a basic Latin letter (in ``alphabets.yaml``, after Unicode's confu
 or (2) a look-alike: in any whitelisted font that draws both, its similarity to one of A-Z or a-z
 reaches ``LOOKALIKE``. Similarity is the largest Pearson correlation of the two masks (centred,
 equal extent, 16x16 block means) over turns of the Latin letter by -12 to 12 degrees and shifts by
-up to 1/32 of the mask. Lower case counts although the task has capitals only: a Cyrillic "a" is not
-an unseen character. 0.90 is where different capitals begin to resemble each other (E/F and O/D
-reach 0.95, C/G 0.90). Then (3) a duplicate is removed: correlation at least ``DUPLICATE`` with an
-earlier character of the same set, without turns or shifts, in any font (A-Z themselves always
-stay). Accented characters (with a canonical decomposition) are never candidates.
+up to 1/32 of the mask. Lower case counts although the task has capitals only. 0.90 is where
+different capitals begin to resemble each other (E/F and O/D reach 0.95, C/G 0.90). Then (3) a
+duplicate is removed: correlation at least ``DUPLICATE`` with an earlier character of the same set,
+without turns or shifts, in any font (A-Z always stay). Accented characters are never candidates.
 
 The pretraining set ``unicode`` leaves out the OOD scripts' blocks and whatever looks like one of
-their characters. ``removed(name)`` lists every removed character with its reason.
+their characters.
 """
-
-from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
@@ -73,8 +70,7 @@ def similarity(
 ) -> NDArray[np.float64]:
     """Glyph similarity in one font, (n, r): the largest Pearson correlation, in [-1, 1].
 
-    ``variants`` turns and shifts the references (45 copies). All characters need a real glyph in
-    the font.
+    ``variants`` turns and shifts the references (45 copies). The font must draw all characters.
     """
     # whole numbers: every sum below is exact
     a = _features(codepoints, font, False)[:, 0].astype(np.float64)

@@ -1,16 +1,10 @@
 """Fonts and glyph masks: which shipped fonts really draw a character, and what it looks like.
 
 The fonts are the text faces that matplotlib ships (DejaVu: Bitstream Vera licence; STIX: its own
-free licence; both texts lie beside the font files). Left out, with reasons:
-
-- ``LastResortHE`` draws one placeholder box per Unicode block, for every codepoint;
-- ``cmb10 cmex10 cmmi10 cmr10 cmss10 cmsy10 cmti10 cmtt10`` use TeX encodings: cmex and cmsy have
-  symbols in place of letters, the others hardly a letter outside ASCII;
-- ``STIXNonUni*`` (private-use codepoints), ``STIXSiz*`` and ``DejaVu*Display`` (a few large
-  brackets) hold no letters.
+free licence; both texts lie beside the font files). Left out: ``LastResortHE`` draws one box for
+every codepoint; ``cm*10`` use TeX encodings, with hardly a letter outside ASCII; ``STIXNonUni*``,
+``STIXSiz*`` and ``DejaVu*Display`` hold no letters.
 """
-
-from __future__ import annotations
 
 from functools import cache
 from pathlib import Path

@@ -88,11 +88,6 @@ def _pixel_perm(canvas: Canvas) -> Float:
     return canvas.source.reshape(-1, 3)[order].reshape(canvas.h, canvas.w, 3)
 
 
-def _low_freq_pixel_perm(canvas: Canvas) -> Float:
-    shuffled = _pixel_perm(canvas)
-    return _blur(shuffled, canvas.pick(PIXEL_PERM_SIGMA))
-
-
 def _tricolour(canvas: Canvas, *, primary: bool = False) -> Float:
     colours = canvas.rng.random((3, 3))
     if primary:
@@ -115,8 +110,7 @@ def _low_freq_colorrange(canvas: Canvas) -> Float:
 
 
 def _blobs(canvas: Canvas) -> Float:
-    dots = (canvas.uniform() < 0.7).astype(np.float64)
-    x = _blur(dots, canvas.pick(BLOB_SIGMA))
+    x = _blur((canvas.uniform() < 0.7).astype(np.float64), canvas.pick(BLOB_SIGMA))
     return np.where(x < 0.75, 0.0, x)
 
 
@@ -125,7 +119,7 @@ _MAKERS: dict[str, Callable[[Canvas], Float]] = {
     "Gaussian": _gaussian,
     "Rademacher": lambda canvas: (canvas.uniform() < 0.5).astype(np.float64),
     "pixel_perm": _pixel_perm,
-    "low_freq_pixel_perm": _low_freq_pixel_perm,
+    "low_freq_pixel_perm": lambda canvas: _blur(_pixel_perm(canvas), canvas.pick(PIXEL_PERM_SIGMA)),
     "white": lambda canvas: canvas.fill(1),
     "black": lambda canvas: canvas.fill(0),
     "grey": lambda canvas: canvas.fill(canvas.rng.random()),
@@ -175,6 +169,9 @@ def unit_test(
 ) -> ImageSet:
     """One of the 17 unit tests as an image set; labels are -1.
 
+    OodlibError: unknown name, no size and no canvas, a canvas under 12 pixels, no or too few
+    ``id_images``.
+
     Parameters
     ----------
     name : one of ``UNIT_TESTS``
@@ -183,11 +180,6 @@ def unit_test(
     canvas : (height, width) in pixels; by default 1.5 times ``size``, square
     id_images : in-distribution test images for ``NEEDS_ID_IMAGES``, in random order; picture i
         shuffles the pixels of image i, resized (bicubic) to the canvas
-
-    Raises
-    ------
-    OodlibError : unknown name, no size and no canvas, a canvas under 12 pixels, no or too few
-        ``id_images``
 
     References
     ----------

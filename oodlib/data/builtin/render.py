@@ -4,8 +4,6 @@ All random numbers are raw outputs of PCG64 (whose stream NumPy guarantees), all
 on integers: the same seed and masks give the same bytes on every machine.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import numpy as np

@@ -5,8 +5,6 @@ digits inside scikit-learn, the blur of SciPy, and NumPy's normal and quantile r
 tests. A test compares them with ``data/manifests/embedded.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,7 +66,8 @@ def embedded(
     round, so that any n is balanced to within one per class. Turn, shift, scale, stroke and colours
     do not depend on ``style`` and ``size``. Each split has handwritten digits of its own (train
     1/8, val 1/8, test 3/4), reused with other jitter once all were used. ``meta`` has "font" and
-    "codepoint" for glyphs, "source" (index of the drawing) for digits.
+    "codepoint" for glyphs, "source" (index of the drawing) for digits. OodlibError: an unknown
+    name, split or style, n < 1, a size out of range.
 
     Parameters
     ----------
@@ -78,10 +77,6 @@ def embedded(
     seed : of all random numbers of the set
     style : "plain" (light on dark) or "colour" (see `render.compose`); unit tests have no style
     size : side in pixels, 16 to 512
-
-    Raises
-    ------
-    OodlibError : an unknown name, split or style, n < 1, a size out of range
     """
     one_of("embedded: set", name, EMBEDDED)
     one_of("embedded: split", split, SPLITS)
@@ -186,9 +181,7 @@ def _drawings(
     return source
 
 
-def _digits(
-    source: NDArray[np.int64], raw: NDArray[np.uint64], style: render.Style, size: int
-) -> Pixels:
+def _digits(source: NDArray, raw: NDArray, style: render.Style, size: int) -> Pixels:
     from PIL import Image
 
     side = glyphs.mask_side(size)

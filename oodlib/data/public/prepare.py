@@ -1,7 +1,5 @@
 """Public image sets, prepared once into memory-mapped arrays and verified on every load."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -28,18 +26,14 @@ class DatasetNotFound(OodlibError):
 
 
 def load(
-    name: str,
-    split: str,
-    *,
-    mirror: Place = None,
-    download: bool = True,
-    data_dir: Place = None,
+    name: str, split: str, *, mirror: Place = None, download: bool = True, data_dir: Place = None
 ) -> ImageSet:
     """A public set, memory-mapped; prepared first where this has not been done yet.
 
     The rows are sorted by the hashes of their pixels: the same order for every source of a set, and
     without class or time structure, so that any prefix is a fair subset. A smaller copy than the
-    official one is named ``<name>-incomplete``.
+    official one is named ``<name>-incomplete``. OodlibError: unknown name, no source available,
+    damaged source, or damaged prepared data.
 
     Parameters
     ----------
@@ -48,10 +42,6 @@ def load(
         ``OODLIB_MIRROR``
     download : ask torchvision where the mirror does not hold the set
     data_dir : default ``OODLIB_DATA``, else ``data/`` of the project
-
-    Raises
-    ------
-    OodlibError : unknown name, no source available, damaged source, or damaged prepared data
     """
     folder = _folder(name, split, data_dir)
     if not (folder / "info.json").is_file():
@@ -64,12 +54,7 @@ def load(
 
 
 def prepare(
-    name: str,
-    split: str,
-    *,
-    mirror: Place = None,
-    download: bool = True,
-    data_dir: Place = None,
+    name: str, split: str, *, mirror: Place = None, download: bool = True, data_dir: Place = None
 ) -> Path:
     """Read and check a split; write it to ``prepared/<name>/<split>``, replaced only on success."""
     info, folder = set_info(name), _folder(name, split, data_dir)

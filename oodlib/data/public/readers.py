@@ -3,8 +3,6 @@
 Each returns a `Raw`: decoded uint8 images of one size, labels, class names and their source.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

@@ -4,8 +4,6 @@ A new set is one more record in ``registry.yaml``; nothing else needs to change 
 as Parquet, as IDX files, as zips with one folder per class, or through a torchvision class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

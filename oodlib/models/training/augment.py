@@ -1,7 +1,5 @@
 """Normalisation and augmentation of image batches on the device they lie on."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import numpy as np

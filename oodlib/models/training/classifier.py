@@ -1,7 +1,5 @@
 """Training of the suite's small classifiers by SGD, with Lookahead where a recipe says so."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -20,17 +18,13 @@ from oodlib.models.training.loop import TrainingRun
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run, besides the data, the network and the seed.
-
-    ``lr`` is the peak learning rate for the *mean* loss of a batch; ``decay`` the share by which
-    every weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms).
-    """
+    """Everything that decides a training run, besides the data, the network and the seed."""
 
     epochs: float = 10
     batch_size: int = 500
-    lr: float = 0.1
+    lr: float = 0.1  # peak, for the mean loss of a batch
     momentum: float = 0.9
-    decay: float = 5e-5
+    decay: float = 5e-5  # share by which a weight shrinks at the peak: PyTorch's lr * weight_decay
     schedule: Literal["cosine", "triangle"] = "cosine"
     warmup: float = 0.0  # share of the steps
     final_lr: float = 0.0  # share of the peak
@@ -106,6 +100,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place by SGD (Nesterov) on cross-entropy; a row of history per epoch.
 
+    OodlibError: a loss that overflows, a checkpoint that is damaged or of another recipe or seed.
+
     Parameters
     ----------
     images, labels : (n, c, h, w) uint8 and (n,) int64
@@ -113,10 +109,6 @@ def train(
     mean, std : (c,), in units of pixel / 255
     checkpoint : saved after every epoch and within long ones; an interrupted run resumes from it
     on_epoch : ``on_epoch(epochs_done, model)``, in evaluation mode, also with 0 at the start
-
-    Raises
-    ------
-    OodlibError : a loss that overflows, a checkpoint that is damaged or of another recipe or seed
     """
     n, per_epoch = len(images), len(images) // recipe.batch_size
     if per_epoch == 0:

@@ -4,8 +4,6 @@ The recipe is that of Montazeran and Köthe's code (arXiv 2502.00820), but the w
 step instead of epoch by epoch, gradients are clipped, and the rate is set by the caller.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -32,13 +30,9 @@ _ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # purposes of generators
 
 @dataclass(frozen=True)
 class FlowRecipe:
-    """Everything that decides a training run, besides the images, the network and the seed.
+    """Everything that decides a training run, besides the images, the network and the seed."""
 
-    ``snapshots`` are the steps whose weights are saved, 0 being the state after actnorm's
-    initialisation; the last one ends the run.
-    """
-
-    snapshots: tuple[int, ...]
+    snapshots: tuple[int, ...]  # steps whose weights are saved, from 0 (actnorms set) to the last
     batch_size: int = 64
     lr: float = 1e-2
     weight_decay: float = 5e-5
@@ -107,7 +101,9 @@ def train_flow(
 
     loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights, bit by
     bit on a CPU with the same number of threads. Rows hold step, epoch, train_bpd (mean since the
-    last row, NaN at 0), validation_bpd, seconds.
+    last row, NaN at 0), validation_bpd, seconds. OodlibError: images that the flow cannot take,
+    fewer than a batch, none for validation; a loss or gradient that overflows (the last good state
+    stays on disk); a state that is damaged or belongs to another run.
 
     Parameters
     ----------
@@ -115,12 +111,6 @@ def train_flow(
     seed : of order, augmentation and noise; initialise the weights yourself
     folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``,
         with which a finished run without decay can be made longer
-
-    Raises
-    ------
-    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss
-        or gradient that overflows (the last good state stays on disk); a state that is damaged or
-        belongs to another run
     """
     _check(model, images, validation, recipe)
     n, per_epoch, last = len(images), len(images) // recipe.batch_size, recipe.snapshots[-1]

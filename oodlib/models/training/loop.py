@@ -1,7 +1,5 @@
 """The training loop of every recipe: resumable, with history, progress bar and overflow error."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math
@@ -25,6 +23,8 @@ _FORMAT = b"oodlib training state 2"  # enters the checksum: older files are ref
 class TrainingRun:
     """Steps of one training, resumed from the state in ``path`` where there is one.
 
+    OodlibError: the state is damaged, of an earlier version, or belongs to another run.
+
     Parameters
     ----------
     name : of the training function, for messages
@@ -37,10 +37,6 @@ class TrainingRun:
     step : number of finished steps
     history : rows so far, each with its "step"
     losses : of the steps since the last row
-
-    Raises
-    ------
-    OodlibError : the state is damaged, of an earlier version, or belongs to another run
     """
 
     def __init__(
@@ -106,13 +102,11 @@ class TrainingRun:
         loss : of a step, counted from 0; it draws its batch itself, from generators of that step
         rate : learning rate of a step, as a share of a parameter group's "peak" where it has one
         rows : numbers of finished steps at which the history gets a row and the state is saved
-        row : makes that row, before the state is saved; `mean_loss_row` where not given
+        row : makes that row, before the state is saved
         clip : largest L2 norm of the model's gradient
         after_step, after_row : called with the number of finished steps; with the row, after saving
 
-        Raises
-        ------
-        OodlibError : a loss or gradient that overflows; the last good state stays on disk
+        OodlibError: a loss or gradient overflows; the last good state stays on disk.
         """
         total, pending, saved = max(rows), None, time.monotonic()
 

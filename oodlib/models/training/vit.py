@@ -1,13 +1,11 @@
 """Training of the pool's small ViTs: pretraining and finetuning.
 
-After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the
-head's bias at -log C and AdamW, decaying weight matrices and filters only; finetuning by SGD with
-momentum, a zero head, no weight decay and softmax cross-entropy; both with a cosine schedule,
-warm-up and gradients clipped at norm 1. The CLIP-like objective is ours: InfoNCE between an image's
-unit-norm feature and the learned unit-norm code of its class.
+After AugReg (Steiner et al., arXiv 2106.10270): pretraining by AdamW on sigmoid cross-entropy, with
+the head's bias at -log C, decaying matrices and filters only; finetuning by SGD with momentum on
+softmax cross-entropy, a zero head, no weight decay; both with warm-up, a cosine schedule, gradients
+clipped at norm 1. The CLIP-like objective is ours: InfoNCE between an image's unit-norm feature and
+the learned unit-norm code of its class.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -84,8 +82,7 @@ class VitRecipe:
 def decay_integral(recipe: VitRecipe) -> float:
     """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in a run.
 
-    It makes runs of any length comparable; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on
-    ImageNet-1k.
+    AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on ImageNet-1k.
     """
     return recipe.weight_decay * sum(map(recipe.rate, range(recipe.steps)))
 
@@ -107,7 +104,8 @@ def fit_vit(
     """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history.
 
     A killed run resumes from ``checkpoint`` to the same weights, bit by bit on a CPU with the same
-    number of threads.
+    number of threads. OodlibError: a loss that overflows, a checkpoint that is damaged or belongs
+    to another run.
 
     Parameters
     ----------
@@ -115,10 +113,6 @@ def fit_vit(
     mean, std : (c,), in units of pixel / 255
     seed : of order, augmentation, dropout and class codes; initialise the weights yourself
     checkpoint : file of this run alone; the caller deletes it once the result is stored
-
-    Raises
-    ------
-    OodlibError : a loss that overflows, a checkpoint that is damaged or belongs to another run
     """
     n = len(images)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
