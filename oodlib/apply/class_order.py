@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from oodlib.features.feature_bank import FeatureBank
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ClassCheck:
     """Are the labels the model's classes, in its order?"""
 
@@ -61,12 +61,6 @@ def check_classes(bank: FeatureBank) -> ClassCheck | None:
     counts = np.zeros((classes, classes), dtype=np.int64)  # label by answer
     np.add.at(counts, (labels, bank.logits[known].argmax(1)), 1)
     rows, order = linear_sum_assignment(-counts)
-    n = len(labels)
-    return ClassCheck(
-        n=n,
-        accuracy=float(np.trace(counts) / n),
-        chance=float(counts.sum(1).max() / n),
-        best=float(counts[rows, order].sum() / n),
-        order=order,
-        unknown=bank.unknown,
-    )
+    found = (np.trace(counts), counts.sum(1).max(), counts[rows, order].sum())
+    accuracy, chance, best = (float(n / len(labels)) for n in found)
+    return ClassCheck(len(labels), accuracy, chance, best, order, bank.unknown)

@@ -39,16 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     _check(given)
     pick_device(given.device)
-    network, weights = None, ""
+    network = None
     if given.model:
-        network = load_network(given.model, weights=given.weights, num_classes=given.num_classes)
-        weights = weights_hash(network[0])
+        model, transform = load_network(
+            given.model, weights=given.weights, num_classes=given.num_classes
+        )
+        network = model, transform, weights_hash(model)
     # all are opened before the work, so that a wrong path costs no time
-    images = _open(given.images, network, weights, given)
-    ids, fit = (
-        None if path is None else _open(path, network, weights, given)
-        for path in (given.id_images, given.fit_images)
-    )
+    images = _open(given.images, network, given)
+    paths = (given.id_images, given.fit_images)
+    ids, fit = (None if path is None else _open(path, network, given) for path in paths)
     for other, path in ((ids, given.id_images), (fit, given.fit_images)):
         if other is not None and other.weights != images.weights:
             raise OodlibError(
@@ -87,8 +87,8 @@ def _run(given: argparse.Namespace) -> int:
     scored = f"{n - unreadable} images scored with {detector.info.key}, {verdict}."
     print(f"{scored} Written: {given.output}")
     if unreadable:
-        warning = f"{unreadable} of {n} images cannot be decoded; their rows say unreadable."
-        print(f"warning: {warning}", file=sys.stderr)
+        what = f"{unreadable} of {n} images cannot be decoded; their rows say unreadable."
+        print(f"warning: {what}", file=sys.stderr)
     return int(unreadable > 0)
 
 
@@ -125,7 +125,7 @@ def _check_writable(option: str, path: Path) -> None:
 
 
 def _open(
-    path: str, network: tuple[nn.Module, Transform] | None, weights: str, given: argparse.Namespace
+    path: str, network: tuple[nn.Module, Transform, str] | None, given: argparse.Namespace
 ) -> inputs.Inputs:
     if Path(path).suffix.lower() in inputs.FEATURE_SUFFIXES:
         if network is not None:
@@ -135,7 +135,7 @@ def _open(
         return inputs.FeatureFile(path)
     if network is None:
         raise OodlibError(f"{path} is not a file of features, so --model is needed.")
-    model, transform = network
+    model, transform, weights = network
     return inputs.Images(
         inputs.open_images(path, transform),
         model,

@@ -60,9 +60,7 @@ def open_images(path: str | Path, transform: Transform) -> ImageList:
     if path.is_dir():
         return ImageList(path, transform=transform)
     if not path.is_file():
-        raise OodlibError(
-            f"{path} is neither a folder nor a file. Give images, or a list of paths."
-        )
+        raise OodlibError(f"{path} is neither a folder nor a file. Give images or a list.")
     if path.suffix.lower() in SUFFIXES:
         return ImageList(path.parent, [(path.name, -1)], transform=transform)
     what = f"{path} is neither an image nor a text file"
@@ -101,9 +99,7 @@ class EveryImage(ImageList):
         for index in range(len(self)):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
-        raise OodlibError(
-            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder."
-        )
+        raise OodlibError(f"{self.name}: none of the {len(self)} images can be decoded. Check it.")
 
 
 class Images:
@@ -137,14 +133,9 @@ class Images:
     def bank(self) -> FeatureBank:
         """All images in one pass, or from the cache; an interrupted pass resumes."""
         with plain_errors(Exception):
-            return extract(
-                self.model,
-                image_loader(self.list, **self._batches),
-                shard_rows=SHARD,
-                device=self.device,
-                cache=self.cache,
-                model_name=self.model_name,
-            )
+            loader = image_loader(self.list, **self._batches)
+            options = {"device": self.device, "cache": self.cache, "model_name": self.model_name}
+            return extract(self.model, loader, shard_rows=SHARD, **options)
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
         loader = image_loader(EveryImage(self.list), **self._batches)

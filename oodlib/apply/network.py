@@ -67,11 +67,10 @@ def load_network(
 
     Parameters
     ----------
-    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1),
-        a public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of
-        yours that returns ``(model, transform)``: ``package.module:function`` or
-        ``path/to/file.py:function``. The file may import what lies beside it while it is loaded and
-        its function runs, not later
+    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1), a
+        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or your function
+        that returns ``(model, transform)``: ``package.module:function`` or
+        ``path/to/file.py:function``, which may import what lies beside the file while it runs
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number
         of classes where that is not the model's own
     """

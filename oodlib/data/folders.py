@@ -29,14 +29,14 @@ def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
     lists).
     """
     with explained(
-        (OSError, UnicodeDecodeError), f"{list_file}: unreadable list", "Check its path."
+        (OSError, UnicodeDecodeError), f"{list_file}: cannot be read", "Check its path."
     ):
         text = Path(list_file).read_text(encoding="utf-8")
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             path, _, label = line.strip().partition(" ")
-            what = f"{list_file}, line {number}: expected 'path label', got {line.strip()[:80]!r}"
+            what = f"{list_file}, line {number}: no integer label in {line.strip()[:80]!r}"
             with explained(ValueError, what, "Use a list in OpenOOD's format."):
                 rows.append((path, int(label)))
     if not rows:
@@ -57,7 +57,8 @@ def _folder_rows(root: Path) -> list[tuple[str, int]]:
 class ImageList(Dataset[tuple[Any, int]]):
     """Images on disk with labels, decoded on access and passed through any transform of PIL images.
 
-    OodlibError: empty list, a listed file is missing, or (on access) an image does not decode.
+    ``paths`` and ``labels`` (n,) int64 are in the order of the rows. OodlibError: empty list, a
+    listed file is missing, or (on access) an image does not decode.
 
     Parameters
     ----------
@@ -66,8 +67,6 @@ class ImageList(Dataset[tuple[Any, int]]):
         rank of its first-level folder)
     transform : such as torchvision's ``weights.transforms()``; without it, items are PIL images
     name : for messages and provenance
-
-    ``paths`` and ``labels`` (n,) int64 are in the order of the rows.
     """
 
     def __init__(
@@ -132,11 +131,5 @@ def image_loader(
     if images.transform is None:
         raise OodlibError(f"image_loader: {images.name} has no transform. Give the model's.")
     workers = min(16, os.cpu_count() or 1) if workers is None else workers
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        num_workers=workers,
-        shuffle=False,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-    )
+    options = {"pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    return DataLoader(images, batch_size, num_workers=workers, **options)

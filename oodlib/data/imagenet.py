@@ -119,9 +119,8 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
     status, lines = paper_set_status(data_root), []
     for name, entry in PAPER_SETS.items():
         counts = ", ".join(f"{count:,} ({protocol})" for protocol, count in entry.counts.items())
+        lines += [f"{name}: {entry.title} [{entry.role}]", f"  source    {entry.source}"]
         lines += [
-            f"{name}: {entry.title} [{entry.role}]",
-            f"  source    {entry.source}",
             f"  terms     {entry.terms}",
             f"  expected  {entry.tree}",
             f"  counts    {counts}",
@@ -150,17 +149,12 @@ def ood_classes(images: ImageList) -> NDArray[np.int64]:
 
 
 class UnitTests(ImageList):
-    """The 17 unit tests as their authors draw them, one picture per row, test by test.
+    """The 17 unit tests as their authors draw them, n pictures per test (originally 400), in turn.
 
-    Parameters
-    ----------
-    id_images : ImageNet's validation images; ``n`` of them, drawn without replacement, have their
-        pixels shuffled (fewer are an OodlibError)
-    n : pictures per test (the original: 400)
-    seed : of the drawing; every picture depends on it and on its own number alone
-    canvas : height and width in pixels
-
-    ``labels`` (17 n,) are indices in `UNIT_TESTS`; ``paths`` names the image that a row may use.
+    ``n`` of ImageNet's validation images ``id_images``, drawn without replacement, have their
+    pixels shuffled; fewer are an OodlibError. Each picture depends on ``seed`` and its own number
+    alone. ``labels`` (17 n,) are indices in `UNIT_TESTS`; ``paths`` names the image that a row may
+    use; ``canvas`` is height and width in pixels.
     """
 
     def __init__(
@@ -184,7 +178,7 @@ class UnitTests(ImageList):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal): as of an `ImageList`, with the seed and the canvas."""
+        """As of an `ImageList`, with the seed and the canvas."""
         text = f"{super().fingerprint} {self.seed} {self.canvas}"
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -47,14 +47,10 @@ class ImageSet:
         self, index: NDArray | slice, *, name: str | None = None, split: str | None = None
     ) -> ImageSet:
         """The chosen images (integer or boolean index, or a slice), in that order."""
-        return replace(
-            self,
-            name=name or self.name,
-            split=split or self.split,
-            images=self.images[index],
-            labels=self.labels[index],
-            meta={k: v[index] for k, v in self.meta.items()},
-        )
+        meta = {k: v[index] for k, v in self.meta.items()}
+        name, split = name or self.name, split or self.split
+        images, labels = self.images[index], self.labels[index]
+        return ImageSet(name, split, images, labels, self.class_names, meta)
 
     def sample(self, n: int, *, seed: int, stratified: bool = False) -> ImageSet:
         """``n`` images (at most all), seeded; ``stratified``: labels as even as they can be."""

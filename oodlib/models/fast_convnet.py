@@ -45,14 +45,10 @@ class FastConvNet(nn.Module):
     """Six convolutions that reach 92-94 % on CIFAR-10 in minutes of GPU or hours of CPU.
 
     After K. Jordan 2024 (arXiv 2404.00498): a frozen whitening layer, three blocks of two
-    convolutions, global max-pooling, a linear head without bias. Ours differs on purpose: the last
-    activation is a ReLU, so that features are non-negative as in the OOD papers, and the head
-    includes the recipe's logit scale, so that ``logits = features @ W.T``.
-
-    Parameters
-    ----------
-    num_classes : C
-    widths : channels of the three blocks; the last one is the feature dimension D
+    convolutions (``widths`` channels, the last the feature dimension D), global max-pooling, a
+    linear head without bias. Ours differs on purpose: the last activation is a ReLU, so that
+    features are non-negative as in the OOD papers, and the head includes the recipe's logit scale,
+    so that ``logits = features @ W.T``.
     """
 
     def __init__(

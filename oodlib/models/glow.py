@@ -2,9 +2,9 @@
 
     log p(x) = log p(z) + log |det dz/dx|,   z = f(x)
 
-Architecture, initial values and order of tensors follow the y0ast/Glow-PyTorch implementation that
-Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1
-convolution, affine coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
+Architecture, initial values and order of tensors follow y0ast/Glow-PyTorch, on which Montazeran and
+Köthe build (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1 convolution, affine
+coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
 """
 
 import math
@@ -258,9 +258,8 @@ class Glow(nn.Module):
         """
         self._check("initialise", x, images=True)
         if self.initialised:
-            return warnings.warn(
-                "Glow.initialise: initialised already, nothing changed.", UserWarning, stacklevel=2
-            )
+            message = "Glow.initialise: initialised already, nothing changed."
+            return warnings.warn(message, stacklevel=2)
         spread = x.amax((0, 2, 3)) - x.amin((0, 2, 3))
         if spread.max() <= 2**-self.bits or spread.min() == 0:
             raise OodlibError(
@@ -268,13 +267,9 @@ class Glow(nn.Module):
                 f"per channel {spread.tolist()}. Give dequantised training images."
             )
         if len(x) < 256:
-            message = f"Glow.initialise: {len(x)} images are few; use 256 or more."
-            warnings.warn(message, UserWarning, stacklevel=2)
-        hooks = [
-            module.register_forward_pre_hook(lambda actnorm, inputs: actnorm.fit(*inputs))
-            for module in self.modules()
-            if isinstance(module, ActNorm)
-        ]
+            warnings.warn(f"Glow.initialise: {len(x)} images are few; use 256.", stacklevel=2)
+        norms = [module for module in self.modules() if isinstance(module, ActNorm)]
+        hooks = [norm.register_forward_pre_hook(lambda m, args: m.fit(*args)) for norm in norms]
         try:
             self(x)
         finally:

@@ -158,8 +158,9 @@ def paper_model(
 ) -> tuple[nn.Module, Transform]:
     """A timm or torchvision classifier in evaluation mode and its image transform.
 
-    OodlibError: unknown model or tag, no tag and no file, a missing or unreadable file, tensors
-    that do not fit, no connection.
+    The GradNorm checkpoint's outputs are in MOS's class order, on which only accuracy depends: pass
+    the images with ``imagenet2012_val_list.txt`` or use ``oodlib.data.class_remap``. OodlibError:
+    unknown model, no tag and no file, a file that is missing or does not fit, no connection.
 
     Parameters
     ----------
@@ -171,12 +172,6 @@ def paper_model(
     preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both
         sides to 480, no crop, mean and std 0.5
     num_classes : of the weights file, where it is not the tag's own
-
-    Notes
-    -----
-    The GradNorm checkpoint's outputs are in MOS's class order: pass the images with
-    ``imagenet2012_val_list.txt`` (same order) or use ``oodlib.data.class_remap``. OOD scores do not
-    depend on it, accuracy does.
     """
     if weights_file is not None and not Path(weights_file).is_file():
         raise OodlibError(f"paper_model: the weights file {weights_file} is missing.")
@@ -198,10 +193,8 @@ def paper_model(
     # network
     with timm_checks.reachable_hub() if download else contextlib.nullcontext(False) as answers:
         try:
-            filled = download or overlay is not None
-            model = timm.create_model(
-                timm_name, pretrained=filled, pretrained_cfg_overlay=overlay, **options
-            )
+            options |= {"pretrained": download or overlay is not None}
+            model = timm.create_model(timm_name, pretrained_cfg_overlay=overlay, **options)
         except Exception as error:  # timm, hub and zip errors have no common base
             details = " ".join(line.strip() for line in str(error).splitlines()[:3])[:300]
             remedy = "Check that the file belongs to this network, with as many classes."
@@ -228,11 +221,9 @@ def paper_model(
 
     # transform
     if preprocessing == "gradnorm":
-        from torchvision import transforms
+        from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-        normalisation = transforms.Normalize([0.5] * 3, [0.5] * 3)
-        steps = [transforms.Resize((480, 480)), transforms.ToTensor(), normalisation]
-        transform = transforms.Compose(steps)
+        transform = Compose([Resize((480, 480)), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
     else:
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return model.eval(), transform

@@ -60,7 +60,7 @@ _KILO = 1024 * (1 + 1 / (1 - 0.85))  # Jordan's rates are per 1,024 images at in
 
 
 def _fast_recipe(epochs: float, batch_size: int, flip: Literal["none", "alternating"]) -> Recipe:
-    """The recipe of arXiv 2404.00498 without label smoothing and without test-time augmentation.
+    """That of arXiv 2404.00498 without label smoothing and test-time augmentation.
 
     Both change the logits that OOD scores read; the logit scale 1/9 is part of the head.
     """

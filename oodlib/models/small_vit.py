@@ -1,7 +1,7 @@
 """The suite's small Vision Transformers for 32-pixel images: timm's, with small dimensions.
 
-Hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch
-projection, without which a tiny ViT learns several times slower from a few hundred thousand images.
+Hybrids like AugReg's R+Ti/16: with convolutions (timm's `ConvStem`) instead of one patch projection
+a tiny ViT learns several times faster from a few hundred thousand images.
 """
 
 from functools import partial

@@ -90,7 +90,7 @@ def _drawn(font: str, codepoints: tuple[int, ...]) -> tuple[int, ...]:
 def _like(
     codepoints: tuple[int, ...], references: tuple[int, ...], what: str, *, variants: bool
 ) -> dict[int, str]:
-    """codepoint -> reason, for the codepoints that look like a reference in some font."""
+    """codepoint -> reason, for those that look like a reference in some font."""
     found: dict[int, tuple[float, str]] = {}
     for font in FONTS:
         mine, theirs = _drawn(font, codepoints), _drawn(font, references)
@@ -105,7 +105,7 @@ def _like(
 
 
 def _duplicates(codepoints: tuple[int, ...]) -> dict[int, str]:
-    """codepoint -> reason, for the codepoints that repeat an earlier one that stays."""
+    """codepoint -> reason, for those that repeat an earlier one that stays."""
     earlier: dict[int, dict[int, str]] = {c: {} for c in codepoints}
     for font in FONTS:
         if mine := _drawn(font, codepoints):

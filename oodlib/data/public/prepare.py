@@ -75,16 +75,10 @@ def prepare(
             f"{entry.checksum}. Copy or download it again."
         )
     order = np.argsort(hashes, kind="stable")
-    sidecar = {
-        "count": n,
-        "official_count": entry.count,
-        "shape": list(raw.images.shape),
-        "checksum": checksum,
-        "class_names": list(info.class_names or raw.class_names),
-        "source": raw.source,
-        "terms": info.terms,
-        "note": info.note if n < entry.count or not info.partial else "",
-    }
+    sidecar: dict[str, Any] = {"count": n, "official_count": entry.count, "checksum": checksum}
+    sidecar |= {"source": raw.source, "terms": info.terms, "shape": list(raw.images.shape)}
+    sidecar["class_names"] = list(info.class_names or raw.class_names)
+    sidecar["note"] = info.note if n < entry.count or not info.partial else ""
     with _writable(folder), atomic_folder(folder) as temporary:
         np.save(temporary / "images.npy", raw.images[order])
         np.save(temporary / "labels.npy", raw.labels[order])
@@ -117,9 +111,7 @@ def _read(info: SetInfo, split: str, mirror: Place, download: bool, root: Path) 
     entry, tried = info.split(split), "OODLIB_MIRROR is not set"
     if mirror:
         if not Path(mirror).is_dir():
-            raise OodlibError(
-                f"OODLIB_MIRROR is {mirror}, which is no folder. Correct or unset it."
-            )
+            raise OodlibError(f"OODLIB_MIRROR is {mirror}, not a folder. Correct or unset it.")
         if raw := find_in_mirror(info, split, Path(mirror)):
             return raw
         tried = "the mirror does not hold it"

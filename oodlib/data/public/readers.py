@@ -80,32 +80,32 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
 
     _check_shards(shards)
     names: tuple[str, ...] = ()
-    opened = []
+    opened, kinds, what = (
+        [],
+        (pa.ArrowException, OSError),
+        "not a readable Parquet file, perhaps truncated",
+    )
     for shard in shards:
-        with explained(
-            (pa.ArrowException, OSError), f"{shard}: not a readable Parquet file", _AGAIN
-        ):
+        with explained(kinds, f"{shard}: {what}", _AGAIN):
             opened.append(pq.ParquetFile(shard))
         metadata = opened[-1].schema_arrow.metadata or {}
         names = tuple(json.loads(metadata.get(b"class_names", b"[]"))) or names
         if missing := {"image", "label"} - set(opened[-1].schema_arrow.names):
             raise OodlibError(
                 f"{shard}: the columns image and label are needed, {', '.join(sorted(missing))} is "
-                "missing. Write the file in the layout that docs/data.md shows."
+                "missing. See docs/data.md for the layout."
             )
     total = sum(file.metadata.num_rows for file in opened)
     images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
     done = 0
     with _bar(total, shards[0].parent.name) as bar:
         for shard, file in zip(shards, opened, strict=True):
-            what = f"{shard}: not a readable Parquet file"
-            with explained((pa.ArrowException, OSError), what, _AGAIN):
+            with explained(kinds, f"{shard}: {what}", _AGAIN):
                 for batch in file.iter_batches(_CHUNK, columns=["image", "label"]):
                     rows = batch.column("image").to_pylist()
                     jobs = [(row["bytes"], f"{shard}, image {row['path']}") for row in rows]
                     _decode_all(jobs, info, images[done : done + len(rows)], bar)
-                    column = batch.column("label").to_numpy(zero_copy_only=False)
-                    labels[done : done + len(rows)] = column
+                    labels[done : done + len(rows)] = batch.column("label").to_numpy(False)
                     done += len(rows)
     source = f"{shards[0].parent.name}/{shards[0].name.split('-')[0]}-*.parquet"
     return Raw(images, labels, names, source)
@@ -121,12 +121,10 @@ def _check_shards(shards: Sequence[Path]) -> None:
         )
 
 
-def _decode_all(
-    jobs: Sequence[tuple[bytes, str]], info: SetInfo, out: NDArray[np.uint8], bar: tqdm
-) -> None:
+def _decode_all(jobs: Sequence[tuple[bytes, str]], info: SetInfo, out: NDArray, bar: tqdm) -> None:
     """Decode the pictures (bytes, where from) into ``out``, in parallel."""
     with _pool() as pool:
-        for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], info), jobs)):
+        for i, image in enumerate(pool.map(lambda job: _decode(*job, info), jobs)):
             out[i] = image
             bar.update()
 
@@ -178,7 +176,9 @@ def read_idx(image_file: Path, label_file: Path, *, md5: Any = None) -> Raw:
 def _idx(path: Path, md5: str | None) -> NDArray[np.uint8]:
     with explained(FileNotFoundError, f"{path}: the file is missing", _AGAIN):
         data = path.read_bytes()
-    with explained((EOFError, OSError, zlib.error), f"{path}: not a readable gzip file", _AGAIN):
+    with explained(
+        (EOFError, OSError, zlib.error), f"{path}: not a readable gzip file, truncated?", _AGAIN
+    ):
         unpacked = gzip.decompress(data)
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 and found != md5:

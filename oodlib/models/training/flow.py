@@ -101,9 +101,9 @@ def train_flow(
 
     loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights, bit by
     bit on a CPU with the same number of threads. Rows hold step, epoch, train_bpd (mean since the
-    last row, NaN at 0), validation_bpd, seconds. OodlibError: images that the flow cannot take,
-    fewer than a batch, none for validation; a loss or gradient that overflows (the last good state
-    stays on disk); a state that is damaged or belongs to another run.
+    last row, NaN at 0), validation_bpd, seconds. OodlibError: images that the flow cannot take, or
+    too few; a loss or gradient that overflows (the last good state stays on disk); a state that is
+    damaged or belongs to another run.
 
     Parameters
     ----------
@@ -157,19 +157,13 @@ def train_flow(
             raise run.overflow(
                 f"bits per dim of validation images after step {run.step}, {bpd:.4g},"
             )
-        row = {
-            "step": run.step,
-            "epoch": run.step / per_epoch,
-            "validation_bpd": bpd,
-            "train_bpd": sum(run.losses) / len(run.losses) if run.losses else math.nan,
-            "seconds": run.seconds,
-        }
+        train_bpd = sum(run.losses) / len(run.losses) if run.losses else math.nan
+        row = {"step": run.step, "epoch": run.step / per_epoch, "validation_bpd": bpd}
+        row |= {"train_bpd": train_bpd, "seconds": run.seconds}
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        write_sealed(
-            snapshot_path(folder, run.step),
-            lambda path: save_file(weights, path),
-            {"key": key, **row, "train_bpd": row["train_bpd"] if run.losses else None},
-        )
+        record = {"key": key, **row, "train_bpd": train_bpd if run.losses else None}
+        path = snapshot_path(folder, run.step)
+        write_sealed(path, lambda path: save_file(weights, path), record)
         if progress:  # a log file shows no bar
             tqdm.write(f"step {run.step}: {bpd:.3f} bits/dim on validation images")
         return row
@@ -185,8 +179,9 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
         if facts != (Tensor, torch.uint8, "cpu", model.image_shape):
             shape = ", ".join(map(str, ("n", *model.image_shape)))
             raise OodlibError(
-                f"train_flow: {name} must be a tensor ({shape}) torch.uint8 on the CPU, got "
-                f"{type(part).__name__} {tuple(part.shape)} {part.dtype} on {part.device}."
+                f"train_flow: {name} must be uint8 ({shape}) on the CPU, got {type(part).__name__} "
+                f"{tuple(part.shape)} {part.dtype} on {part.device}. Turn x in [0, 1] into (255 * x)"
+                ".round().byte()."
             )
         if len(part) < least:
             raise OodlibError(

@@ -23,14 +23,9 @@ _FORMAT = b"oodlib training state 2"  # enters the checksum: older files are ref
 class TrainingRun:
     """Steps of one training, resumed from the state in ``path`` where there is one.
 
-    OodlibError: the state is damaged, of an earlier version, or belongs to another run.
-
-    Parameters
-    ----------
-    name : of the training function, for messages
-    key : what decides the run; a state with another key is refused
-    path : where states are saved; None saves none
-    parts : whatever else has a state (``state_dict``, ``load_state_dict``) that decides later steps
+    ``name`` is for messages; a state with another ``key`` is refused; without ``path`` none is
+    saved; ``parts`` are all that has a state (``state_dict``, ``load_state_dict``) on which later
+    steps depend. OodlibError: the state is damaged, of an earlier version, or of another run.
 
     Attributes
     ----------

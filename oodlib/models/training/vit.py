@@ -132,8 +132,8 @@ def fit_vit(
         samples = range(first, min(first + recipe.batch_size, recipe.samples))
         index = [int(order(i // n)[i % n]) for i in samples]
         seed_all(hash_seed(seed, recipe.steps, step))
-        inputs = (images[index], labels[index], len(codes.weight))
-        x, targets = _batch(*inputs, recipe, policy, mean, std)
+        batch = (images[index], labels[index], len(codes.weight))
+        x, targets = _batch(*batch, recipe, policy, mean, std)
         x = x.to(device, memory_format=torch.channels_last)
         return _loss(model, codes, x, targets.to(device), recipe)
 
@@ -178,13 +178,7 @@ def _optimiser(model: nn.Module, codes: nn.Module, recipe: VitRecipe) -> torch.o
 
 
 def _batch(
-    images: Tensor,
-    labels: Tensor,
-    classes: int,
-    recipe: VitRecipe,
-    policy: Any,
-    mean: Tensor,
-    std: Tensor,
+    images: Tensor, labels: Tensor, classes: int, recipe: VitRecipe, policy: Any, *normal: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Augmented network input, and targets (n, C) that sum to one."""
     if policy is not None:
@@ -193,7 +187,7 @@ def _batch(
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         augmented = [torch.from_numpy(np.array(policy(picture))) for picture in pictures]
         images = torch.stack(augmented).permute(0, 3, 1, 2)
-    x = augment(normalise(images, mean, std), recipe, 0, None, torch.default_generator)
+    x = augment(normalise(images, *normal), recipe, 0, None, torch.default_generator)
     targets = F.one_hot(labels, classes).float()
     mixing = AUGMENTATIONS[recipe.aug][0]
     if mixing:
