@@ -96,14 +96,12 @@ def _check(given: argparse.Namespace) -> None:
     """Refuse options that contradict each other, lie out of range, or cannot be written."""
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError(
-            "--detector-file brings a fitted detector. Omit --detector, -p and --fit-images."
+            "--detector-file brings a fitted detector. Omit -p, --detector and --fit-images."
         )
     check_interval("--tpr", given.tpr, "(0, 1]", "It is a fraction, not per cent.")
     if given.batch_size < 1 or (given.workers or 0) < 0:
-        raise OodlibError(
-            f"--batch-size must be at least 1 and --workers at least 0, got {given.batch_size} and "
-            f"{given.workers}."
-        )
+        given_pair = f"{given.batch_size} and {given.workers}"
+        raise OodlibError(f"--batch-size must be >= 1 and --workers >= 0, got {given_pair}.")
     _check_writable("--output", Path(given.output))
     if given.save_detector is not None:
         _check_writable("--save-detector", Path(given.save_detector))
@@ -155,9 +153,7 @@ def _fitted(fit: inputs.Inputs | None, given: argparse.Namespace) -> tuple[Detec
             print(f"{name} needs no fitting; --fit-images is ignored.")
         return detector, identity
     if fit is None:
-        raise OodlibError(
-            f"{name} learns from ID training images. Give --fit-images or --detector-file."
-        )
+        raise OodlibError(f"{name} learns from ID training images. Give --fit-images.")
     bank = fit.bank()
     if detector.info.needs == "labels" and check_classes(bank) is None:
         found = 0 if bank.labels is None else int((np.unique(bank.labels) >= 0).sum())

@@ -103,11 +103,7 @@ class EveryImage(ImageList):
 
 
 class Images:
-    """Images on disk behind a network, the counterpart of `FeatureFile`.
-
-    Their cached features lie in ``cache``, named by ``model_name``; ``batches`` goes to
-    `image_loader`.
-    """
+    """Images on disk behind a network; ``batches`` are options of `image_loader`."""
 
     only_logits = False
 
@@ -177,10 +173,8 @@ class FeatureFile:
         self._main = "logits" if self.only_logits else "features"
         if self._main not in self._arrays:
             found = ", ".join(sorted(self._arrays)) or "nothing"
-            raise OodlibError(
-                f"{path} holds {found}; it needs features and the head's weight (and bias), or "
-                "logits."
-            )
+            needed = "features and the head's weight (and bias), or logits"
+            raise OodlibError(f"{path} holds {found}; it needs {needed}.")
         self.weights = self.bank(0, 1).head.digest
 
     def _map(self) -> None:

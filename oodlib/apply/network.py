@@ -62,8 +62,7 @@ def load_network(
 ) -> tuple[nn.Module, Transform]:
     """A classifier in evaluation mode and the transform of PIL images that goes with it.
 
-    OodlibError: an unknown name, a function that fails or returns something else, options that do
-    not apply.
+    OodlibError: an unknown name, a function that fails, options that do not apply.
 
     Parameters
     ----------
@@ -82,9 +81,7 @@ def load_network(
     if own and not variant.isidentifier():
         return paper_model(name, weights, num_classes=num_classes)
     if weights is not None or num_classes is not None:
-        raise OodlibError(
-            f"load_network: {name} comes with its own weights. Omit weights and num_classes."
-        )
+        raise OodlibError(f"load_network: {name} comes with its own weights. Omit the options.")
     if own:
         return _from_function(base, variant)
     if variant and (base in PUBLIC or not variant.isdecimal()):
@@ -121,9 +118,8 @@ def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
         case (nn.Module() as model, transform) if callable(transform):
             pass
         case _:
-            raise OodlibError(
-                f"{place}:{function} must return (model, transform), got {type(result).__name__}."
-            )
+            got = type(result).__name__
+            raise OodlibError(f"{place}:{function} must return (model, transform), got {got}.")
     modules = (module, *_BESIDE.get(module.__name__, {}).values())
     files = [Path(path) for m in modules if (path := getattr(m, "__file__", None))]
     source = "".join(f" {sha256(path)}" for path in files if path.is_file())

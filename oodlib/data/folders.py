@@ -25,8 +25,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """Rows ``path label`` of an image list in OpenOOD's format, split at the first space only.
 
-    OodlibError: the list is missing or empty, or a label is no integer (as in OpenOOD's ``_mos``
-    lists).
+    OodlibError: the list is missing or empty, or a label (as in ``_mos`` lists) is no integer.
     """
     with explained(
         (OSError, UnicodeDecodeError), f"{list_file}: cannot be read", "Check its path."

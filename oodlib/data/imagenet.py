@@ -167,10 +167,8 @@ class UnitTests(ImageList):
         canvas: tuple[int, int] = NATIVE,
     ):
         if not 1 <= n <= len(id_images):
-            raise OodlibError(
-                f"UnitTests: n must lie in 1 .. {len(id_images)}, the number of images of "
-                f"{id_images.name}, got {n}."
-            )
+            most = f"{len(id_images)}, the images of {id_images.name}"
+            raise OodlibError(f"UnitTests: n must lie in 1 .. {most}, got {n}.")
         chosen = np.random.default_rng(seed).permutation(len(id_images))[:n]
         rows = [(id_images.paths[i], test) for test in range(len(UNIT_TESTS)) for i in chosen]
         super().__init__(id_images.root, rows, transform=transform, name="unit_tests")

@@ -28,7 +28,7 @@ class ImageSet:
         where, kind, shape = f"{self.name}/{self.split}", self.images.dtype, self.images.shape
         if len(shape) != 4 or kind != np.uint8 or shape[1] not in (1, 3):
             raise OodlibError(
-                f"ImageSet {where}: images must be uint8 (n, 1 or 3, h, w), got {kind} {shape}."
+                f"ImageSet {where}: needs uint8 (n, 1 or 3, h, w), got {kind} {shape}."
             )
         if n == 0:
             raise OodlibError(f"ImageSet {where}: the set is empty. Check the split or the filter.")
@@ -151,10 +151,7 @@ def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> I
     """
     n, c, h, w = image_set.images.shape
     if h % patches or w % patches:
-        raise OodlibError(
-            f"patch_shuffled: {h} x {w} pixels do not make {patches} x {patches} equal patches. "
-            "Choose a divisor of the sides."
-        )
+        raise OodlibError(f"patch_shuffled: {patches} is no divisor of the sides {h} and {w}.")
     side = (h // patches, w // patches)
     tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1])
     tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(n, patches**2, c, *side)

@@ -42,9 +42,8 @@ def published(name: str, *, folder: Path | None = None) -> DataFrame:
     def refuse(bad: Series, reason: str) -> None:
         rows = table.index[bad]
         if len(rows):
-            raise OodlibError(
-                f"{path}, line {rows[0] + 2}: {reason} ({len(rows)} such rows). Correct the file."
-            )
+            where = f"{path}, line {rows[0] + 2}"
+            raise OodlibError(f"{where}: {reason} ({len(rows)} such rows). Correct the file.")
 
     unit = table["unit"] if "unit" in table else pd.Series("%", table.index)
     refuse(~unit.isin(_UNITS), f"the unit is none of {', '.join(_UNITS)}")

@@ -198,8 +198,9 @@ class Level(nn.Module):
 class Glow(nn.Module):
     """Multi-scale Glow (Kingma, Dhariwal, arXiv 1807.03039); ``initialise(x)`` once, then train.
 
-    OodlibError: a shape that cannot be halved L times, a size below one; x of another shape or
-    dtype, empty, with a NaN or outside [-0.5, 0.5] (not checked inside `vmap`).
+    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. OodlibError: a
+    shape that cannot be halved L times, a size below one; x of another shape or dtype, empty, with
+    a NaN or outside [-0.5, 0.5] (not checked inside `vmap`).
 
     Parameters
     ----------
@@ -208,8 +209,6 @@ class Glow(nn.Module):
         paper's, the defaults, have 1,353 with 44,235,312 parameters)
     bits : of a pixel value, for the likelihood of the discrete image
     generator : of the initial weights; None draws from torch's own
-
-    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype.
     """
 
     initialised: Tensor
@@ -234,10 +233,8 @@ class Glow(nn.Module):
             )
         channels, height, width = shape
         if height % 2**levels or width % 2**levels:
-            raise OodlibError(
-                f"Glow: {levels} levels need sides divisible by {2**levels}, got {height} x "
-                f"{width}. Resize the images, or use fewer levels."
-            )
+            needed = f"sides divisible by {2**levels}, got {height} x {width}"
+            raise OodlibError(f"Glow: {levels} levels need {needed}. Resize, or use fewer levels.")
         self.image_shape, self.bits = shape, bits
         self.latent_shapes: list[tuple[int, int, int]] = []
         self.levels = nn.ModuleList()
@@ -262,10 +259,8 @@ class Glow(nn.Module):
             return warnings.warn(message, stacklevel=2)
         spread = x.amax((0, 2, 3)) - x.amin((0, 2, 3))
         if spread.max() <= 2**-self.bits or spread.min() == 0:
-            raise OodlibError(
-                f"Glow.initialise: needs images that vary, got {len(x)} of constant colour: range "
-                f"per channel {spread.tolist()}. Give dequantised training images."
-            )
+            wrong = f"got {len(x)} of constant colour: range per channel {spread.tolist()}"
+            raise OodlibError(f"Glow.initialise: needs images that vary, {wrong}. Use dequantise.")
         if len(x) < 256:
             warnings.warn(f"Glow.initialise: {len(x)} images are few; use 256.", stacklevel=2)
         norms = [module for module in self.modules() if isinstance(module, ActNorm)]
@@ -295,10 +290,8 @@ class Glow(nn.Module):
         """x (N, C, H, W) of the latents that `forward` gives."""
         n, shapes = len(latents[-1]) if latents else 0, [tuple(z.shape) for z in latents]
         if n == 0 or shapes != [(n, *shape) for shape in self.latent_shapes]:
-            raise OodlibError(
-                f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} as forward "
-                f"returns them, got {shapes}."
-            )
+            wrong = f"latents of shapes {shapes}, not (N, ...) of {self.latent_shapes}"
+            raise OodlibError(f"Glow.inverse: needs latents as forward returns them, got {wrong}.")
         return self._decode(latents[-1], list(latents[:-1]), None)
 
     @torch.no_grad()

@@ -47,10 +47,7 @@ def find_head(model: nn.Module, example: Tensor) -> str:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise OodlibError(
-            f"find_head: the model must return logits (n, C), got {shape}. Dense prediction and "
-            "several outputs are not supported."
-        )
+        raise OodlibError(f"find_head: the model must return logits (n, C) alone, got {shape}.")
     for name in reversed(outputs):
         output = outputs[name]
         if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):

@@ -83,9 +83,8 @@ def _weights_file(
         if not path.is_file():
             continue
         if (digest := sha256(path)) != info.sha256:
-            raise OodlibError(
-                f"{path}: SHA-256 is {digest}, not {info.sha256}. Delete it and fetch it again."
-            )
+            wrong = f"SHA-256 is {digest}, not {info.sha256}"
+            raise OodlibError(f"{path}: {wrong}. Delete it and fetch it again.")
         return path
     reason = "downloads are off"
     if download:
@@ -236,7 +235,7 @@ def _torchvision_model(
 
     if name not in models.list_models(module=models):
         raise OodlibError(
-            f"paper_model: torchvision has no classifier {name!r}; see its models.list_models()."
+            f"paper_model: no torchvision classifier {name!r}; see models.list_models()."
         )
     weights = models.get_model_weights(name)["IMAGENET1K_V1"]
     own = weights if pretrained and weights_file is None else None
@@ -287,9 +286,9 @@ def assert_accuracy(
     pixels, labels = torch.from_numpy(images.images[:].copy()), torch.from_numpy(images.labels)
     measured = evaluate(model, pixels, labels, torch.tensor(mean), torch.tensor(std), device=device)
     if not abs(measured - expected) <= tolerance:
+        what = f"{images.name}/{images.split} gives {measured:.4f} on {len(images)} images"
         raise OodlibError(
-            f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "
-            f"images, not {expected:.4f} +- {tolerance:.4f}. Check weights, label order and "
-            "normalisation."
+            f"assert_accuracy: {what}, not {expected:.4f} +- {tolerance:.4f}. Check weights, label "
+            "order and normalisation."
         )
     return measured

@@ -149,15 +149,10 @@ def folder() -> Path:
 def load_trained(
     name: str, *, seed: int = 0, epoch: int | None = None, source: Path | None = None
 ) -> Trained:
-    """A shipped network, in evaluation mode.
+    """A network of `SPECS` in evaluation mode: shipped, or from the folder ``source``.
 
-    OodlibError: unknown name, no such seed or snapshot, a file that does not match its provenance.
-
-    Parameters
-    ----------
-    name : a key of `SPECS`
-    epoch : one of the spec's snapshots along training; the finished network where not given
-    source : folder of weights; the shipped ones where not given
+    It is the finished one, or with ``epoch`` one of the spec's snapshots. OodlibError: unknown
+    name, no such seed or snapshot, a file that does not match its provenance.
     """
     one_of("load_trained: name", name, SPECS)
     spec, source = SPECS[name], source or folder()

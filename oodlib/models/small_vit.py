@@ -48,8 +48,6 @@ def small_vit(
 ) -> nn.Module:
     """A network of `NETWORKS` with fresh weights: mean of normalised tokens, linear head.
 
-    OodlibError: unknown name or head.
-
     Parameters
     ----------
     dropout : after each projection of attention and MLP and on the embedded patches (AugReg's "do")

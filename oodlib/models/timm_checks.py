@@ -37,9 +37,8 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
         )
     tags = _tags(architecture)
     if tag and tag not in tags:
-        raise OodlibError(
-            f"timm's {architecture} has no tag {tag!r}. Its tags: {', '.join(tags) or 'none'}."
-        )
+        known = ", ".join(tags) or "none"
+        raise OodlibError(f"timm's {architecture} has no tag {tag!r}. Its tags: {known}.")
     if tag_needed and not tags:
         raise OodlibError(f"timm has no weights of {architecture}. Give a file with weights.")
     if tag_needed and not tag:

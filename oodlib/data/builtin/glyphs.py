@@ -87,9 +87,9 @@ def glyph_mask(font: str, codepoint: int, side: int = 64) -> NDArray[np.uint8]:
     from PIL import Image, ImageDraw
 
     if not has_real_glyph(font, codepoint):
+        fonts = ", ".join(fonts_with(codepoint)) or "none"
         raise OodlibError(
-            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; fonts that do: "
-            f"{', '.join(fonts_with(codepoint)) or 'none'}."
+            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; fonts that do: {fonts}."
         )
     face = _freetype(font, side * 3 // 2)
     box = face.getbbox(chr(codepoint), anchor="ls")

@@ -1,4 +1,6 @@
-"""The 17 synthetic OOD "unit tests" of NINCO (arXiv 2306.00826), drawn anew with a seed.
+"""The 17 synthetic OOD "unit tests" of NINCO, drawn anew with a seed.
+
+After Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826, and the authors' code (MIT licence).
 
 **Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because
 noise drawn directly at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375
@@ -169,8 +171,7 @@ def unit_test(
 ) -> ImageSet:
     """One of the 17 unit tests as an image set; labels are -1.
 
-    OodlibError: unknown name, no size and no canvas, a canvas under 12 pixels, no or too few
-    ``id_images``.
+    OodlibError: unknown name, no size and no canvas, a canvas under 12 pixels, too few images.
 
     Parameters
     ----------
@@ -178,12 +179,8 @@ def unit_test(
     n : how many pictures (the original: 400); the first n of a longer set with the same seed
     size : side of the pictures in pixels; None keeps the canvas as it is
     canvas : (height, width) in pixels; by default 1.5 times ``size``, square
-    id_images : in-distribution test images for ``NEEDS_ID_IMAGES``, in random order; picture i
-        shuffles the pixels of image i, resized (bicubic) to the canvas
-
-    References
-    ----------
-    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (authors' code, MIT licence)
+    id_images : ID test images for ``NEEDS_ID_IMAGES``, in random order; picture i shuffles the
+        pixels of image i, resized (bicubic) to the canvas
     """
     from PIL import Image
 
@@ -194,14 +191,12 @@ def unit_test(
         canvas = ((3 * size + 1) // 2,) * 2
     h, w = canvas
     if n < 1 or min(h, w) < 12:
-        raise OodlibError(
-            f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, got n={n}, {h} x {w}."
-        )
+        raise OodlibError(f"unit_test: need n >= 1, canvas >= 12 x 12 pixels, got {n}, {h} x {w}.")
     shuffles = name in NEEDS_ID_IMAGES
     if shuffles and (id_images is None or len(id_images) < n):
+        found = 0 if id_images is None else len(id_images)
         raise OodlibError(
-            f"unit_test: {name} needs at least {n} in-distribution test images as id_images, got "
-            f"{0 if id_images is None else len(id_images)}."
+            f"unit_test: {name} needs at least {n} ID test images (id_images), got {found}."
         )
     shape = (h, w) if size is None else (size, size)
     images = np.empty((n, 3, *shape), dtype=np.uint8)

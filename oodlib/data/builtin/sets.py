@@ -71,10 +71,8 @@ def embedded(
 
     Parameters
     ----------
-    name : one of ``EMBEDDED``
-    split : "train", "val" or "test"
+    name, split : one of ``EMBEDDED``; "train", "val" or "test"
     n : images; by default the record's ``default_n``
-    seed : of all random numbers of the set
     style : "plain" (light on dark) or "colour" (see `render.compose`); unit tests have no style
     size : side in pixels, 16 to 512
     """

@@ -63,17 +63,13 @@ def prepare(
     # the number of images and their pixels must be the official ones
     entry, n = info.split(split), len(raw.labels)
     if n != entry.count and not (info.partial and 0 < n < entry.count):
-        raise OodlibError(
-            f"{name}/{split}: {entry.count} images were expected, {raw.source} holds {n}. Copy or "
-            "download it again."
-        )
+        wrong = f"{entry.count} images were expected, {raw.source} holds {n}"
+        raise OodlibError(f"{name}/{split}: {wrong}. Copy or download it again.")
     hashes = _row_hashes(raw.images, raw.labels)
     checksum = _combine(hashes)
     if n == entry.count and entry.checksum and checksum != entry.checksum:
-        raise OodlibError(
-            f"{name}/{split}: {raw.source} has checksum {checksum}, the official split "
-            f"{entry.checksum}. Copy or download it again."
-        )
+        wrong = f"{raw.source} has checksum {checksum}, the official split {entry.checksum}"
+        raise OodlibError(f"{name}/{split}: {wrong}. Copy or download it again.")
     order = np.argsort(hashes, kind="stable")
     sidecar: dict[str, Any] = {"count": n, "official_count": entry.count, "checksum": checksum}
     sidecar |= {"source": raw.source, "terms": info.terms, "shape": list(raw.images.shape)}

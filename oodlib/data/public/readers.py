@@ -91,10 +91,8 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
         metadata = opened[-1].schema_arrow.metadata or {}
         names = tuple(json.loads(metadata.get(b"class_names", b"[]"))) or names
         if missing := {"image", "label"} - set(opened[-1].schema_arrow.names):
-            raise OodlibError(
-                f"{shard}: the columns image and label are needed, {', '.join(sorted(missing))} is "
-                "missing. See docs/data.md for the layout."
-            )
+            lacks = ", ".join(sorted(missing))
+            raise OodlibError(f"{shard}: the columns {lacks} are missing; see docs/data.md.")
     total = sum(file.metadata.num_rows for file in opened)
     images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
     done = 0
@@ -151,10 +149,8 @@ def _fit(picture: Any, info: SetInfo) -> NDArray[np.uint8]:
             picture = picture.resize((w, h), Image.Resampling.BILINEAR)
         elif info.crop != "centre":
             if picture.width < info.crop[2] or picture.height < info.crop[3]:
-                raise OodlibError(
-                    f"{info.name}: the crop box {info.crop} does not fit into {picture.width}x"
-                    f"{picture.height} pixels. Use the publisher's own pictures."
-                )
+                what = f"the crop box {info.crop} does not fit into {picture.size}"
+                raise OodlibError(f"{info.name}: {what}. Use the publisher's own pictures.")
             picture = picture.crop(info.crop)
     pixels = np.asarray(picture).reshape(picture.height, picture.width, c).transpose(2, 0, 1)
     one = ImageSet("picture", "", pixels[None], np.zeros(1, np.int64))
@@ -165,10 +161,8 @@ def read_idx(image_file: Path, label_file: Path, *, md5: Any = None) -> Raw:
     """The gzip files of the MNIST family; ``md5`` maps file names to the MD5 they must have."""
     images, labels = (_idx(path, (md5 or {}).get(path.name)) for path in (image_file, label_file))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise OodlibError(
-            f"{image_file}: shapes {images.shape} and {labels.shape} (labels) do not fit together. "
-            "Copy both files again."
-        )
+        shapes = f"{images.shape} and {labels.shape} (labels)"
+        raise OodlibError(f"{image_file}: shapes {shapes} do not fit. Copy both files again.")
     source = f"{image_file.name} and {label_file.name}"
     return Raw(images[:, None], labels.astype(np.int64), (), source)
 

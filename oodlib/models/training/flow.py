@@ -154,9 +154,7 @@ def train_flow(
     def snapshot() -> dict[str, Any]:
         bpd = mean_bits_per_dim(model, validation, seed=seed, device=device)
         if not math.isfinite(bpd):
-            raise run.overflow(
-                f"bits per dim of validation images after step {run.step}, {bpd:.4g},"
-            )
+            raise run.overflow(f"bits/dim of validation images after step {run.step}, {bpd:.4g},")
         train_bpd = sum(run.losses) / len(run.losses) if run.losses else math.nan
         row = {"step": run.step, "epoch": run.step / per_epoch, "validation_bpd": bpd}
         row |= {"train_bpd": train_bpd, "seconds": run.seconds}
@@ -178,16 +176,13 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
         facts = (type(part), part.dtype, str(part.device), tuple(part.shape[1:]))
         if facts != (Tensor, torch.uint8, "cpu", model.image_shape):
             shape = ", ".join(map(str, ("n", *model.image_shape)))
-            raise OodlibError(
-                f"train_flow: {name} must be uint8 ({shape}) on the CPU, got {type(part).__name__} "
-                f"{tuple(part.shape)} {part.dtype} on {part.device}. Turn x in [0, 1] into (255 * x)"
-                ".round().byte()."
-            )
+            got = f"{type(part).__name__} {tuple(part.shape)} {part.dtype} on {part.device}"
+            remedy = "Turn x in [0, 1] into (255 * x).round().byte()."
+            needed = f"{name} must be uint8 ({shape}) on the CPU"
+            raise OodlibError(f"train_flow: {needed}, got {got}. {remedy}")
         if len(part) < least:
-            raise OodlibError(
-                f"train_flow: needs at least {least} {name}, got {len(part)}. Give more, or use a "
-                "smaller batch_size."
-            )
+            few = f"needs at least {least} {name}, got {len(part)}"
+            raise OodlibError(f"train_flow: {few}. Give more, or use a smaller batch_size.")
     side = min(model.image_shape[1:])  # the border is reflected
     check_interval("train_flow: shift", recipe.shift, f"[0, {side})")
 

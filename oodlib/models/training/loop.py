@@ -25,13 +25,9 @@ class TrainingRun:
 
     ``name`` is for messages; a state with another ``key`` is refused; without ``path`` none is
     saved; ``parts`` are all that has a state (``state_dict``, ``load_state_dict``) on which later
-    steps depend. OodlibError: the state is damaged, of an earlier version, or of another run.
-
-    Attributes
-    ----------
-    step : number of finished steps
-    history : rows so far, each with its "step"
-    losses : of the steps since the last row
+    steps depend. ``step`` counts finished steps, ``history`` holds the rows so far, each with its
+    "step", ``losses`` those since the last row. OodlibError: the state is damaged, of an earlier
+    version, or of another run.
     """
 
     def __init__(
@@ -52,9 +48,9 @@ class TrainingRun:
         if self.path and self.path.exists():
             state = load_state(self.path)
             if state["key"] != key:
+                other = f"another run: {state['key']}, this one is {key}"
                 raise OodlibError(
-                    f"{name}: {self.path} belongs to another run: {state['key']}, this one is "
-                    f"{key}. Delete it, or restore the old settings."
+                    f"{name}: {self.path} belongs to {other}. Delete it, or restore the settings."
                 )
             for part, content in state["parts"].items():
                 self.parts[part].load_state_dict(content)
@@ -92,6 +88,8 @@ class TrainingRun:
     ) -> list[dict[str, Any]]:
         """Train up to the last step of ``rows``; returns the history and leaves evaluation mode.
 
+        OodlibError: a loss or gradient overflows; the last good state stays on disk.
+
         Parameters
         ----------
         loss : of a step, counted from 0; it draws its batch itself, from generators of that step
@@ -100,8 +98,6 @@ class TrainingRun:
         row : makes that row, before the state is saved
         clip : largest L2 norm of the model's gradient
         after_step, after_row : called with the number of finished steps; with the row, after saving
-
-        OodlibError: a loss or gradient overflows; the last good state stays on disk.
         """
         total, pending, saved = max(rows), None, time.monotonic()
 
@@ -185,9 +181,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_state` wrote, tensors on the CPU; OodlibError for a damaged file."""
     data = Path(path).read_bytes()
     if hashlib.sha256(_FORMAT + data[32:]).digest() != data[:32]:
-        raise OodlibError(
-            f"{path} is damaged, or an earlier version of oodlib wrote it. Delete it; the training "
-            "then starts afresh."
-        )
+        raise OodlibError(f"{path} is damaged, or an earlier version wrote it. Delete it.")
     state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
     return state

@@ -63,9 +63,7 @@ class VitRecipe:
         one_of("VitRecipe: objective", self.objective, get_args(Objective))
         one_of("VitRecipe: optimiser", self.optimiser, ("adamw", "sgd"))
         if min(self.samples, self.batch_size) < 1 or not self.lr > 0:
-            raise OodlibError(
-                f"VitRecipe: samples, batch_size and lr must be positive, got {self}."
-            )
+            raise OodlibError(f"VitRecipe: samples, batch_size, lr must be positive, got {self}.")
 
     @property
     def steps(self) -> int:
