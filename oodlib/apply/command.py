@@ -51,9 +51,8 @@ def _run(given: argparse.Namespace) -> int:
     ids, fit = (None if path is None else _open(path, network, given) for path in paths)
     for other, path in ((ids, given.id_images), (fit, given.fit_images)):
         if other is not None and other.weights != images.weights:
-            raise OodlibError(
-                f"{path} and {given.images} hold the heads of two networks. Write both with one."
-            )
+            heads = f"{path} and {given.images} hold the heads of two networks"
+            raise OodlibError(f"{heads}. Write both with one.")
     # the detector
     limit = None
     if given.detector_file:
@@ -128,7 +127,7 @@ def _open(
     if Path(path).suffix.lower() in inputs.FEATURE_SUFFIXES:
         if network is not None:
             raise OodlibError(
-                f"{path} brings its own head. Omit --model, and give feature files for all sets."
+                f"{path} brings its own head. Omit --model; all sets need such files."
             )
         return inputs.FeatureFile(path)
     if network is None:

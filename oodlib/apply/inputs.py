@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,31 +21,6 @@ from oodlib.workspace import root
 SHARD = 500  # on a CPU, 500 large images are minutes of work that an interruption may cost
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not decode
-
-
-class Inputs(Protocol):
-    """Rows to score, images or features, and what tells them apart from changed ones."""
-
-    weights: str  # hash of the network, or of the head where the rows are features
-    only_logits: bool  # there are no features, so that only methods of the logits can be used
-
-    def __len__(self) -> int: ...
-
-    def bank(self) -> FeatureBank:
-        """All rows."""
-
-    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
-        """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""
-
-    def names(self, start: int, stop: int) -> list[str]:
-        """The path of each row."""
-
-    def stamp(self, start: int, stop: int) -> str:
-        """What tells these rows from changed ones."""
-
-    @property
-    def identity(self) -> str:
-        """What all rows have in common: transform or file."""
 
 
 def open_images(path: str | Path, transform: Transform) -> ImageList:
@@ -105,7 +80,7 @@ class EveryImage(ImageList):
 class Images:
     """Images on disk behind a network; ``batches`` are options of `image_loader`."""
 
-    only_logits = False
+    only_logits = False  # there are features, for all methods
 
     def __init__(
         self,
@@ -134,18 +109,22 @@ class Images:
             return extract(self.model, loader, shard_rows=SHARD, **options)
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""
         loader = image_loader(EveryImage(self.list), **self._batches)
         with plain_errors(Exception):
             yield from stream(self.model, loader, start=start, shard_rows=rows, device=self.device)
 
     def names(self, start: int, stop: int) -> list[str]:
+        """The path of each row."""
         return [str(self.list.root / path) for path in self.list.paths[start:stop]]
 
     @property
     def identity(self) -> str:
+        """What all rows have in common: the transform."""
         return repr(self.list.transform)
 
     def stamp(self, start: int, stop: int) -> str:
+        """What tells these rows from changed ones."""
         stats = [(name, Path(name).stat()) for name in self.names(start, stop)]
         return "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in stats)
 
@@ -231,6 +210,9 @@ class FeatureFile:
 
     def stamp(self, start: int, stop: int) -> str:
         return ""  # one changed row changes the file, see identity
+
+
+Inputs = Images | FeatureFile
 
 
 @contextlib.contextmanager

@@ -241,13 +241,10 @@ def train_and_save(
         "code": code_hash(__name__),
     }
     if snapshots:
-        write_sealed(
-            output / f"{name}_s{seed}_snapshots.safetensors",
-            lambda path: save_file(snapshots, path),
-            {**provenance, "epochs": spec.snapshots},
-        )
+        path, record = output / f"{name}_s{seed}_snapshots.safetensors", {"epochs": spec.snapshots}
+        write_sealed(path, lambda part: save_file(snapshots, part), provenance | record)
     path = output / f"{name}_s{seed}.safetensors"
-    write_sealed(path, lambda temporary: save_file(state, temporary), provenance)
+    write_sealed(path, lambda part: save_file(state, part), provenance)
     resume.unlink(missing_ok=True)
     return path
 
@@ -256,8 +253,7 @@ def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     """The network as trained here by the same code, recipe and images; else trained now."""
     one_of("load_or_train: name", name, SPECS)
     spec = SPECS[name]
-    images = spec.data("train").fingerprint
-    normalisation = (spec.mean, spec.std)
+    normalisation, images = (spec.mean, spec.std), spec.data("train").fingerprint
     key = [asdict(spec.recipe), *normalisation, images, "1 thread", code_hash(__name__)]
 
     def build(output: Path) -> Path:
