@@ -130,5 +130,6 @@ def image_loader(
     if images.transform is None:
         raise OodlibError(f"image_loader: {images.name} has no transform. Give the model's.")
     workers = min(16, os.cpu_count() or 1) if workers is None else workers
-    options = {"pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+    pinned = torch.cuda.is_available()
+    options: dict[str, Any] = {"pin_memory": pinned, "persistent_workers": workers > 0}
     return DataLoader(images, batch_size, num_workers=workers, **options)

@@ -111,5 +111,5 @@ def require_positions(model: nn.Module, tokens: int, path: str | os.PathLike[str
     if isinstance(embedding, nn.Parameter) and embedding.ndim == 3 and embedding.shape[1] != tokens:
         raise OodlibError(
             f"{path}: its position embedding has {tokens} tokens, the network's "
-            f"{embedding.shape[1]}. Use the network (resolution, patch size) it was made for."
+            f"{embedding.shape[1]}. It is for another resolution or patch size; use that network."
         )

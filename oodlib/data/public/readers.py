@@ -122,7 +122,7 @@ def _check_shards(shards: Sequence[Path]) -> None:
 def _decode_all(jobs: Sequence[tuple[bytes, str]], info: SetInfo, out: NDArray, bar: tqdm) -> None:
     """Decode the pictures (bytes, where from) into ``out``, in parallel."""
     with _pool() as pool:
-        for i, image in enumerate(pool.map(lambda job: _decode(*job, info), jobs)):
+        for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], info), jobs)):
             out[i] = image
             bar.update()
 
