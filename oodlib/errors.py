@@ -1,6 +1,7 @@
 """The one exception class that oodlib raises for bad input."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class OodlibError(ValueError):
@@ -19,3 +20,22 @@ def check_interval(name: str, value: float, interval: str, remedy: str = "") -> 
     above = low <= value if interval[0] == "[" else low < value
     if not (above and (value <= high if interval[-1] == "]" else value < high)):
         raise OodlibError(f"{name} must lie in {interval}, got {value}. {remedy}".rstrip())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut at 200 characters; its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def explained(
+    kinds: type[Exception] | tuple[type[Exception], ...], what: str, remedy: str
+) -> Iterator[None]:
+    """Raise errors of these kinds as OodlibError "``what`` (class: first line). ``remedy``"."""
+    try:
+        yield
+    except OodlibError:
+        raise
+    except kinds as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise OodlibError(f"{what} ({reason}). {remedy}") from error

@@ -1,7 +1,5 @@
 """Are the labels of a user's images the model's classes, in its order?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,26 +8,16 @@ from numpy.typing import NDArray
 from oodlib.features.feature_bank import FeatureBank
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ClassCheck:
-    """Are the labels the model's classes, in its order?
+    """Are the labels the model's classes, in its order?"""
 
-    Attributes
-    ----------
-    n : images whose label is known
-    accuracy : share of images whose label is the model's answer
-    chance : share of the most frequent label, what a blind guess would get
-    best : accuracy if the labels were renamed one to one as well as possible
-    order : (C,), ``order[label]`` is the model's class that the images of this label mostly get
-    unknown : images without a known label, which count nowhere
-    """
-
-    n: int
-    accuracy: float
-    chance: float
-    best: float
-    order: NDArray[np.int64]
-    unknown: int = 0
+    n: int  # images whose label is known
+    accuracy: float  # share of images whose label is the model's answer
+    chance: float  # share of the most frequent label, what a blind guess would get
+    best: float  # accuracy if the labels were renamed one to one as well as possible
+    order: NDArray[np.int64]  # (C,): the model's class that the images of each label mostly get
+    unknown: int = 0  # images without a known label, which count nowhere
 
     @property
     def hint(self) -> str:
@@ -48,7 +36,7 @@ class ClassCheck:
             return (
                 f"accuracy is {self.accuracy:.1%}, but {self.best:.1%} with the labels in another "
                 f"order: images of label {wrong} are called class {self.order[wrong]}. Name the "
-                "folders so that they sort in the model's order, for example 00_cat, 01_dog."
+                "folders so that they sort in the model's order (00_cat, 01_dog)."
             )
         if beyond(self.accuracy, self.chance) > 1e-3:
             return (
@@ -73,12 +61,6 @@ def check_classes(bank: FeatureBank) -> ClassCheck | None:
     counts = np.zeros((classes, classes), dtype=np.int64)  # label by answer
     np.add.at(counts, (labels, bank.logits[known].argmax(1)), 1)
     rows, order = linear_sum_assignment(-counts)
-    n = len(labels)
-    return ClassCheck(
-        n=n,
-        accuracy=float(np.trace(counts) / n),
-        chance=float(counts.sum(1).max() / n),
-        best=float(counts[rows, order].sum() / n),
-        order=order,
-        unknown=bank.unknown,
-    )
+    found = (np.trace(counts), counts.sum(1).max(), counts[rows, order].sum())
+    accuracy, chance, best = (float(n / len(labels)) for n in found)
+    return ClassCheck(len(labels), accuracy, chance, best, order, bank.unknown)

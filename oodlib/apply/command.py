@@ -1,7 +1,5 @@
 """``python -m oodlib score``: an OOD score and a decision for each of a user's images, as CSV."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import sys
@@ -13,19 +11,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from oodlib.apply import inputs
 from oodlib.apply.class_order import check_classes
-from oodlib.apply.inputs import (
-    FEATURE_SUFFIXES,
-    FeatureFile,
-    Images,
-    Inputs,
-    Transform,
-    open_images,
-    plain_errors,
-)
 from oodlib.apply.network import load_network
 from oodlib.apply.score_csv import write_scores
-from oodlib.errors import OodlibError
+from oodlib.data.folders import Transform
+from oodlib.errors import OodlibError, check_interval, explained
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.files import read_sealed, sha256, write_sealed
 from oodlib.metrics import threshold
@@ -39,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0, or 1 where images could not be decoded; OodlibError for bad input."""
     given = _parser().parse_args(arguments)
     try:
-        with plain_errors(OSError):
+        with inputs.plain_errors(OSError):
             return _run(given)
     except OodlibError as error:
         raise OodlibError(f"score: {error}") from error
@@ -48,22 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     _check(given)
     pick_device(given.device)
-    network, weights = None, ""
+    network = None
     if given.model:
-        network = load_network(given.model, weights=given.weights, num_classes=given.num_classes)
-        weights = weights_hash(network[0])
+        model, transform = load_network(
+            given.model, weights=given.weights, num_classes=given.num_classes
+        )
+        network = model, transform, weights_hash(model)
     # all are opened before the work, so that a wrong path costs no time
-    images = _open(given.images, network, weights, given)
-    ids, fit = (
-        None if path is None else _open(path, network, weights, given)
-        for path in (given.id_images, given.fit_images)
-    )
+    images = _open(given.images, network, given)
+    paths = (given.id_images, given.fit_images)
+    ids, fit = (None if path is None else _open(path, network, given) for path in paths)
     for other, path in ((ids, given.id_images), (fit, given.fit_images)):
         if other is not None and other.weights != images.weights:
-            raise OodlibError(
-                f"{path} and {given.images} hold the heads of two networks. Write all feature "
-                "files with one network."
-            )
+            heads = f"{path} and {given.images} hold the heads of two networks"
+            raise OodlibError(f"{heads}. Write both with one.")
     # the detector
     limit = None
     if given.detector_file:
@@ -85,13 +74,8 @@ def _run(given: argparse.Namespace) -> int:
             f"{_accuracy(bank, given.id_images)}."
         )
     if given.save_detector:
-        record = {
-            "detector": detector.info.key,
-            "model": given.model,
-            "weights": images.weights,
-            "threshold": limit,
-            "tpr": given.tpr,
-        }
+        record = {"detector": detector.info.key, "model": given.model, "weights": images.weights}
+        record |= {"threshold": limit, "tpr": given.tpr}
         sidecar = _sidecar(given.save_detector)
         write_sealed(given.save_detector, detector.save, record, record_path=sidecar)
     # the scores
@@ -102,10 +86,8 @@ def _run(given: argparse.Namespace) -> int:
     scored = f"{n - unreadable} images scored with {detector.info.key}, {verdict}."
     print(f"{scored} Written: {given.output}")
     if unreadable:
-        print(
-            f"warning: {unreadable} of {n} images cannot be decoded; their rows say unreadable.",
-            file=sys.stderr,
-        )
+        what = f"{unreadable} of {n} images cannot be decoded; their rows say unreadable."
+        print(f"warning: {what}", file=sys.stderr)
     return int(unreadable > 0)
 
 
@@ -113,18 +95,12 @@ def _check(given: argparse.Namespace) -> None:
     """Refuse options that contradict each other, lie out of range, or cannot be written."""
     if given.detector_file and (given.detector or given.parameter or given.fit_images):
         raise OodlibError(
-            "--detector-file brings a fitted detector; --detector, -p and --fit-images would make "
-            "another one. Give one or the other."
+            "--detector-file brings a fitted detector. Omit -p, --detector and --fit-images."
         )
-    if not 0 < given.tpr <= 1:
-        raise OodlibError(
-            f"--tpr must lie in (0, 1], got {given.tpr}. It is a fraction, not per cent."
-        )
+    check_interval("--tpr", given.tpr, "(0, 1]", "It is a fraction, not per cent.")
     if given.batch_size < 1 or (given.workers or 0) < 0:
-        raise OodlibError(
-            "--batch-size must be at least 1 and --workers at least 0, got "
-            f"{given.batch_size} and {given.workers}. Correct them."
-        )
+        given_pair = f"{given.batch_size} and {given.workers}"
+        raise OodlibError(f"--batch-size must be >= 1 and --workers >= 0, got {given_pair}.")
     _check_writable("--output", Path(given.output))
     if given.save_detector is not None:
         _check_writable("--save-detector", Path(given.save_detector))
@@ -136,52 +112,37 @@ def _check(given: argparse.Namespace) -> None:
 def _check_writable(option: str, path: Path) -> None:
     """A file can be created at this place, and what is there may be replaced."""
     if path.exists() and not path.is_file():
-        raise OodlibError(
-            f"{option} {path} is not a regular file, so it cannot be overwritten. Give the path of "
-            "a file."
-        )
+        raise OodlibError(f"{option} {path} is not a regular file. Give the path of a file.")
     place = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise OodlibError(
-            f"{option} {path} cannot be written ({error.strerror}: {place}). Give another place."
-        ) from error
+    with (
+        explained(OSError, f"{option} {path} cannot be written", "Give another place."),
+        tempfile.TemporaryFile(dir=place),
+    ):
+        pass
 
 
 def _open(
-    path: str,
-    network: tuple[nn.Module, Transform] | None,
-    weights: str,
-    given: argparse.Namespace,
-) -> Inputs:
-    if Path(path).suffix.lower() in FEATURE_SUFFIXES:
+    path: str, network: tuple[nn.Module, Transform, str] | None, given: argparse.Namespace
+) -> inputs.Inputs:
+    if Path(path).suffix.lower() in inputs.FEATURE_SUFFIXES:
         if network is not None:
             raise OodlibError(
-                f"{path} holds features and brings its own head. Omit --model, and give feature "
-                "files for all sets."
+                f"{path} brings its own head. Omit --model; all sets need such files."
             )
-        return FeatureFile(path)
+        return inputs.FeatureFile(path)
     if network is None:
-        raise OodlibError(
-            f"{path} is not a file of features ({', '.join(sorted(FEATURE_SUFFIXES))}), so --model "
-            "is needed."
-        )
-    model, transform = network
-    return Images(
-        open_images(path, transform),
+        raise OodlibError(f"{path} is not a file of features, so --model is needed.")
+    model, transform, weights = network
+    return inputs.Images(
+        inputs.open_images(path, transform),
         model,
         weights=weights,
         model_name=given.model,
-        batch_size=given.batch_size,
-        workers=given.workers,
-        device=given.device,
-        cache=given.cache,
+        **{name: getattr(given, name) for name in ("batch_size", "workers", "device", "cache")},
     )
 
 
-def _fitted(fit: Inputs | None, given: argparse.Namespace) -> tuple[Detector, str]:
+def _fitted(fit: inputs.Inputs | None, given: argparse.Namespace) -> tuple[Detector, str]:
     """The detector named on the command line, fitted where it learns, and what it depends on."""
     name = given.detector or "msp"
     detector = create(name, **{key: _literal(value) for key, value in given.parameter or []})
@@ -191,17 +152,13 @@ def _fitted(fit: Inputs | None, given: argparse.Namespace) -> tuple[Detector, st
             print(f"{name} needs no fitting; --fit-images is ignored.")
         return detector, identity
     if fit is None:
-        raise OodlibError(
-            f"{name} learns from ID training images. Give them with --fit-images, or a detector "
-            "saved earlier with --detector-file."
-        )
+        raise OodlibError(f"{name} learns from ID training images. Give --fit-images.")
     bank = fit.bank()
     if detector.info.needs == "labels" and check_classes(bank) is None:
         found = 0 if bank.labels is None else int((np.unique(bank.labels) >= 0).sum())
         raise OodlibError(
-            f"{name} learns from classes, so {given.fit_images} needs one folder for each of the "
-            f"model's {bank.head.num_classes} classes, in the model's order by name (a feature "
-            f"file: labels); it holds {found}."
+            f"{name} learns from classes: {given.fit_images} needs one folder for each of the "
+            f"model's {bank.head.num_classes} classes, in its order (or labels), not {found}."
         )
     print(f"Fitted on {len(bank)} images{_accuracy(bank, given.fit_images)}.")
     return detector.fit(bank), f"{identity} {fit.identity} {fit.stamp(0, len(fit))}"
@@ -240,7 +197,7 @@ def _load(path: str, weights: str) -> tuple[Detector, float | None]:
     if record["weights"] != weights:
         raise OodlibError(
             f"{path} was fitted on a network with weights {record['weights'][:8]}, this one has "
-            f"{weights[:8]}. Fit it again on this network, or use the old weights."
+            f"{weights[:8]}. {remedy}"
         )
     return detector, record["threshold"]
 
@@ -261,32 +218,22 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "--model",
-        "your function, as package.module:function or path/to/file.py:function, that returns "
-        "(model, transform); a timm name with its tag; or cifar10_fast, latin_fast, "
-        "resnet20_cifar10, ...",
+        "your function, package.module:function or path/to/file.py:function, that returns (model, "
+        "transform); a timm name with its tag; or cifar10_fast, latin_fast, resnet20_cifar10, ...",
     )
     images = "folder, list file (one path per line), image or feature file to score"
     add("--images", images, required=True)
     add("--output", "CSV file to write (default: scores.csv)", default="scores.csv")
-    add(
-        "--weights",
-        "weights of a timm model (.safetensors, .pth, .npz); without it timm downloads the tag's",
-    )
-    classes = "of the file given by --weights, where not the timm model's own"
-    add("--num-classes", classes, type=int)
+    add("--weights", "weights of a timm model (.safetensors, .pth, .npz), else timm downloads them")
+    add("--num-classes", "of the file given by --weights, where not the timm model's own", type=int)
     add("--detector", "default: msp", choices=sorted(names()))
     example = "set a detector's parameter, for example -p k 10"
     add("-p", example, dest="parameter", nargs=2, action="append", metavar=("NAME", "VALUE"))
     add("--fit-images", "ID training images, for detectors that learn; one folder per class")
-    add(
-        "--id-images",
-        "held-out ID images that set the threshold; without it the decision stays empty",
-    )
-    tpr = "share of the ID images to be called ID (default: 0.95)"
-    add("--tpr", tpr, type=float, default=0.95)
+    add("--id-images", "held-out ID images that set the threshold; else the decision stays empty")
+    add("--tpr", "share of ID images to be called ID (default: 0.95)", type=float, default=0.95)
     add("--save-detector", "save the fitted detector and its threshold", metavar="FILE")
-    saved = "use a saved one instead of --detector and --fit-images"
-    add("--detector-file", saved, metavar="FILE")
+    add("--detector-file", "a saved one, not --detector and --fit-images", metavar="FILE")
     add("--cache", "folder for features of fit and ID images (default: data/cache/banks)")
     add("--device", "auto, cpu, cuda or mps", default="auto")
     add("--batch-size", "images per batch (default: 64)", type=int, default=64)

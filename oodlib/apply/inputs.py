@@ -1,21 +1,19 @@
 """What is scored: image folders, lists, single images, and files of features or logits."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from oodlib.data.folders import SUFFIXES, ImageList, Transform, image_loader
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, explained
 from oodlib.features.extract import extract, stream
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.workspace import root
@@ -25,46 +23,11 @@ FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not decode
 
 
-class Inputs(Protocol):
-    """Rows to score, images or features, and what tells them apart from changed ones.
-
-    Attributes
-    ----------
-    weights : hash of the network, or of the head where the rows are features
-    only_logits : there are no features, so that only methods of the logits can be used
-    """
-
-    weights: str
-    only_logits: bool
-
-    def __len__(self) -> int: ...
-
-    def bank(self) -> FeatureBank:
-        """All rows."""
-
-    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
-        """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""
-
-    def names(self, start: int, stop: int) -> list[str]:
-        """The path of each row."""
-
-    def stamp(self, start: int, stop: int) -> str:
-        """What tells these rows from changed ones."""
-
-    @property
-    def identity(self) -> str:
-        """What all rows have in common: transform or file."""
-
-
 def open_images(path: str | Path, transform: Transform) -> ImageList:
-    """The images of a folder, of a list file, or one image.
+    """The images of a folder, of a list file, or one image; OodlibError if there are none.
 
     A folder gives all images below it, labelled by the rank of the first-level folder. A list holds
     one path per line, relative to its own folder, alone or followed by a space and a label.
-
-    Raises
-    ------
-    OodlibError : nothing there, no image in it, or a listed file is missing
     """
     if not str(path):  # Path("") would be the current folder
         raise OodlibError("open_images: path is empty. Give a folder of images.")
@@ -72,19 +35,12 @@ def open_images(path: str | Path, transform: Transform) -> ImageList:
     if path.is_dir():
         return ImageList(path, transform=transform)
     if not path.is_file():
-        raise OodlibError(
-            f"{path} is neither a folder nor a file. Give a folder of images, or a text file with "
-            "one path per line."
-        )
+        raise OodlibError(f"{path} is neither a folder nor a file. Give images or a list.")
     if path.suffix.lower() in SUFFIXES:
         return ImageList(path.parent, [(path.name, -1)], transform=transform)
-    try:
+    what = f"{path} is neither an image nor a text file"
+    with explained(UnicodeDecodeError, what, f"Give one path per line, or {', '.join(SUFFIXES)}."):
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise OodlibError(
-            f"{path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with one "
-            "path per line."
-        ) from error
     rows = [_list_row(path.parent, line) for line in lines if line]
     return ImageList(path.parent, rows, transform=transform, name=path.stem)
 
@@ -99,8 +55,7 @@ def _list_row(folder: Path, line: str) -> tuple[str, int]:
 class EveryImage(ImageList):
     """The same images, where another one of the list stands in for an image that does not decode.
 
-    Its label is `UNREADABLE`, so that nothing computed from the stand-in is used. OodlibError: no
-    image decodes.
+    Its label is `UNREADABLE`: nothing computed from it is used. OodlibError: no image decodes.
     """
 
     def __init__(self, images: ImageList):
@@ -119,23 +74,13 @@ class EveryImage(ImageList):
         for index in range(len(self)):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
-        raise OodlibError(
-            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder, or "
-            "copy them again."
-        )
+        raise OodlibError(f"{self.name}: none of the {len(self)} images can be decoded. Check it.")
 
 
 class Images:
-    """Images on disk behind a network: the counterpart of `FeatureFile`.
+    """Images on disk behind a network; ``batches`` are options of `image_loader`."""
 
-    Parameters
-    ----------
-    weights : hash of the model's weights
-    model_name : in the names of cached features, which lie in the folder ``cache``
-    batches : ``batch_size`` and ``workers`` of `image_loader`
-    """
-
-    only_logits = False
+    only_logits = False  # there are features, for all methods
 
     def __init__(
         self,
@@ -159,28 +104,27 @@ class Images:
     def bank(self) -> FeatureBank:
         """All images in one pass, or from the cache; an interrupted pass resumes."""
         with plain_errors(Exception):
-            return extract(
-                self.model,
-                image_loader(self.list, **self._batches),
-                shard_rows=SHARD,
-                device=self.device,
-                cache=self.cache,
-                model_name=self.model_name,
-            )
+            loader = image_loader(self.list, **self._batches)
+            options = {"device": self.device, "cache": self.cache, "model_name": self.model_name}
+            return extract(self.model, loader, shard_rows=SHARD, **options)
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""
         loader = image_loader(EveryImage(self.list), **self._batches)
         with plain_errors(Exception):
             yield from stream(self.model, loader, start=start, shard_rows=rows, device=self.device)
 
     def names(self, start: int, stop: int) -> list[str]:
+        """The path of each row."""
         return [str(self.list.root / path) for path in self.list.paths[start:stop]]
 
     @property
     def identity(self) -> str:
+        """What all rows have in common: the transform."""
         return repr(self.list.transform)
 
     def stamp(self, start: int, stop: int) -> str:
+        """What tells these rows from changed ones."""
         stats = [(name, Path(name).stat()) for name in self.names(start, stop)]
         return "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in stats)
 
@@ -189,34 +133,27 @@ class FeatureFile:
     """What a network computed, in ``.safetensors`` (read in pieces) or ``.npz`` (read whole).
 
     It holds ``features`` (N, D) with the ``weight`` (C, D) and ``bias`` (C,) of the head, or only
-    ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,).
-
-    Raises
-    ------
-    OodlibError : no such file, none of these arrays in it, arrays that do not fit
+    ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,). OodlibError: no
+    such file, none of these arrays in it, arrays that do not fit.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
             raise OodlibError(f"FeatureFile: there is no file {path}. Check the path.")
-        try:
+        kinds = (OSError, ValueError, zipfile.BadZipFile, SafetensorError)
+        with explained(kinds, f"{path} cannot be read as {self.path.suffix}", "Write it again."):
             if self.path.suffix == ".npz":
                 with np.load(self.path) as file:
                     self._arrays: dict[str, Any] = {key: file[key] for key in file.files}
             else:
                 self._map()
-        except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
-            raise OodlibError(
-                f"{path} cannot be read as {self.path.suffix} ({error}). Write it again."
-            ) from error
         self.only_logits = "weight" not in self._arrays
         self._main = "logits" if self.only_logits else "features"
         if self._main not in self._arrays:
-            raise OodlibError(
-                f"{path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs features "
-                "and the head's weight (and bias), or logits."
-            )
+            found = ", ".join(sorted(self._arrays)) or "nothing"
+            needed = "features and the head's weight (and bias), or logits"
+            raise OodlibError(f"{path} holds {found}; it needs {needed}.")
         self.weights = self.bank(0, 1).head.digest
 
     def _map(self) -> None:
@@ -235,20 +172,20 @@ class FeatureFile:
         """Rows ``start`` to ``stop``; logits alone become features under an identity head."""
         shape = self._shape(self._main)
         for key in {"labels", "paths", "logits"} & self._arrays.keys():
-            if self._shape(key)[:1] != shape[:1]:
+            if (other := self._shape(key))[:1] != shape[:1]:
+                needed = f"as many rows as {self._main} {shape}"
                 raise OodlibError(
-                    f"{self.path}: {self._main} {shape} and {key} {self._shape(key)} need equal "
-                    "row counts. Write the file again."
+                    f"{self.path}: {key} {other} need {needed}. Write the file again."
                 )
         stop = len(self) if stop is None else min(stop, len(self))
-        part, whole = slice(start, stop), slice(None)
-        wanted = dict.fromkeys(("features", "logits", "labels"), part)
+        wanted = dict.fromkeys(("features", "logits", "labels"), slice(start, stop))
         if not self.only_logits:
-            wanted |= {"weight": whole, "bias": whole}
+            wanted |= dict.fromkeys(("weight", "bias"), slice(None))
+        present = self._arrays.keys()
         rows: dict[str, Any] = {
-            key: np.asarray(self._arrays[key][index])
-            for key, index in wanted.items()
-            if key in self._arrays
+            key: np.asarray(self._arrays[key][part])
+            for key, part in wanted.items()
+            if key in present
         }
         if self.only_logits:
             rows["features"] = rows.pop("logits")
@@ -273,6 +210,9 @@ class FeatureFile:
 
     def stamp(self, start: int, stop: int) -> str:
         return ""  # one changed row changes the file, see identity
+
+
+Inputs = Images | FeatureFile
 
 
 @contextlib.contextmanager

@@ -1,9 +1,6 @@
 """A network to score with, by name: the suite's, a public one, timm's, or a user's function."""
 
-from __future__ import annotations
-
 import contextlib
-import importlib
 import importlib.util
 import pickle
 import re
@@ -18,7 +15,7 @@ from uuid import uuid4
 from torch import nn
 
 from oodlib.data.folders import Transform
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, explained
 from oodlib.files import sha256
 
 # private name of the module of a user's file -> the modules that it imported from its own folder
@@ -29,8 +26,7 @@ _BESIDE: dict[str, dict[str, ModuleType]] = {}
 class OwnTransform:
     """A user's transform under a name that is the same in every run, for caches.
 
-    A worker process that receives a transform from a file runs that file again, under the same
-    private name.
+    A worker process that receives it from a file runs that file again, under the same name.
     """
 
     function: Transform
@@ -43,9 +39,9 @@ class OwnTransform:
 
     def __repr__(self) -> str:
         name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(self.function))
-        return (
-            name.replace(self.module, Path(self.file).stem) if self.file else name
-        ) + self.source
+        if self.file:
+            name = name.replace(self.module, Path(self.file).stem)
+        return name + self.source
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.file:
@@ -66,20 +62,16 @@ def load_network(
 ) -> tuple[nn.Module, Transform]:
     """A classifier in evaluation mode and the transform of PIL images that goes with it.
 
+    OodlibError: an unknown name, a function that fails, options that do not apply.
+
     Parameters
     ----------
-    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1,
-        ``latin_fast``), a public CIFAR network (``resnet20_cifar10``), a timm model with its tag,
-        or a function of yours that returns ``(model, transform)``: ``package.module:function`` or
-        ``path/to/file.py:function``. The file may import what lies beside it while it is loaded and
-        its function runs, not later
+    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1), a
+        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or your function
+        that returns ``(model, transform)``: ``package.module:function`` or
+        ``path/to/file.py:function``, which may import what lies beside the file while it runs
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number
         of classes where that is not the model's own
-
-    Raises
-    ------
-    OodlibError : an unknown name, a function that fails or returns something else, options that do
-        not apply
     """
     from oodlib.models.pretrained import PUBLIC, paper_model, public_model
     from oodlib.models.shipped import SPECS, load_trained
@@ -89,16 +81,13 @@ def load_network(
     if own and not variant.isidentifier():
         return paper_model(name, weights, num_classes=num_classes)
     if weights is not None or num_classes is not None:
-        raise OodlibError(
-            f"load_network: {name} comes with its own weights; weights and num_classes are for "
-            "timm models. Omit them."
-        )
+        raise OodlibError(f"load_network: {name} comes with its own weights. Omit the options.")
     if own:
         return _from_function(base, variant)
     if variant and (base in PUBLIC or not variant.isdecimal()):
         raise OodlibError(
-            f"load_network: there is no network {name!r}. The suite's own take a training seed, as "
-            "in cifar10_fast:1; public ones take none."
+            f"load_network: there is no network {name!r}. The suite's take a training seed "
+            "(cifar10_fast:1), public ones none."
         )
     if base in SPECS:
         trained = load_trained(base, seed=int(variant or 0))
@@ -108,16 +97,16 @@ def load_network(
         mean, std = info.mean, info.std
     from torchvision import transforms
 
-    resize = [transforms.Resize(32), transforms.CenterCrop(32)]
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return model, transforms.Compose([*resize, *to_tensor])
+    steps: list[Any] = [transforms.Resize(32), transforms.CenterCrop(32), transforms.ToTensor()]
+    return model, transforms.Compose([*steps, transforms.Normalize(mean, std)])
 
 
 def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
     file = Path(place).resolve() if place.endswith(".py") else None
     if file is not None and not file.is_file():
         raise OodlibError(f"load_network: there is no file {place}. Give path/to/file.py:function.")
-    try:
+    remedy = "It must be a function without arguments that returns (model, transform)."
+    with explained(Exception, f"{place}:{function} failed", remedy):
         if file is None:
             module = importlib.import_module(place)
             result = getattr(module, function)()
@@ -125,20 +114,12 @@ def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
             module = _run_file(file, f"_own_{uuid4().hex}")
             with _importable(module.__name__, file):
                 result = getattr(module, function)()
-    except Exception as error:  # a user's code may raise anything
-        raise OodlibError(
-            f"{place}:{function} failed ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}). It must be a function without "
-            "arguments that returns (model, transform)."
-        ) from error
     match result:
         case (nn.Module() as model, transform) if callable(transform):
             pass
         case _:
-            raise OodlibError(
-                f"{place}:{function} must return (model, transform), an nn.Module and a function "
-                f"of PIL images, got {type(result).__name__}."
-            )
+            got = type(result).__name__
+            raise OodlibError(f"{place}:{function} must return (model, transform), got {got}.")
     modules = (module, *_BESIDE.get(module.__name__, {}).values())
     files = [Path(path) for m in modules if (path := getattr(m, "__file__", None))]
     source = "".join(f" {sha256(path)}" for path in files if path.is_file())

@@ -1,7 +1,5 @@
 """Scores written shard by shard into a CSV file that an interruption does not lose."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -21,24 +19,14 @@ from oodlib.scores import Detector
 
 
 def write_scores(
-    source: Inputs,
-    detector: Detector,
-    limit: float | None,
-    output: str | Path,
-    *,
-    identity: str,
+    source: Inputs, detector: Detector, limit: float | None, output: str | Path, *, identity: str
 ) -> tuple[int, Counter[str]]:
-    """Score the rows of ``source`` shard by shard into a CSV file: path, score, decision.
+    """Score all rows into a CSV file (path, score, decision); returns rows, count of each decision.
 
     An image that does not decode has no score and the decision "unreadable". Memory holds one
-    shard and the paths. The rows go to ``<output>.part``, beside a record of how many are safe; the
-    finished file takes the name ``output``. After an interruption the same call resumes behind the
-    safe rows, unless ``identity`` (of network and detector), the threshold or a scored image has
-    changed: then it starts again.
-
-    Returns
-    -------
-    (rows, how many of each decision)
+    shard and the paths. Rows go to ``<output>.part``, beside a record of how many are safe, until
+    all are there. After an interruption the same call resumes behind the safe rows, unless
+    ``identity`` (of network and detector), the threshold or a scored image has changed.
     """
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +42,7 @@ def write_scores(
                 file.write(b"path,score,decision\n")
             for bank in source.banks(start, inputs.SHARD):
                 stop = start + len(bank)
-                rows = _rows(bank, detector, limit)
-                names = source.names(start, stop)
+                rows, names = _rows(bank, detector, limit), source.names(start, stop)
                 text = io.StringIO()
                 lines = ((name, *row) for name, row in zip(names, rows, strict=True))
                 csv.writer(text, lineterminator="\n").writerows(lines)

@@ -13,15 +13,12 @@ OpenOOD's lists are not available here. A table must state where ours differ:
 
 **Tiny-ImageNet classes left out** (column ``cifar10_class`` of
 ``data/manifests/tiny_imagenet_classes.csv``), 26 of 200: a class whose WordNet words contain one of
-the search terms under which CIFAR-10 was collected (the terms are its original file names:
-"bullfrog", "tabby", "station wagon", ...), or which by its WordNet definition is a kind of
-airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer,
-dog, frog, horse, ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle,
-go-kart. For CIFAR-100 (column ``cifar100_class``), 48: a class whose words name a CIFAR-100 class
-or a kind, part or close relative of one (lampshade, seashore, freight car, bison).
+the search terms of CIFAR-10's collection (its original file names: "bullfrog", "tabby", ...), or
+which by its WordNet definition is a kind of airplane, automobile or bus, bird, domestic cat, deer,
+dog, frog, horse, ship or truck. Look-alikes stay (lion, gazelle, go-kart). For CIFAR-100 (column
+``cifar100_class``), 48: a class whose words name a CIFAR-100 class or a kind, part or close
+relative of one (lampshade, seashore, freight car, bison).
 """
-
-from __future__ import annotations
 
 import csv
 import functools
@@ -34,7 +31,7 @@ import numpy as np
 from oodlib.data.images import ImageSet
 from oodlib.data.public.prepare import DatasetNotFound, load
 from oodlib.data.public.registry import set_info
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 from oodlib.workspace import root
 
 
@@ -49,29 +46,19 @@ class TinyClass:
     cifar100_class: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Protocol:
-    """The image sets of one benchmark, all 32x32 RGB.
+    """The image sets of one benchmark, all 32x32 RGB; dicts by name of the set."""
 
-    Attributes
-    ----------
-    id_fit, id_val, id_test : for fitting (None without the training images), choices, reporting
-    ood_val : OOD sets for choosing hyper-parameters, by name
-    leaks : the sets of ``ood_val`` whose source is tested too -> the tested set
-    near, far : OOD test sets by name
-    notes : what a table must say about a set, by name
-    missing : why a set is not available, by name
-    """
-
-    id_fit: ImageSet | None
+    id_fit: ImageSet | None  # for fitting; None without the training images
     id_val: ImageSet
     id_test: ImageSet
-    ood_val: dict[str, ImageSet]
-    leaks: dict[str, str]
+    ood_val: dict[str, ImageSet]  # for choosing hyper-parameters
+    leaks: dict[str, str]  # sets of ood_val whose source is tested too -> the tested set
     near: dict[str, ImageSet]
     far: dict[str, ImageSet]
-    notes: dict[str, str]
-    missing: dict[str, str]
+    notes: dict[str, str]  # what a table must say about a set
+    missing: dict[str, str]  # why a set is not available
 
 
 def tiny_imagenet_classes() -> tuple[TinyClass, ...]:
@@ -90,17 +77,15 @@ def tiny_imagenet_ood(
 ) -> tuple[ImageSet, ImageSet]:
     """Split Tiny-ImageNet into (near-OOD test, OOD validation) that share no class.
 
-    The classes that overlap with the CIFAR set are left out. The others, in the order of WordNet
-    ids (which puts relatives side by side), go to validation at equal steps, so that it spans
-    animals, things and food.
+    Classes that overlap with the CIFAR set are left out. The others, in the order of WordNet ids
+    (relatives side by side), go to validation at equal steps, so that it spans all kinds.
     """
     left = [c.wnid for c in tiny_imagenet_classes() if not getattr(c, f"{id_name}_class")]
     unknown = set(tiny.class_names) - {c.wnid for c in tiny_imagenet_classes()}
     if unknown or not tiny.class_names:
         raise OodlibError(
             "tiny_imagenet_ood: class names must be Tiny-ImageNet's WordNet ids, got "
-            f"{sorted(unknown)[:3] or 'none'}. Pass the set that load('tiny-imagenet', ...) "
-            "returns."
+            f"{sorted(unknown)[:3] or 'none'}. Pass what load('tiny-imagenet', ...) returns."
         )
     position = np.linspace(0, len(left) - 1, n_val_classes).round().astype(int)
     held_out = {left[i] for i in position}
@@ -115,8 +100,8 @@ def split_test(test: ImageSet, *, n_val: int, seed: int = 0) -> tuple[ImageSet, 
     counts = np.bincount(test.labels)
     if n_val % len(counts) or counts.min() <= n_val // len(counts):
         raise OodlibError(
-            f"split_test: {n_val} validation images cannot be drawn evenly from classes of "
-            f"{counts.min()} to {counts.max()} images. Choose a smaller multiple of {len(counts)}."
+            f"split_test: {n_val} images cannot be drawn evenly from classes of {counts.min()} to "
+            f"{counts.max()}. Choose a smaller multiple of {len(counts)}."
         )
     order, each = np.random.default_rng(seed).permutation(len(test)), n_val // len(counts)
     val = np.concatenate([order[test.labels[order] == c][:each] for c in range(len(counts))])
@@ -145,13 +130,9 @@ def cifar_protocol(
     mirror, download, data_dir : as for ``load``; OOD sets and training images that are not
         available go to ``missing``, the ID test images must be available
     """
-    if id_name not in ("cifar10", "cifar100"):
-        raise OodlibError(
-            f'cifar_protocol: id_name must be "cifar10" or "cifar100", got {id_name!r}.'
-        )
+    one_of("cifar_protocol: id_name", id_name, ("cifar10", "cifar100"))
     opened = functools.partial(load, mirror=mirror, download=download, data_dir=data_dir)
-    notes: dict[str, str] = {}
-    missing: dict[str, str] = {}
+    notes, missing, leaks = dict[str, str](), dict[str, str](), dict[str, str]()
     known: set[str] = set()
 
     def attempt(name: str, split: str) -> ImageSet | None:
@@ -181,10 +162,7 @@ def cifar_protocol(
     train = attempt(id_name, "train")
     known.update(test.image_hashes(), train.image_hashes() if train else ())
     # OOD images for choices and for reporting
-    near: dict[str, ImageSet] = {}
-    far: dict[str, ImageSet] = {}
-    ood_val: dict[str, ImageSet] = {}
-    leaks: dict[str, str] = {}
+    near, far, ood_val = (dict[str, ImageSet]() for _ in range(3))
     for name in ("notmnist", "kmnist"):
         if found := attempt(name, "test"):
             ood_val[name] = found.sample(n_val, seed=seed)
@@ -194,25 +172,9 @@ def cifar_protocol(
         ood_val[f"{tiny_val.name}-val"] = tiny_val.sample(n_val, seed=seed)
         leaks[f"{tiny_val.name}-val"] = tiny_near.name
     other = "cifar100" if id_name == "cifar10" else "cifar10"
-    for group, name, split in (
-        (near, other, "test"),
-        (far, "mnist", "test"),
-        (far, "fashion-mnist", "test"),
-        (far, "dtd", "all"),
-        (far, "svhn", "test"),
-        (far, "places365", "val"),
-    ):
+    splits = {other: "test", "mnist": "test", "fashion-mnist": "test", "dtd": "all", "svhn": "test"}
+    for name, split in {**splits, "places365": "val"}.items():
         if found := attempt(name, split):
-            group[found.name] = found
+            (near if name == other else far)[found.name] = found
     id_fit = train.sample(n_fit, seed=seed, stratified=True) if train else None
-    return Protocol(
-        id_fit=id_fit,
-        id_val=id_val,
-        id_test=id_test,
-        ood_val=ood_val,
-        leaks=leaks,
-        near=near,
-        far=far,
-        notes=notes,
-        missing=missing,
-    )
+    return Protocol(id_fit, id_val, id_test, ood_val, leaks, near, far, notes, missing)

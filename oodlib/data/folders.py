@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, explained
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,28 +25,19 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """Rows ``path label`` of an image list in OpenOOD's format, split at the first space only.
 
-    Raises
-    ------
-    OodlibError : the list is missing or empty, or a label is not an integer (OpenOOD's ``_mos``
-        lists hold a mapping there)
+    OodlibError: the list is missing or empty, or a label (as in ``_mos`` lists) is no integer.
     """
-    try:
+    with explained(
+        (OSError, UnicodeDecodeError), f"{list_file}: cannot be read", "Check its path."
+    ):
         text = Path(list_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OodlibError(
-            f"{list_file}: the image list cannot be read ({error}). Check its path."
-        ) from error
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             path, _, label = line.strip().partition(" ")
-            try:
+            what = f"{list_file}, line {number}: no integer label in {line.strip()[:80]!r}"
+            with explained(ValueError, what, "Use a list in OpenOOD's format."):
                 rows.append((path, int(label)))
-            except ValueError as error:
-                raise OodlibError(
-                    f"{list_file}, line {number}: expected 'path label' with an integer label, got "
-                    f"{line.strip()[:80]!r}. Use a list in OpenOOD's format."
-                ) from error
     if not rows:
         raise OodlibError(f"{list_file}: the image list is empty. Check the file.")
     return rows
@@ -56,9 +47,7 @@ def _folder_rows(root: Path) -> list[tuple[str, int]]:
     """All images below a folder, sorted; label = rank of the first-level folder, -1 without one."""
     paths = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        raise OodlibError(
-            f"{root}: no image was found in this folder. Check the path, and that it was unpacked."
-        )
+        raise OodlibError(f"{root}: no image was found. Check the path, and that it was unpacked.")
     classes = sorted({p.parts[0] for p in paths if len(p.parts) > 1})
     rank = {name: i for i, name in enumerate(classes)}
     return [(p.as_posix(), rank[p.parts[0]] if len(p.parts) > 1 else -1) for p in paths]
@@ -67,21 +56,16 @@ def _folder_rows(root: Path) -> list[tuple[str, int]]:
 class ImageList(Dataset[tuple[Any, int]]):
     """Images on disk with labels, decoded on access and passed through any transform of PIL images.
 
+    ``paths`` and ``labels`` (n,) int64 are in the order of the rows. OodlibError: empty list, a
+    listed file is missing, or (on access) an image does not decode.
+
     Parameters
     ----------
     root : folder that the list's paths are relative to
     rows : the list file, or (path, label) pairs; by default every image below ``root`` (label =
         rank of its first-level folder)
-    transform : for example torchvision's ``weights.transforms()``; without it, items are PIL images
+    transform : such as torchvision's ``weights.transforms()``; without it, items are PIL images
     name : for messages and provenance
-
-    Attributes
-    ----------
-    paths, labels : in the order of the rows; ``labels`` is (n,) int64
-
-    Raises
-    ------
-    OodlibError : empty list, a listed file is missing, or (on access) an image does not decode
     """
 
     def __init__(
@@ -106,9 +90,8 @@ class ImageList(Dataset[tuple[Any, int]]):
         missing = [path for path in self.paths if not (self.root / path).is_file()]
         if missing:
             raise OodlibError(
-                f"{origin}: {len(missing)} of {len(self.paths)} listed files are missing, the "
-                f"first is {self.root / missing[0]}. Check the image root, or unpack the archive "
-                "again."
+                f"{origin}: {len(missing)} of {len(self.paths)} listed files are missing, first "
+                f"{self.root / missing[0]}. Check the image root, or unpack the archive again."
             )
 
     def __len__(self) -> int:
@@ -128,14 +111,12 @@ class ImageList(Dataset[tuple[Any, int]]):
         from PIL import Image
 
         path = self.root / self.paths[index]
-        try:
-            with Image.open(path) as picture:
-                return picture.convert("RGB")
-        except Exception as error:  # Pillow raises many types for broken data
-            raise OodlibError(
-                f"{path}: the image cannot be decoded ({type(error).__name__}). Copy or download "
-                "it again."
-            ) from error
+        remedy = "Copy or download it again."
+        with (  # Pillow raises many types for broken data
+            explained(Exception, f"{path}: the image cannot be decoded", remedy),
+            Image.open(path) as picture,
+        ):
+            return picture.convert("RGB")
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.picture(index)
@@ -147,16 +128,8 @@ def image_loader(
 ) -> DataLoader:
     """Batches in the list's order, decoded by worker processes (default: a core each, up to 16)."""
     if images.transform is None:
-        raise OodlibError(
-            f"image_loader: {images.name} has no transform, so its images cannot be stacked. "
-            "Give ImageList the model's transform."
-        )
+        raise OodlibError(f"image_loader: {images.name} has no transform. Give the model's.")
     workers = min(16, os.cpu_count() or 1) if workers is None else workers
-    return DataLoader(
-        images,
-        batch_size=batch_size,
-        num_workers=workers,
-        shuffle=False,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
-    )
+    pinned = torch.cuda.is_available()
+    options: dict[str, Any] = {"pin_memory": pinned, "persistent_workers": workers > 0}
+    return DataLoader(images, batch_size, num_workers=workers, **options)

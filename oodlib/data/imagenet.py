@@ -1,7 +1,5 @@
 """The ImageNet-scale sets of the paper profile: their source, how to open them, what is present."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, draw
 from oodlib.data.folders import ImageList, Transform, read_list
 from oodlib.data.records import read_records
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 _ID = {"fit": "imagenet-1k-train", "id": "imagenet-1k"}  # split -> name in PAPER_SETS
 _OOD = ("ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")
@@ -25,26 +23,18 @@ NATIVE = (375, 500)  # height and width of most ImageNet images, hence of the un
 
 @dataclass(frozen=True, kw_only=True)
 class PaperSet:
-    """One set of the ``paper`` profile, none of which is downloaded: what a user must provide.
-
-    Attributes
-    ----------
-    tree : the folder expected below the data root
-    counts : image counts that a correct copy may have, with the protocol each belongs to
-    list_name : OpenOOD's list below ``benchmark_imglist/imagenet/``, "" if it has none
-    needs_list : its folder holds other sets' images too, so that its list alone defines it
-    """
+    """One set of the ``paper`` profile, none of which is downloaded: what a user must provide."""
 
     name: str
     title: str
     role: str
     source: str
     terms: str
-    tree: str
-    counts: dict[str, int]
-    list_name: str = ""
+    tree: str  # the folder expected below the data root
+    counts: dict[str, int]  # protocol -> its number of images
+    list_name: str = ""  # OpenOOD's list below benchmark_imglist/imagenet/
     root: str = "images_largescale"
-    needs_list: bool = False
+    needs_list: bool = False  # its folder holds other sets' images too
 
 
 PAPER_SETS: dict[str, PaperSet] = read_records(__name__, PaperSet)
@@ -53,24 +43,17 @@ PAPER_SETS: dict[str, PaperSet] = read_records(__name__, PaperSet)
 def class_remap(
     checkpoint_list: str | os.PathLike[str], reference: Sequence[tuple[str, int]]
 ) -> NDArray[np.int64]:
-    """The reference class of each output of a checkpoint, from two lists of the same images.
+    """The reference class of each output of a checkpoint, (C,), from two lists of the same images.
 
     The BiT checkpoint of the GradNorm paper has MOS's class order (``imagenet2012_val_list.txt`` of
-    its repository); with folder order its accuracy is about 0.1 %.
-    ``logits[:, np.argsort(class_remap(...))]`` is in reference order.
+    its repository); with folder order its accuracy is about 0.1 %. OodlibError: the lists share too
+    few images, or contradict each other. In reference order:
+    ``logits[:, np.argsort(class_remap(...))]``.
 
     Parameters
     ----------
     checkpoint_list : list file in the checkpoint's label order
     reference : rows in the wanted order, as `read_list` gives; images are matched by file name
-
-    Returns
-    -------
-    (C,) int64, a permutation
-
-    Raises
-    ------
-    OodlibError : the lists share too few images, or contradict each other
     """
     labels = {Path(path).name: label for path, label in reference}
     pairs = {
@@ -82,7 +65,7 @@ def class_remap(
     if n == 0 or {a for a, _ in pairs} != set(range(n)) or {b for _, b in pairs} != set(range(n)):
         raise OodlibError(
             f"class_remap: {checkpoint_list} and the reference list do not give a one-to-one map "
-            f"of classes ({n} pairs of labels seen). Both must list the same images of every class."
+            f"of classes ({n} pairs of labels seen). Both must list the same images."
         )
     return np.array([b for _, b in sorted(pairs)], dtype=np.int64)
 
@@ -95,10 +78,7 @@ def open_paper_set(
     list_file: str | os.PathLike[str] | None = None,
 ) -> ImageList:
     """A set below ``data_root``: by ``list_file``, else OpenOOD's list, else its whole folder."""
-    if name not in PAPER_SETS:
-        raise OodlibError(
-            f"There is no paper-profile set {name!r}. Known: {', '.join(PAPER_SETS)}."
-        )
+    one_of("paper-profile set", name, PAPER_SETS)
     entry, root = PAPER_SETS[name], Path(data_root)
     default = root / "benchmark_imglist" / "imagenet" / entry.list_name
     if list_file is None and entry.list_name and default.is_file():
@@ -107,15 +87,10 @@ def open_paper_set(
         return ImageList(root / entry.root, list_file, transform=transform, name=name)
     folder = _folder(entry, root)
     if entry.needs_list:
-        raise OodlibError(
-            f"{name}: the list {default} is missing; its folder alone does not say which images "
-            f"belong to it. Source: {entry.source}."
-        )
+        raise OodlibError(f"{name}: its list {default} is missing. Source: {entry.source}.")
     if not folder.is_dir():
-        raise OodlibError(
-            f"{name}: the folder {folder} is missing. Expected tree: {entry.tree}; "
-            f"source: {entry.source}."
-        )
+        expected = f"Expected tree: {entry.tree}; source: {entry.source}"
+        raise OodlibError(f"{name}: the folder {folder} is missing. {expected}.")
     return ImageList(folder, transform=transform, name=name)
 
 
@@ -144,9 +119,8 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
     status, lines = paper_set_status(data_root), []
     for name, entry in PAPER_SETS.items():
         counts = ", ".join(f"{count:,} ({protocol})" for protocol, count in entry.counts.items())
+        lines += [f"{name}: {entry.title} [{entry.role}]", f"  source    {entry.source}"]
         lines += [
-            f"{name}: {entry.title} [{entry.role}]",
-            f"  source    {entry.source}",
             f"  terms     {entry.terms}",
             f"  expected  {entry.tree}",
             f"  counts    {counts}",
@@ -166,8 +140,7 @@ def describe_paper_sets(data_root: str | os.PathLike[str]) -> str:
 def ood_classes(images: ImageList) -> NDArray[np.int64]:
     """Class of each OOD image, (n,): the rank of its folder among those of the set; never -1.
 
-    A set read from its folder has these labels already. OpenOOD's lists say -1 for every OOD image,
-    so for them the class is taken from the path; images that share one folder are one class.
+    OpenOOD's lists say -1 for every OOD image, so for them it is taken from the path.
     """
     if (images.labels >= 0).all():
         return images.labels
@@ -176,24 +149,12 @@ def ood_classes(images: ImageList) -> NDArray[np.int64]:
 
 
 class UnitTests(ImageList):
-    """The 17 unit tests as their authors draw them, one picture per row, test by test.
+    """The 17 unit tests as their authors draw them, n pictures per test (originally 400), in turn.
 
-    Parameters
-    ----------
-    id_images : ImageNet's validation images; ``n`` of them, drawn without replacement, have their
-        pixels shuffled
-    transform : of PIL images
-    n : pictures per test (the original: 400)
-    seed : of the drawing; every picture depends on it and on its own number alone
-    canvas : height and width in pixels
-
-    Attributes
-    ----------
-    labels : (17 n,), index in `UNIT_TESTS`; ``paths`` names the validation image that a row may use
-
-    Raises
-    ------
-    OodlibError : fewer than ``n`` validation images
+    ``n`` of ImageNet's validation images ``id_images``, drawn without replacement, have their
+    pixels shuffled; fewer are an OodlibError. Each picture depends on ``seed`` and its own number
+    alone. ``labels`` (17 n,) are indices in `UNIT_TESTS`; ``paths`` names the image that a row may
+    use; ``canvas`` is height and width in pixels.
     """
 
     def __init__(
@@ -206,10 +167,8 @@ class UnitTests(ImageList):
         canvas: tuple[int, int] = NATIVE,
     ):
         if not 1 <= n <= len(id_images):
-            raise OodlibError(
-                f"UnitTests: n must lie in 1 .. {len(id_images)}, the number of images of "
-                f"{id_images.name} whose pixels are shuffled, got {n}."
-            )
+            most = f"{len(id_images)}, the images of {id_images.name}"
+            raise OodlibError(f"UnitTests: n must lie in 1 .. {most}, got {n}.")
         chosen = np.random.default_rng(seed).permutation(len(id_images))[:n]
         rows = [(id_images.paths[i], test) for test in range(len(UNIT_TESTS)) for i in chosen]
         super().__init__(id_images.root, rows, transform=transform, name="unit_tests")
@@ -217,7 +176,7 @@ class UnitTests(ImageList):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal): as of an `ImageList`, with the seed and the canvas."""
+        """As of an `ImageList`, with the seed and the canvas."""
         text = f"{super().fingerprint} {self.seed} {self.canvas}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -241,21 +200,11 @@ def imagenet_split(
     """One of `SPLITS` below ``data_root``, laid out as ``oodlib data --profile paper`` describes.
 
     Labels are ImageNet's classes for "fit" and "id", those of `ood_classes` for the OOD sets, the
-    test's number for "unit_tests".
-
-    Parameters
-    ----------
-    n : at most so many images, drawn with ``seed``; of the unit tests, pictures per test (by
-        default 400, or as many as there are ID images)
-
-    Raises
-    ------
-    OodlibError : unknown split, or its images are not there
+    test's number for "unit_tests". At most ``n`` images, drawn with ``seed``; of the unit tests, n
+    pictures per test (by default 400, or as many as there are ID images). OodlibError: unknown
+    split, or its images are not there.
     """
-    if split not in SPLITS:
-        raise OodlibError(
-            f"There is no split {split!r} of the ImageNet models. Known: {', '.join(SPLITS)}."
-        )
+    one_of("imagenet_split: split", split, SPLITS)
     if split == "unit_tests":
         ids = open_paper_set("imagenet-1k", data_root)
         n = min(400, len(ids)) if n is None else n

@@ -14,31 +14,21 @@ from oodlib.errors import OodlibError
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size in memory (or memory-mapped), with labels.
-
-    Attributes
-    ----------
-    name, split : for example "cifar10", "test"
-    images : (n, c, h, w) uint8; c is 1 or 3
-    labels : (n,) int64, -1 where a class has no meaning
-    class_names : one name per label
-    meta : named per-image arrays of length n, for example "font"
-    """
+    """Images of one size in memory (or memory-mapped), with labels."""
 
     name: str
-    split: str
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...] = ()
-    meta: Mapping[str, NDArray] = field(default_factory=dict)
+    split: str  # such as "test"
+    images: NDArray[np.uint8]  # (n, c, h, w), c = 1 or 3
+    labels: NDArray[np.int64]  # (n,), -1 where a class has no meaning
+    class_names: tuple[str, ...] = ()  # one per label
+    meta: Mapping[str, NDArray] = field(default_factory=dict)  # per image, such as "font"
 
     def __post_init__(self) -> None:
         n = len(self.images)
         where, kind, shape = f"{self.name}/{self.split}", self.images.dtype, self.images.shape
         if len(shape) != 4 or kind != np.uint8 or shape[1] not in (1, 3):
             raise OodlibError(
-                f"ImageSet {where}: images must be uint8 of shape (n, 1 or 3, h, w), got {kind} "
-                f"{shape}."
+                f"ImageSet {where}: needs uint8 (n, 1 or 3, h, w), got {kind} {shape}."
             )
         if n == 0:
             raise OodlibError(f"ImageSet {where}: the set is empty. Check the split or the filter.")
@@ -57,20 +47,13 @@ class ImageSet:
         self, index: NDArray | slice, *, name: str | None = None, split: str | None = None
     ) -> ImageSet:
         """The chosen images (integer or boolean index, or a slice), in that order."""
-        return replace(
-            self,
-            name=name or self.name,
-            split=split or self.split,
-            images=self.images[index],
-            labels=self.labels[index],
-            meta={k: v[index] for k, v in self.meta.items()},
-        )
+        meta = {k: v[index] for k, v in self.meta.items()}
+        name, split = name or self.name, split or self.split
+        images, labels = self.images[index], self.labels[index]
+        return ImageSet(name, split, images, labels, self.class_names, meta)
 
     def sample(self, n: int, *, seed: int, stratified: bool = False) -> ImageSet:
-        """``n`` images (at most all) without replacement, in a seeded order.
-
-        ``stratified`` takes as equal a number per label as possible.
-        """
+        """``n`` images (at most all), seeded; ``stratified``: labels as even as they can be."""
         order = np.random.default_rng(seed).permutation(len(self))
         if stratified:
             labels = self.labels[order]
@@ -92,10 +75,8 @@ class ImageSet:
 
     def image_hashes(self) -> list[str]:
         """One hash per image, of its pixels alone."""
-        return [
-            hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
-            for image in self.images
-        ]
+        rows = (np.ascontiguousarray(image).tobytes() for image in self.images)
+        return [hashlib.blake2b(row, digest_size=16).hexdigest() for row in rows]
 
     def resized(self, size: int, *, channels: int = 3) -> ImageSet:
         """RGB (or grey), shorter side to ``size`` bilinearly, centre crop: an ID set's transform.
@@ -123,15 +104,14 @@ class ImageSet:
     def pooled(self, size: int, *, channels: int = 3) -> ImageSet:
         """Square images averaged over the area of each new pixel: RGB, or grey (Pillow's weights).
 
-        A new pixel is the mean of what it covers, parts of pixels counted by their area, rounded
-        half up; in integers, so the same on every machine. 32 to 16 pixels: means of 2 x 2; 28 to
-        16: of 1.75 x 1.75. Grey (.299, .587, .114) before averaging.
+        In integers, rounded half up, so the same on every machine. 28 to 16 pixels: means of 1.75 x
+        1.75. Grey (.299, .587, .114) before averaging.
         """
         n, c, h, w = self.images.shape
         if h != w or not 1 <= size <= h:
             raise OodlibError(
                 f"ImageSet.pooled: needs square images of at least {size} pixels, got {h} x {w} of "
-                f"{self.name}/{self.split}. Crop them first, or use resized."
+                f"{self.name}/{self.split}. Use resized."
             )
         # share (size, h): how much of each old pixel lies in each new one
         new, old = np.arange(size)[:, None], np.arange(h)
@@ -159,8 +139,7 @@ def assert_disjoint(*sets: ImageSet) -> None:
             other = sets[owner[shared[0]]]
             raise OodlibError(
                 f"assert_disjoint: {len(shared)} images of {image_set.name}/{image_set.split} are "
-                f"also in {other.name}/{other.split}. Remove them from one side before fitting or "
-                "testing."
+                f"also in {other.name}/{other.split}. Remove them from one side."
             )
         owner.update(dict.fromkeys(hashes, i))
 
@@ -168,18 +147,11 @@ def assert_disjoint(*sets: ImageSet) -> None:
 def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> ImageSet:
     """Cut each image into ``patches`` x ``patches`` tiles and shuffle them.
 
-    Colours and local texture stay, the object goes.
-
-    Raises
-    ------
-    OodlibError : the side is not divisible by ``patches``
+    Colours and local texture stay, the object goes. OodlibError: ``patches`` must divide the sides.
     """
     n, c, h, w = image_set.images.shape
     if h % patches or w % patches:
-        raise OodlibError(
-            f"patch_shuffled: {h} x {w} pixels cannot be cut into {patches} x {patches} equal "
-            "patches. Choose a divisor of the side."
-        )
+        raise OodlibError(f"patch_shuffled: {patches} is no divisor of the sides {h} and {w}.")
     side = (h // patches, w // patches)
     tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1])
     tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(n, patches**2, c, *side)

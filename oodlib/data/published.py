@@ -20,20 +20,10 @@ _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 def published(name: str, *, folder: Path | None = None) -> DataFrame:
     """The rows of ``data/published/<name>.csv``: numbers as float64, an unread number as NaN.
 
-    Parameters
-    ----------
-    name : "imagenet", "openood_v15", "gradnorm_unread", ...: a file name without suffix
-    folder : of the files; by default ``data/published`` of the project
-
-    Returns
-    -------
-    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in
-    per cent unless the column ``unit`` says "bits/dim", "steps", "count" or "ratio"
-
-    Raises
-    ------
-    OodlibError : no such file, a column is missing, a unit is unknown, a number is negative or
-        above 100 %, an empty number has no note, a row has no source, or two rows share a key
+    The number is in ``value``, or in ``mean`` with ``std``: in per cent, unless the column ``unit``
+    says "bits/dim", "steps", "count" or "ratio". ``folder`` replaces ``data/published``.
+    OodlibError: no such file, a column is missing, a unit is unknown, a number is negative or above
+    100 %, an empty number has no note, a row has no source, or two rows share a key.
     """
     import pandas as pd
 
@@ -52,9 +42,8 @@ def published(name: str, *, folder: Path | None = None) -> DataFrame:
     def refuse(bad: Series, reason: str) -> None:
         rows = table.index[bad]
         if len(rows):
-            raise OodlibError(
-                f"{path}, line {rows[0] + 2}: {reason} ({len(rows)} such rows). Correct the file."
-            )
+            where = f"{path}, line {rows[0] + 2}"
+            raise OodlibError(f"{where}: {reason} ({len(rows)} such rows). Correct the file.")
 
     unit = table["unit"] if "unit" in table else pd.Series("%", table.index)
     refuse(~unit.isin(_UNITS), f"the unit is none of {', '.join(_UNITS)}")

@@ -1,7 +1,5 @@
 """Records that only list facts: a YAML file beside the module that reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeVar
@@ -19,15 +17,9 @@ def read_records(
 ) -> dict[str, Record]:
     """The records of a module: name -> ``kind(name=name, **fields)``, in the order of the file.
 
-    Parameters
-    ----------
-    module : ``__name__`` of ``x.py``; the records lie beside it in ``x.yaml``
-    kind : class of the records; a list arrives as a tuple
-    inner : field that holds a mapping of records without names -> their class
-
-    Raises
-    ------
-    OodlibError : a record lacks a field or has one that its class does not know
+    They lie in ``x.yaml`` beside ``x.py``, whose ``__name__`` is ``module``. A list arrives as a
+    tuple; ``inner`` gives the class of the records in a field that maps names to records.
+    OodlibError: a record lacks a field or has one that its class does not know.
     """
     package, _, stem = module.rpartition(".")
     path = resources.files(package) / f"{stem}.yaml"

@@ -4,8 +4,6 @@ Each is ``head(features(x))``: a body that ends in a ReLU, so that features are 
 average pooling, and a linear head. Families differ in their convolutions and connections.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -59,9 +57,8 @@ def residual(
     num_classes: int = 10, *, widths: tuple[int, ...] = (24, 64, 128), bias: bool = False
 ) -> Family:
     """One wide pre-activation residual block at each resolution (Zagoruyko, arXiv 1605.07146)."""
-    blocks = [
-        _Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise((16, *widths)))
-    ]
+    pairs = enumerate(pairwise((16, *widths)))
+    blocks = [_Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in pairs]
     stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
     body = nn.Sequential(stem, *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU())
     return Family(body, widths[-1], num_classes, bias=bias)
@@ -92,10 +89,7 @@ def shuffled(
     last: int = 384,
     bias: bool = True,
 ) -> Family:
-    """Units that convolve half of the channels and shuffle both halves; three units per stage.
-
-    Ma et al., arXiv 1807.11164
-    """
+    """Three units per stage convolve half of the channels, shuffle both (Ma, arXiv 1807.11164)."""
     units: list[nn.Module] = []
     for a, b in pairwise((32, *widths)):
         units += [_Shuffled(a, b), _Shuffled(b, b), _Shuffled(b, b)]

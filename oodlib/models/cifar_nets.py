@@ -1,7 +1,5 @@
 """Architectures of the public CIFAR checkpoints: ResNet with option-A shortcuts, DenseNet-BC."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad, relu

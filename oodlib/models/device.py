@@ -1,7 +1,5 @@
 """The device a model runs on, its random state, and hashes of its weights and code."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import inspect
@@ -10,20 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from oodlib.errors import OodlibError
+from oodlib.errors import explained
 from oodlib.workspace import code_hash
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` is CUDA, then Apple's MPS, then the CPU; OodlibError for an unusable device."""
     if str(device) != "auto":
-        try:
+        what = f"device {device!s} cannot be used"
+        with explained(Exception, what, "Use auto, cpu, cuda or mps."):
             torch.empty(0, device=device)
-        except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device
-            reason = str(error).splitlines()[0][:60]
-            raise OodlibError(
-                f"device {device!s} cannot be used ({reason}). Use auto, cpu, cuda or mps."
-            ) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -61,9 +55,8 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(
-            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        flat = value.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -73,9 +66,8 @@ def model_code_hash(model: nn.Module) -> str:
     Our modules count with all that they import, torch, torchvision and timm by version, any other
     class by its source where Python can read it.
     """
-    classes = sorted(
-        {type(m) for m in model.modules()}, key=lambda c: (c.__module__, c.__qualname__)
-    )
+    types = {type(m) for m in model.modules()}
+    classes = sorted(types, key=lambda c: (c.__module__, c.__qualname__))
     ours = sorted({c.__module__ for c in classes if c.__module__.startswith("oodlib.")})
     digest = hashlib.sha256(f"{model!r} {code_hash(*ours)}".encode())
     for c in classes:

@@ -1,29 +1,17 @@
 """Small classifiers for 32-pixel images. Each one is ``head(features(x))`` with a linear head."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 
 def whitening_filters(images: Tensor, *, size: int = 2, eps: float = 5e-4) -> Tensor:
-    r"""Filters that decorrelate the pixels of small patches (PCA whitening).
+    r"""PCA whitening of patches: filters (2 c size^2, c, size, size) that decorrelate their pixels.
 
     With patch covariance ``V diag(l) V^T`` the filters are the columns of ``V / sqrt(l + eps)``,
-    then the same with the opposite sign, so that no information is lost behind a ReLU.
+    then the same with the opposite sign, so that no information is lost behind a ReLU (K. Jordan
+    2024, arXiv 2404.00498, section 3.2).
 
-    Parameters
-    ----------
     images : (n, c, h, w) float, normalised as the network will see them
-    size : side of the square patch, in pixels
-
-    Returns
-    -------
-    (2 * c * size**2, c, size, size) float32
-
-    References
-    ----------
-    K. Jordan 2024, arXiv 2404.00498, section 3.2
     """
     c = images.shape[1]
     patches = images.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
@@ -57,14 +45,10 @@ class FastConvNet(nn.Module):
     """Six convolutions that reach 92-94 % on CIFAR-10 in minutes of GPU or hours of CPU.
 
     After K. Jordan 2024 (arXiv 2404.00498): a frozen whitening layer, three blocks of two
-    convolutions, global max-pooling, a linear head without bias. Ours differs on purpose: the last
-    activation is a ReLU, so that features are non-negative as in the OOD papers, and the head
-    includes the recipe's logit scale, so that ``logits = features @ W.T``.
-
-    Parameters
-    ----------
-    num_classes : C
-    widths : channels of the three blocks; the last one is the feature dimension D
+    convolutions (``widths`` channels, the last the feature dimension D), global max-pooling, a
+    linear head without bias. Ours differs on purpose: the last activation is a ReLU, so that
+    features are non-negative as in the OOD papers, and the head includes the recipe's logit scale,
+    so that ``logits = features @ W.T``.
     """
 
     def __init__(

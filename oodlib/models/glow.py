@@ -2,12 +2,10 @@
 
     log p(x) = log p(z) + log |det dz/dx|,   z = f(x)
 
-Architecture, initial values and order of tensors follow the y0ast/Glow-PyTorch implementation that
-Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1
-convolution, affine coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
+Architecture, initial values and order of tensors follow y0ast/Glow-PyTorch, on which Montazeran and
+Köthe build (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1 convolution, affine
+coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
 """
-
-from __future__ import annotations
 
 import math
 import warnings
@@ -27,14 +25,13 @@ def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None 
     """Images to a continuous variable: v / 2^bits - 1/2 + U(0, 2^-bits), in [-0.5, 0.5).
 
     images (N, C, H, W) uint8, torch or NumPy -> float32 on the same device; below 8 bits the lower
-    bits are dropped. ``generator`` None draws from torch's own; draw once per image set where
-    scores are compared. OodlibError: no image, another dtype.
+    bits are dropped. Draw once per image set where scores are compared. OodlibError: other images.
     """
     v = images if isinstance(images, Tensor) else torch.tensor(np.asarray(images))
     if v.dtype != torch.uint8 or v.ndim != 4 or len(v) == 0:
         raise OodlibError(
-            f"dequantise: needs images (N, C, H, W) uint8, N >= 1, with values 0 .. 255, got "
-            f"{tuple(v.shape)} {v.dtype}. Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
+            f"dequantise: needs images (N, C, H, W) uint8, N >= 1, got {tuple(v.shape)} {v.dtype}. "
+            "Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
         )
     device = generator.device if generator else v.device
     noise = torch.rand(v.shape, generator=generator, device=device)
@@ -93,10 +90,9 @@ class InvertibleConv(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """L and U, (C, C) each; the other halves of the parameters have no effect."""
-        ones = torch.ones_like(self.log_s)
-        return self.lower.tril(-1) + torch.diag_embed(ones), self.upper.triu(1) + torch.diag_embed(
-            self.sign * self.log_s.exp()
-        )
+        ones, diagonal = torch.ones_like(self.log_s), self.sign * self.log_s.exp()
+        lower = self.lower.tril(-1) + torch.diag_embed(ones)
+        return lower, self.upper.triu(1) + torch.diag_embed(diagonal)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
@@ -105,9 +101,8 @@ class InvertibleConv(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         lower, upper = self.factors()
-        x = torch.linalg.solve_triangular(
-            lower, self.permutation.T @ y.flatten(2), upper=False, unitriangular=True
-        )
+        x = self.permutation.T @ y.flatten(2)
+        x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(upper, x, upper=True).view_as(y)
 
 
@@ -203,21 +198,17 @@ class Level(nn.Module):
 class Glow(nn.Module):
     """Multi-scale Glow (Kingma, Dhariwal, arXiv 1807.03039); ``initialise(x)`` once, then train.
 
+    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. OodlibError: a
+    shape that cannot be halved L times, a size below one; x of another shape or dtype, empty, with
+    a NaN or outside [-0.5, 0.5] (not checked inside `vmap`).
+
     Parameters
     ----------
     image_shape : (C, H, W); H and W divisible by 2^levels
-    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L tensors. Defaults
-        are the paper's: 1,353 tensors, 44,235,312 parameters
+    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L tensors (the
+        paper's, the defaults, have 1,353 with 44,235,312 parameters)
     bits : of a pixel value, for the likelihood of the discrete image
     generator : of the initial weights; None draws from torch's own
-
-    All methods take x (N, C, H, W) as `dequantise` makes it, in the model's dtype. The buffer
-    `initialised` is saved.
-
-    Raises
-    ------
-    OodlibError : a shape that cannot be halved L times, a size below one; x of another shape or
-        dtype, empty, with a NaN or outside [-0.5, 0.5] (not checked inside `vmap`)
     """
 
     initialised: Tensor
@@ -237,15 +228,13 @@ class Glow(nn.Module):
         shape = tuple(int(n) for n in image_shape)
         if len(shape) != 3 or min(*shape, steps, levels, hidden) < 1 or not 1 <= bits <= 8:
             raise OodlibError(
-                "Glow: needs image_shape (C, H, W), steps, levels and hidden of at least 1, bits "
-                f"in 1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}."
+                "Glow: image_shape (C, H, W), steps, levels and hidden must be at least 1, bits in "
+                f"1 .. 8, got {shape}, {steps}, {levels}, {hidden} and {bits}."
             )
         channels, height, width = shape
         if height % 2**levels or width % 2**levels:
-            raise OodlibError(
-                f"Glow: the sides are halved {levels} times and must be divisible by {2**levels}; "
-                f"got {height} x {width}. Pad or resize the images, or use fewer levels."
-            )
+            needed = f"sides divisible by {2**levels}, got {height} x {width}"
+            raise OodlibError(f"Glow: {levels} levels need {needed}. Resize, or use fewer levels.")
         self.image_shape, self.bits = shape, bits
         self.latent_shapes: list[tuple[int, int, int]] = []
         self.levels = nn.ModuleList()
@@ -266,24 +255,16 @@ class Glow(nn.Module):
         """
         self._check("initialise", x, images=True)
         if self.initialised:
-            return warnings.warn(
-                "Glow.initialise: initialised already, nothing changed.", UserWarning, stacklevel=2
-            )
+            message = "Glow.initialise: initialised already, nothing changed."
+            return warnings.warn(message, stacklevel=2)
         spread = x.amax((0, 2, 3)) - x.amin((0, 2, 3))
         if spread.max() <= 2**-self.bits or spread.min() == 0:
-            raise OodlibError(
-                f"Glow.initialise: needs images that vary, got {len(x)} of constant colour: range "
-                f"per channel {[round(s, 5) for s in spread.tolist()]}. Give dequantised training "
-                "images."
-            )
+            wrong = f"got {len(x)} of constant colour: range per channel {spread.tolist()}"
+            raise OodlibError(f"Glow.initialise: needs images that vary, {wrong}. Use dequantise.")
         if len(x) < 256:
-            message = f"Glow.initialise: {len(x)} images are few; use 256 or more."
-            warnings.warn(message, UserWarning, stacklevel=2)
-        hooks = [
-            module.register_forward_pre_hook(lambda actnorm, inputs: actnorm.fit(*inputs))
-            for module in self.modules()
-            if isinstance(module, ActNorm)
-        ]
+            warnings.warn(f"Glow.initialise: {len(x)} images are few; use 256.", stacklevel=2)
+        norms = [module for module in self.modules() if isinstance(module, ActNorm)]
+        hooks = [norm.register_forward_pre_hook(lambda m, args: m.fit(*args)) for norm in norms]
         try:
             self(x)
         finally:
@@ -309,10 +290,8 @@ class Glow(nn.Module):
         """x (N, C, H, W) of the latents that `forward` gives."""
         n, shapes = len(latents[-1]) if latents else 0, [tuple(z.shape) for z in latents]
         if n == 0 or shapes != [(n, *shape) for shape in self.latent_shapes]:
-            raise OodlibError(
-                f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} and one N, "
-                f"got {shapes}. Give what forward returned."
-            )
+            wrong = f"latents of shapes {shapes}, not (N, ...) of {self.latent_shapes}"
+            raise OodlibError(f"Glow.inverse: needs latents as forward returns them, got {wrong}.")
         return self._decode(latents[-1], list(latents[:-1]), None)
 
     @torch.no_grad()
@@ -360,7 +339,7 @@ class Glow(nn.Module):
         if tuple(x.shape[1:]) != self.image_shape or len(x) == 0 or x.dtype != dtype:
             raise OodlibError(
                 f"Glow.{method}: needs at least one image, (N, {str(self.image_shape)[1:-1]}) "
-                f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise(uint8 images)."
+                f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise."
             )
         try:
             low, high = (float(v) for v in x.detach().aminmax())
@@ -369,7 +348,7 @@ class Glow(nn.Module):
         if not max(-low, high) <= (0.5 if images else 3e38):
             raise OodlibError(
                 f"Glow.{method}: needs finite values{' in [-0.5, 0.5]' * images}, got {low:.4g} .. "
-                f"{high:.4g}. Use dequantise(uint8 images)."
+                f"{high:.4g}. Use dequantise."
             )
 
 

@@ -1,7 +1,5 @@
 """A network in evaluation mode for a while, and its head."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -39,11 +37,7 @@ def named_layers(caller: str, model: nn.Module, layers: Iterable[str]) -> dict[s
 def find_head(model: nn.Module, example: Tensor) -> str:
     """Name of the linear layer (or 1x1 convolution on one position) whose output is the model's.
 
-    example : a batch (n, c, h, w) as the model takes it
-
-    Raises
-    ------
-    OodlibError : no such layer, for example because an activation or a pooling follows it
+    example : a batch (n, c, h, w). OodlibError: no such layer, or an activation or pooling follows.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -64,10 +58,7 @@ def find_head(model: nn.Module, example: Tensor) -> str:
             handle.remove()
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise OodlibError(
-            f"find_head: the model must return logits (n, C), got {shape}. "
-            "Dense prediction and several outputs are not supported."
-        )
+        raise OodlibError(f"find_head: the model must return logits (n, C) alone, got {shape}.")
     for name in reversed(outputs):
         output = outputs[name]
         if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
@@ -75,8 +66,6 @@ def find_head(model: nn.Module, example: Tensor) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     raise OodlibError(
         f"find_head: in {type(model).__name__} ({config.get('architecture', 'no timm model')}) no "
-        "linear layer gives the model's output as it stands: something (an activation, a pooling, "
-        "a mean over two heads) follows the last one. Scores need logits = W features + b. Use a "
-        "network with one linear head (for a distilled one its undistilled twin), or a module that "
-        "returns such logits."
+        "linear layer gives the model's output as it stands, but scores need logits = W features + "
+        "b. Use a network (or wrapper) with one linear head at its end."
     )

@@ -3,8 +3,6 @@
 Weights are half-precision safetensors under ``data/checkpoints``, each with a JSON record.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from oodlib.data.images import ImageSet
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 from oodlib.files import key_of, locked, read_sealed, write_sealed
 from oodlib.models.cifar_families import FAMILIES, AveragedFastConvNet, Family
 from oodlib.models.device import pick_device, random_state
@@ -28,20 +26,16 @@ from oodlib.workspace import code_hash, root
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What decides a checkpoint, besides the seed.
-
-    ``data(split)`` gives the training and the test images; ``expected`` is the test accuracy to
-    assert on loading; ``snapshots`` are epochs whose weights are saved too.
-    """
+    """What decides a checkpoint, besides the seed."""
 
     name: str
     network: Callable[[], FastConvNet | Family]
-    data: Callable[[str], ImageSet]
+    data: Callable[[str], ImageSet]  # of a split: "train", "test"
     recipe: Recipe
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    expected: float
-    snapshots: tuple[int, ...] = ()
+    expected: float  # test accuracy to assert on loading
+    snapshots: tuple[int, ...] = ()  # epochs whose weights are saved too
 
 
 def _cifar10(split: str) -> ImageSet:
@@ -66,7 +60,7 @@ _KILO = 1024 * (1 + 1 / (1 - 0.85))  # Jordan's rates are per 1,024 images at in
 
 
 def _fast_recipe(epochs: float, batch_size: int, flip: Literal["none", "alternating"]) -> Recipe:
-    """The recipe of arXiv 2404.00498 without label smoothing and without test-time augmentation.
+    """That of arXiv 2404.00498 without label smoothing and test-time augmentation.
 
     Both change the logits that OOD scores read; the logit scale 1/9 is part of the head.
     """
@@ -152,44 +146,30 @@ def folder() -> Path:
     return root() / "data" / "checkpoints"
 
 
-def _spec(name: str) -> Spec:
-    if name not in SPECS:
-        raise OodlibError(f"There is no training recipe {name!r}. Known ones: {', '.join(SPECS)}.")
-    return SPECS[name]
-
-
 def load_trained(
     name: str, *, seed: int = 0, epoch: int | None = None, source: Path | None = None
 ) -> Trained:
-    """A shipped network, in evaluation mode.
+    """A network of `SPECS` in evaluation mode: shipped, or from the folder ``source``.
 
-    Parameters
-    ----------
-    name : a key of `SPECS`
-    epoch : one of the spec's snapshots along training; the finished network where not given
-    source : folder of weights; the shipped ones where not given
-
-    Raises
-    ------
-    OodlibError : unknown name, no such seed or snapshot, a file that does not match its provenance
+    It is the finished one, or with ``epoch`` one of the spec's snapshots. OodlibError: unknown
+    name, no such seed or snapshot, a file that does not match its provenance.
     """
-    spec, source = _spec(name), source or folder()
+    one_of("load_trained: name", name, SPECS)
+    spec, source = SPECS[name], source or folder()
     weights = source / f"{name}_s{seed}{'' if epoch is None else '_snapshots'}.safetensors"
     present = sorted(path.stem for path in source.glob(f"{name}_s*.safetensors"))
-    provenance = read_sealed(
-        weights,
-        "load_trained",
+    remedy = (
         f"Restore it from git, or train it: python -m oodlib train {name} --seed {seed} "
-        f"(present: {', '.join(present) or 'none'}).",
+        f"(present: {', '.join(present) or 'none'})."
     )
+    provenance = read_sealed(weights, "load_trained", remedy)
     state = to_single(load_file(weights))
     if epoch is not None:
         prefix = f"epoch{epoch}."
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if not state:
-            raise OodlibError(
-                f"load_trained: no snapshot of epoch {epoch}. Saved ones: {spec.snapshots}."
-            )
+            saved = spec.snapshots
+            raise OodlibError(f"load_trained: no snapshot of epoch {epoch}. Saved ones: {saved}.")
     model = spec.network()
     model.load_state_dict(state)
     return Trained(model.eval(), spec.mean, spec.std, {**provenance, "expected": spec.expected})
@@ -200,11 +180,10 @@ def train_and_save(
 ) -> Path:
     """Train a network of `SPECS`, resuming an interrupted run, and write weights and provenance.
 
-    The accuracy in the provenance is that of the half-precision weights as written, on the whole
-    test split.
+    The accuracy in the provenance is that of the half-precision weights, on the whole test split.
     """
-    spec, output = _spec(name), output or folder()
-    where = pick_device(device)
+    one_of("train_and_save: name", name, SPECS)
+    spec, output, where = SPECS[name], output or folder(), pick_device(device)
     images, test = spec.data("train"), spec.data("test")
     pixels, labels = torch.from_numpy(images.images[:]), torch.from_numpy(images.labels[:])
     mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
@@ -262,41 +241,31 @@ def train_and_save(
         "code": code_hash(__name__),
     }
     if snapshots:
-        write_sealed(
-            output / f"{name}_s{seed}_snapshots.safetensors",
-            lambda path: save_file(snapshots, path),
-            {**provenance, "epochs": spec.snapshots},
-        )
+        path, record = output / f"{name}_s{seed}_snapshots.safetensors", {"epochs": spec.snapshots}
+        write_sealed(path, lambda part: save_file(snapshots, part), provenance | record)
     path = output / f"{name}_s{seed}.safetensors"
-    write_sealed(path, lambda temporary: save_file(state, temporary), provenance)
+    write_sealed(path, lambda part: save_file(state, part), provenance)
     resume.unlink(missing_ok=True)
     return path
 
 
 def load_or_train(name: str, *, seed: int = 0, device: str = "auto") -> Trained:
     """The network as trained here by the same code, recipe and images; else trained now."""
-    spec = _spec(name)
-    key = [
-        asdict(spec.recipe),
-        spec.mean,
-        spec.std,
-        spec.data("train").fingerprint,
-        "1 thread",
-        code_hash(__name__),
-    ]
-    output = cached_build(
-        key,
-        f"{name}_s{seed}.json",
-        lambda output: train_and_save(name, seed=seed, device=device, output=output),
-    )
-    return load_trained(name, seed=seed, source=output)
+    one_of("load_or_train: name", name, SPECS)
+    spec = SPECS[name]
+    normalisation, images = (spec.mean, spec.std), spec.data("train").fingerprint
+    key = [asdict(spec.recipe), *normalisation, images, "1 thread", code_hash(__name__)]
+
+    def build(output: Path) -> Path:
+        return train_and_save(name, seed=seed, device=device, output=output)
+
+    return load_trained(name, seed=seed, source=cached_build(key, f"{name}_s{seed}.json", build))
 
 
 def cached_build(key: list[Any], done: str, build: Callable[[Path], object]) -> Path:
     """A folder of ``data/cache/trained`` for ``key``; ``build`` fills it unless ``done`` exists.
 
-    It builds with one thread: on a CPU the order of sums follows the number of threads, and with it
-    every number that rests on the result.
+    It builds with one thread: on a CPU the order of sums follows the number of threads.
     """
     output = folder().parent / "cache" / "trained" / key_of(key)
     with locked(output / f"{done}.lock"):  # two notebooks may want the same

@@ -1,10 +1,8 @@
 """The suite's small Vision Transformers for 32-pixel images: timm's, with small dimensions.
 
-Hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch
-projection, without which a tiny ViT learns several times slower from a few hundred thousand images.
+Hybrids like AugReg's R+Ti/16: with convolutions (timm's `ConvStem`) instead of one patch projection
+a tiny ViT learns several times faster from a few hundred thousand images.
 """
-
-from __future__ import annotations
 
 from functools import partial
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from oodlib.errors import OodlibError
+from oodlib.errors import one_of
 from oodlib.models.device import random_state
 
 # name -> (width, depth, heads, channels of the convolutions, their strides)
@@ -56,20 +54,13 @@ def small_vit(
     stochastic_depth : rate of the last block, rising linearly from the first (AugReg's "sd")
     head : "raw", or "unit" for a head on L2-normalised features, as that of the model soups
     seed : of the weights; the global random state is left as it was
-
-    Raises
-    ------
-    OodlibError : unknown name or head
     """
     import timm
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer_hybrid import ConvStem
 
-    if name not in NETWORKS or head not in ("raw", "unit"):
-        raise OodlibError(
-            f"small_vit: the network must be one of {', '.join(NETWORKS)} and the head 'raw' or "
-            f"'unit', got {name!r} and {head!r}."
-        )
+    one_of("small_vit: name", name, NETWORKS)
+    one_of("small_vit: head", head, ("raw", "unit"))
     width, depth, heads, channels, strides = NETWORKS[name]
     with random_state() as seed_torch:
         seed_torch(seed)

@@ -1,7 +1,5 @@
 """Strict checks of what timm accepts in silence: bare names, files of another network, no hub."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Iterator
@@ -11,19 +9,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from oodlib.errors import OodlibError
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, cut at 200 characters; its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+from oodlib.errors import OodlibError, explained
 
 
 def check_timm_name(name: str, *, tag_needed: bool) -> None:
     """Raise OodlibError unless ``name`` is a timm model with an existing tag, or none is needed.
 
-    A bare name means other weights in other versions of timm, so it suffices only where the weights
-    do not come from timm. Names with a source (``hf-hub:owner/model``) are not checked.
+    A bare name means other weights in other versions of timm. Names with a source
+    (``hf-hub:owner/model``) are not checked.
     """
     import timm
     from timm.models import get_pretrained_cfg, split_model_name_tag
@@ -40,23 +33,20 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
         ]
         raise OodlibError(
             f"timm cannot build {name}: timm {timm.__version__} has no such model. Close to it: "
-            f"{', '.join(similar[:8]) or 'nothing'}. timm.list_models('*part*', pretrained=True) "
-            "finds more."
+            f"{', '.join(similar[:8]) or 'nothing'}; see timm.list_models()."
         )
     tags = _tags(architecture)
     if tag and tag not in tags:
-        raise OodlibError(
-            f"timm's {architecture} has no tag {tag!r}. Its tags: {', '.join(tags) or 'none'}."
-        )
+        known = ", ".join(tags) or "none"
+        raise OodlibError(f"timm's {architecture} has no tag {tag!r}. Its tags: {known}.")
     if tag_needed and not tags:
         raise OodlibError(f"timm has no weights of {architecture}. Give a file with weights.")
     if tag_needed and not tag:
         default = get_pretrained_cfg(name)
         today = f"{name}.{default.tag}" if default else "nothing"
         raise OodlibError(
-            f"{name} names no weights: without a tag it stands for {today} in timm "
-            f"{timm.__version__}, elsewhere perhaps for others. Write the tag with it, one of "
-            f"{', '.join(tags)}; or give a file with weights."
+            f"{name} names no weights: without a tag it is {today} in timm {timm.__version__}, "
+            f"perhaps others elsewhere. Add a tag ({', '.join(tags)}), or give a file with weights."
         )
 
 
@@ -71,8 +61,7 @@ def _tags(architecture: str) -> list[str]:
 def reachable_hub() -> Iterator[bool]:
     """Yield whether the Hugging Face hub answers; if not, downloads use its local cache only.
 
-    Otherwise a download without a connection retries twelve times, for about 50 seconds, with as
-    many warnings.
+    Otherwise a download without a connection retries twelve times, for about 50 seconds.
     """
     from huggingface_hub import constants, get_session
 
@@ -98,7 +87,8 @@ def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
     name, load = type(model).__name__, getattr(model, "load_pretrained", None)
     if load is None:
         raise OodlibError(f"{path}: timm cannot read .npz into {name}. Give .safetensors or .pth.")
-    try:
+    remedy = "Check that the file is whole and belongs to this network, with as many classes."
+    with explained(Exception, f"{path}: cannot be read as weights of {name}", remedy):
         with np.load(path) as file:
             positions = [file[key].shape[-2] for key in file.files if key.endswith("pos_embedding")]
         if positions:
@@ -107,19 +97,11 @@ def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
             for parameter in model.parameters():
                 parameter.fill_(torch.nan)
         load(str(path))
-    except OodlibError:
-        raise
-    except Exception as error:  # zip, key and shape errors: of NumPy, timm and torch
-        raise OodlibError(
-            f"{path}: cannot be read as weights of {name} ({type(error).__name__}: "
-            f"{first_line(error)}). Check that the file is whole and belongs to this network."
-        ) from error
     empty = [key for key, value in model.named_parameters() if value.isnan().any()]
     if empty:
         raise OodlibError(
             f"{path}: it has no fitting values for {', '.join(empty[:3])} of {name} with "
-            f"{getattr(model, 'num_classes', '?')} classes. Check that the file belongs to this "
-            "network, with as many classes."
+            f"{getattr(model, 'num_classes', '?')} classes. {remedy}"
         )
 
 
@@ -129,6 +111,5 @@ def require_positions(model: nn.Module, tokens: int, path: str | os.PathLike[str
     if isinstance(embedding, nn.Parameter) and embedding.ndim == 3 and embedding.shape[1] != tokens:
         raise OodlibError(
             f"{path}: its position embedding has {tokens} tokens, the network's "
-            f"{embedding.shape[1]}: the file is for another resolution or patch size. Use the "
-            "network it was made for."
+            f"{embedding.shape[1]}. It is for another resolution or patch size; use that network."
         )

@@ -282,7 +282,7 @@ def test_a_run_with_another_detector_or_image_starts_again(
             ["--detector", "mahalanobis", "--fit-images", "id"],
             "one folder for each of the model's 3 classes",
         ),
-        (["--detector-file", "x", "--detector", "knn"], "one or the other"),
+        (["--detector-file", "x", "--detector", "knn"], "brings a fitted detector. Omit"),
         (["--id-images", "nowhere"], "nowhere is neither a folder nor a file"),
         (["--detector-file", "nowhere"], "there is no file"),
         (["--output", "id"], "id is not a regular file"),

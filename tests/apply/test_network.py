@@ -306,7 +306,7 @@ def test_logits_alone_do_for_methods_of_the_logits(arrays, blobs, tmp_path):
         ({"weight": None, "logits": None}, "it needs features and the head's weight"),
         ({"weight": np.ones((4, 9))}, "need the same D"),
         ({"logits": np.zeros((400, 4))}, "differs from the logits"),
-        ({"labels": np.zeros(3, int)}, "need equal row counts"),
+        ({"labels": np.zeros(3, int)}, "need as many rows as"),
         ({"features": np.full((400, 16), np.nan)}, "NaN"),
         ({"features": np.zeros((0, 16)), "logits": None}, "hold no row"),
     ],

@@ -114,7 +114,7 @@ def test_paper_set_by_folder(tree):
 def test_absent_and_unknown_paper_sets(tree):
     with refuses("sun", "folder", "missing", "Expected tree"):
         open_paper_set("sun", tree)
-    with refuses("no paper-profile set 'lsun'", "ninco"):
+    with refuses("paper-profile set must be one of", "got 'lsun'"):
         open_paper_set("lsun", tree)
 
 

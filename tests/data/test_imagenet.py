@@ -92,7 +92,7 @@ def test_split_is_cut_by_a_seeded_draw(tree):
 
 
 def test_unknown_split_and_missing_images(tree, tmp_path):
-    with refuses("no split 'lsun'", "ninco"):
+    with refuses("ninco", "got 'lsun'"):
         imagenet_split("lsun", tree)
     with refuses("imagenet-1k", "missing"):
         imagenet_split("unit_tests", tmp_path)

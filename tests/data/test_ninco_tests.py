@@ -178,12 +178,12 @@ def test_pooled_set_takes_the_tests_in_turn():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "plasma"}, "unknown name 'plasma'"),
+        ({"name": "plasma"}, "got 'plasma'"),
         ({"name": "uni", "size": None}, "give size, or canvas"),
         ({"name": "uni", "n": 0}, "n >= 1"),
         ({"name": "uni", "size": 4}, "at least 12 x 12"),
         *(
-            ({"name": name}, "give id_images with at least 400 images, got 0")
+            ({"name": name}, "at least 400 in-distribution test images as id_images, got 0")
             for name in NEEDS_ID_IMAGES
         ),
     ],

@@ -407,7 +407,7 @@ def test_mirror_of_prepared_pictures_is_not_cropped_again(tmp_path, monkeypatch)
 def test_truncated_parquet(toy):
     before = load("toy", "test").fingerprint
     toy.write_bytes(toy.read_bytes()[:-100])
-    with refuses(toy, "truncated", "copy it again"):
+    with refuses(toy, "truncated", "Copy it again"):
         prepare("toy", "test")
     assert load("toy", "test").fingerprint == before
 
@@ -518,7 +518,7 @@ def test_mirror_that_is_no_folder(toy, tmp_path):
 
 
 def test_unknown_names(toy):
-    with refuses("no image set 'imagnet'", "cifar10"):
+    with refuses("image set must be one of cifar10", "got 'imagnet'"):
         load("imagnet", "test")
     with refuses("no split 'val'", "test"):
         load("toy", "val")
@@ -622,6 +622,6 @@ def test_pooled_grey_is_pillows():
 @pytest.mark.parametrize("shape", [(8, 8), (20, 24)])
 def test_pooled_needs_square_images_that_are_large_enough(shape):
     with refuses(
-        f"square images of at least 16 pixels, got {shape[0]} x {shape[1]}", "use resized"
+        f"square images of at least 16 pixels, got {shape[0]} x {shape[1]}", "Use resized"
     ):
         ImageSet("x", "", np.zeros((1, 1, *shape), np.uint8), np.zeros(1)).pooled(16)

@@ -402,8 +402,8 @@ def test_dequantise_refuses(images):
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((1, 28, 28), {"levels": 3}, "divisible by 8; got 28 x 28"),
-        ((3, 32, 30), {"levels": 2}, "divisible by 4; got 32 x 30"),
+        ((1, 28, 28), {"levels": 3}, "divisible by 8, got 28 x 28"),
+        ((3, 32, 30), {"levels": 2}, "divisible by 4, got 32 x 30"),
         ((32, 32), {}, r"image_shape \(C, H, W\)"),
         ((3, 32, 32), {"steps": 0}, "at least 1"),
         ((3, 32, 32), {"bits": 9}, "bits in 1 .. 8"),

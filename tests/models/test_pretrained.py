@@ -76,7 +76,7 @@ def test_checkpoint_from_the_mirror(toy):
 
 def test_wrong_hash(toy):
     toy[0].write_bytes(toy[0].read_bytes() + b"x")
-    with refuses(toy[0], "SHA-256 is", "Delete the file"):
+    with refuses(toy[0], "SHA-256 is", "Delete it"):
         public_model("toy")
 
 
@@ -103,7 +103,7 @@ def test_no_file_and_no_download(toy):
 
 
 def test_unknown_name():
-    with refuses("no public model 'vgg'", "resnet20_cifar10"):
+    with refuses("public_model: name must be one of resnet20_cifar10", "got 'vgg'"):
         public_model("vgg")
 
 

@@ -192,7 +192,7 @@ def test_missing_weights_say_how_to_train_them(tiny):
 
 
 def test_unknown_name():
-    with pytest.raises(OodlibError, match=r"no training recipe 'tinny'.*cifar10_fast, latin_fast"):
+    with pytest.raises(OodlibError, match=r"one of cifar10_fast, latin_fast.* got 'tinny'"):
         train_and_save("tinny")
 
 

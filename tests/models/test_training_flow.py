@@ -379,7 +379,7 @@ def test_other_snapshots_than_those_kept_are_refused(finished, snapshots):
     ("snapshots", "message"),
     [
         ((0, 5), r"step 2 \(loss inf, gradient norm nan\) overflowed"),
-        ((0, 1, 5), "the validation images after step 1 .inf bits per dim. overflowed"),
+        ((0, 1, 5), "validation images after step 1, inf, overflowed"),
     ],
 )
 def test_an_overflow_stops_the_run_and_keeps_what_was_good(
@@ -402,7 +402,7 @@ def test_an_overflow_stops_the_run_and_keeps_what_was_good(
 
 def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(flow_training, "mean_bits_per_dim", lambda *a, **k: math.inf)
-    with pytest.raises(OodlibError, match=r"after step 0 .*no usable weights"):
+    with pytest.raises(OodlibError, match=r"after step 0.*no usable weights"):
         run(tmp_path)
     assert not files(tmp_path)
 
@@ -413,8 +413,8 @@ def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": IMAGES[:31]}, "at least 32 images .*got 31"),
-        ({"validation": VALIDATION[:0]}, "at least 1 validation .*got 0"),
+        ({"images": IMAGES[:31]}, "at least 32 images, got 31"),
+        ({"validation": VALIDATION[:0]}, "at least 1 validation, got 0"),
         (
             {"images": IMAGES[..., :6]},
             r"images must be a tensor \(n, 1, 8, 8\) torch.uint8 .* got Tensor \(320, 1, 8, 6\)",

@@ -5,17 +5,14 @@ confusable of a basic Latin letter (in ``alphabets.yaml``, after Unicode's confu
 or (2) a look-alike: in any whitelisted font that draws both, its similarity to one of A-Z or a-z
 reaches ``LOOKALIKE``. Similarity is the largest Pearson correlation of the two masks (centred,
 equal extent, 16x16 block means) over turns of the Latin letter by -12 to 12 degrees and shifts by
-up to 1/32 of the mask. Lower case counts although the task has capitals only: a Cyrillic "a" is not
-an unseen character. 0.90 is where different capitals begin to resemble each other (E/F and O/D
-reach 0.95, C/G 0.90). Then (3) a duplicate is removed: correlation at least ``DUPLICATE`` with an
-earlier character of the same set, without turns or shifts, in any font (A-Z themselves always
-stay). Accented characters (with a canonical decomposition) are never candidates.
+up to 1/32 of the mask. Lower case counts although the task has capitals only. 0.90 is where
+different capitals begin to resemble each other (E/F and O/D reach 0.95, C/G 0.90). Then (3) a
+duplicate is removed: correlation at least ``DUPLICATE`` with an earlier character of the same set,
+without turns or shifts, in any font (A-Z always stay). Accented characters are never candidates.
 
 The pretraining set ``unicode`` leaves out the OOD scripts' blocks and whatever looks like one of
-their characters. ``removed(name)`` lists every removed character with its reason.
+their characters.
 """
-
-from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
@@ -26,7 +23,7 @@ from numpy.typing import NDArray
 
 from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
 from oodlib.data.records import read_records
-from oodlib.errors import OodlibError
+from oodlib.errors import one_of
 
 LOOKALIKE = 0.90
 DUPLICATE = 0.95
@@ -39,17 +36,11 @@ OOD_SCRIPTS: tuple[str, ...] = ("greek", "cyrillic", "armenian", "georgian", "he
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """Candidates of a glyph set, as ``alphabets.yaml`` lists them.
-
-    Attributes
-    ----------
-    blocks : ranges of codepoints, both ends included
-    confusable : pairs of a character and the basic Latin letter that it is listed to look like
-    """
+    """Candidates of a glyph set, as ``alphabets.yaml`` lists them."""
 
     name: str
-    blocks: tuple[tuple[int, int], ...]
-    confusable: str = ""
+    blocks: tuple[tuple[int, int], ...]  # of codepoints, both ends included
+    confusable: str = ""  # pairs of a character and the basic Latin letter it looks like
 
 
 SCRIPTS: dict[str, Script] = read_records(__name__, Script)
@@ -79,8 +70,7 @@ def similarity(
 ) -> NDArray[np.float64]:
     """Glyph similarity in one font, (n, r): the largest Pearson correlation, in [-1, 1].
 
-    ``variants`` turns and shifts the references (45 copies). All characters need a real glyph in
-    the font.
+    ``variants`` turns and shifts the references (45 copies). The font must draw all characters.
     """
     # whole numbers: every sum below is exact
     a = _features(codepoints, font, False)[:, 0].astype(np.float64)
@@ -100,7 +90,7 @@ def _drawn(font: str, codepoints: tuple[int, ...]) -> tuple[int, ...]:
 def _like(
     codepoints: tuple[int, ...], references: tuple[int, ...], what: str, *, variants: bool
 ) -> dict[int, str]:
-    """codepoint -> reason, for the codepoints that look like a reference in some font."""
+    """codepoint -> reason, for those that look like a reference in some font."""
     found: dict[int, tuple[float, str]] = {}
     for font in FONTS:
         mine, theirs = _drawn(font, codepoints), _drawn(font, references)
@@ -115,7 +105,7 @@ def _like(
 
 
 def _duplicates(codepoints: tuple[int, ...]) -> dict[int, str]:
-    """codepoint -> reason, for the codepoints that repeat an earlier one that stays."""
+    """codepoint -> reason, for those that repeat an earlier one that stays."""
     earlier: dict[int, dict[int, str]] = {c: {} for c in codepoints}
     for font in FONTS:
         if mine := _drawn(font, codepoints):
@@ -134,8 +124,7 @@ def _duplicates(codepoints: tuple[int, ...]) -> dict[int, str]:
 @cache
 def _split(name: str) -> tuple[tuple[int, ...], dict[int, str]]:
     """(codepoints that stay, removed codepoint -> reason) of a script."""
-    if name not in SCRIPTS:
-        raise OodlibError(f"alphabet: unknown script {name!r}; known: latin, {', '.join(SCRIPTS)}.")
+    one_of("alphabet: script", name, ("latin", *SCRIPTS))
     wanted = "L" if name == "unicode" else "LNS"
     candidates = tuple(
         c

@@ -1,16 +1,10 @@
 """Fonts and glyph masks: which shipped fonts really draw a character, and what it looks like.
 
 The fonts are the text faces that matplotlib ships (DejaVu: Bitstream Vera licence; STIX: its own
-free licence; both texts lie beside the font files). Left out, with reasons:
-
-- ``LastResortHE`` draws one placeholder box per Unicode block, for every codepoint;
-- ``cmb10 cmex10 cmmi10 cmr10 cmss10 cmsy10 cmti10 cmtt10`` use TeX encodings: cmex and cmsy have
-  symbols in place of letters, the others hardly a letter outside ASCII;
-- ``STIXNonUni*`` (private-use codepoints), ``STIXSiz*`` and ``DejaVu*Display`` (a few large
-  brackets) hold no letters.
+free licence; both texts lie beside the font files). Left out: ``LastResortHE`` draws one box for
+every codepoint; ``cm*10`` use TeX encodings, with hardly a letter outside ASCII; ``STIXNonUni*``,
+``STIXSiz*`` and ``DejaVu*Display`` hold no letters.
 """
-
-from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
@@ -19,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 _OBLIQUE = ("", "-Bold", "-Oblique", "-BoldOblique")
 _STYLES = {
@@ -36,9 +30,9 @@ INK = 11 / 16  # longer side of the ink over the mask's side; the border leaves 
 
 def font_path(font: str) -> Path:
     """The font file of the installed matplotlib; OodlibError for a font that is not whitelisted."""
-    if font not in FONTS:
-        raise OodlibError(f"font_path: font must be one of {', '.join(FONTS)}; got {font!r}.")
     import matplotlib
+
+    one_of("font_path: font", font, FONTS)
 
     return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
 
@@ -87,15 +81,15 @@ def _freetype(font: str, em: int) -> Any:
 def glyph_mask(font: str, codepoint: int, side: int = 64) -> NDArray[np.uint8]:
     """(side, side) coverage 0..255 of an upright, centred glyph, its longer side ``INK * side``.
 
-    All glyphs get the same extent, so that size (small letters, large operators) is no cue for the
-    script. Read-only, cached. OodlibError if the font has no real glyph for the codepoint.
+    All glyphs get the same extent, so that size is no cue for the script. Read-only, cached.
+    OodlibError if the font has no real glyph for the codepoint.
     """
     from PIL import Image, ImageDraw
 
     if not has_real_glyph(font, codepoint):
+        fonts = ", ".join(fonts_with(codepoint)) or "none"
         raise OodlibError(
-            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; "
-            f"fonts that do: {', '.join(fonts_with(codepoint)) or 'none'}."
+            f"glyph_mask: {font} has no real glyph for U+{codepoint:04X}; fonts that do: {fonts}."
         )
     face = _freetype(font, side * 3 // 2)
     box = face.getbbox(chr(codepoint), anchor="ls")

@@ -1,13 +1,13 @@
-"""The 17 synthetic OOD "unit tests" of NINCO (arXiv 2306.00826), drawn anew with a seed.
+"""The 17 synthetic OOD "unit tests" of NINCO, drawn anew with a seed.
+
+After Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826, and the authors' code (MIT licence).
 
 **Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because
 noise drawn directly at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375
-x 500, shrunk to 248 (ratio 0.66). Here: a square canvas of 1.5 times ``size`` (48 for 32), shrunk
-by an antialiased bicubic filter. With h the canvas's shorter side, ``low_freq*`` multiply their
-blur widths by h / 375 (the structures keep their size relative to the picture), and the stripe
-counts n are those with floor(h / n) >= 3 pixels (no 20 at h = 48); all else is used as it is.
-**Native use**: ``size=None, canvas=(375, 500)`` returns the canvases with every parameter as
-published, for the network's own transform.
+x 500, shrunk to 248 (ratio 0.66). Here: a square canvas of 1.5 times ``size``, shrunk by an
+antialiased bicubic filter. With h the canvas's shorter side, ``low_freq*`` multiply their blur
+widths by h / 375, and the stripe counts n are those with floor(h / n) >= 3 pixels. **Native use**:
+``size=None, canvas=(375, 500)`` returns the canvases with every parameter as published.
 
 Values are clipped to [0, 1], multiplied by 255 and truncated. Gaussian blurs wrap around and reach
 4 sigma. The original stores every second picture as JPEG; here none is.
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.data.images import ImageSet
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,11 +90,6 @@ def _pixel_perm(canvas: Canvas) -> Float:
     return canvas.source.reshape(-1, 3)[order].reshape(canvas.h, canvas.w, 3)
 
 
-def _low_freq_pixel_perm(canvas: Canvas) -> Float:
-    shuffled = _pixel_perm(canvas)
-    return _blur(shuffled, canvas.pick(PIXEL_PERM_SIGMA))
-
-
 def _tricolour(canvas: Canvas, *, primary: bool = False) -> Float:
     colours = canvas.rng.random((3, 3))
     if primary:
@@ -117,8 +112,7 @@ def _low_freq_colorrange(canvas: Canvas) -> Float:
 
 
 def _blobs(canvas: Canvas) -> Float:
-    dots = (canvas.uniform() < 0.7).astype(np.float64)
-    x = _blur(dots, canvas.pick(BLOB_SIGMA))
+    x = _blur((canvas.uniform() < 0.7).astype(np.float64), canvas.pick(BLOB_SIGMA))
     return np.where(x < 0.75, 0.0, x)
 
 
@@ -127,7 +121,7 @@ _MAKERS: dict[str, Callable[[Canvas], Float]] = {
     "Gaussian": _gaussian,
     "Rademacher": lambda canvas: (canvas.uniform() < 0.5).astype(np.float64),
     "pixel_perm": _pixel_perm,
-    "low_freq_pixel_perm": _low_freq_pixel_perm,
+    "low_freq_pixel_perm": lambda canvas: _blur(_pixel_perm(canvas), canvas.pick(PIXEL_PERM_SIGMA)),
     "white": lambda canvas: canvas.fill(1),
     "black": lambda canvas: canvas.fill(0),
     "grey": lambda canvas: canvas.fill(canvas.rng.random()),
@@ -159,8 +153,7 @@ def draw(
 
     h, w = canvas
     key = (seed, crc32(f"{name}/{split}".encode()), index)
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
-    pixels = None
+    rng, pixels = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))), None
     if source is not None:
         pixels = np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
     return (np.clip(_MAKERS[name](Canvas(rng, h, w, pixels)), 0, 1) * 255).astype(np.uint8)
@@ -178,46 +171,32 @@ def unit_test(
 ) -> ImageSet:
     """One of the 17 unit tests as an image set; labels are -1.
 
+    OodlibError: unknown name, no size and no canvas, a canvas under 12 pixels, too few images.
+
     Parameters
     ----------
     name : one of ``UNIT_TESTS``
     n : how many pictures (the original: 400); the first n of a longer set with the same seed
     size : side of the pictures in pixels; None keeps the canvas as it is
     canvas : (height, width) in pixels; by default 1.5 times ``size``, square
-    id_images : in-distribution test images for ``NEEDS_ID_IMAGES``, in random order; picture i
-        shuffles the pixels of image i, resized (bicubic) to the canvas
-
-    Raises
-    ------
-    OodlibError : unknown name, no size and no canvas, a canvas under 12 pixels, no or too few
-        ``id_images``
-
-    References
-    ----------
-    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (generators read in the authors' code,
-    MIT licence)
+    id_images : ID test images for ``NEEDS_ID_IMAGES``, in random order; picture i shuffles the
+        pixels of image i, resized (bicubic) to the canvas
     """
     from PIL import Image
 
-    if name not in _MAKERS:
-        raise OodlibError(f"unit_test: unknown name {name!r}; the 17 are {', '.join(UNIT_TESTS)}.")
+    one_of("unit_test: name", name, UNIT_TESTS)
     if canvas is None:
         if size is None:
-            raise OodlibError(
-                "unit_test: give size, or canvas=(height, width), or both; got neither."
-            )
+            raise OodlibError("unit_test: give size, or canvas=(height, width), or both.")
         canvas = ((3 * size + 1) // 2,) * 2
     h, w = canvas
     if n < 1 or min(h, w) < 12:
-        raise OodlibError(
-            f"unit_test: need n >= 1 and a canvas of at least 12 x 12 pixels, "
-            f"got n={n}, canvas {h} x {w}."
-        )
+        raise OodlibError(f"unit_test: need n >= 1, canvas >= 12 x 12 pixels, got {n}, {h} x {w}.")
     shuffles = name in NEEDS_ID_IMAGES
     if shuffles and (id_images is None or len(id_images) < n):
+        found = 0 if id_images is None else len(id_images)
         raise OodlibError(
-            f"unit_test: {name} shuffles in-distribution test images: give id_images with at least "
-            f"{n} images, got {0 if id_images is None else len(id_images)}."
+            f"unit_test: {name} needs at least {n} ID test images (id_images), got {found}."
         )
     shape = (h, w) if size is None else (size, size)
     images = np.empty((n, 3, *shape), dtype=np.uint8)

@@ -1,19 +1,16 @@
 """From a mask to a picture: seeded turn, shift, scale, stroke and colours, in integer arithmetic.
 
 All random numbers are raw outputs of PCG64 (whose stream NumPy guarantees), all pixel arithmetic is
-on integers: the same seed gives the same bytes on every machine, as far as the masks themselves are
-the same.
+on integers: the same seed and masks give the same bytes on every machine.
 """
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.data.builtin.glyphs import INK
-from oodlib.errors import OodlibError
+from oodlib.errors import one_of
 
 Style = Literal["plain", "colour"]
 MIN_CONTRAST = 64  # least luminance difference between glyph and background, of 255
@@ -46,21 +43,12 @@ def _stroke(masks: NDArray[np.uint8], weight: NDArray[np.int64]) -> NDArray[np.u
 
 
 def warp(masks: NDArray[np.uint8], raw: NDArray[np.uint64], size: int) -> NDArray[np.int32]:
-    """Place masks in pictures: seeded stroke, turn, scale and shift.
+    """Place masks (n, m, m) in pictures: (n, size, size) coverage 0..255, from ``raw`` (n, 5).
 
     Turn within +-20 degrees; the ink's longer side is 0.53 to 0.72 of the picture; the centre moves
     by up to 0.06 of the picture each way; stroke from 0.4 of an erosion to a full dilation by 1/64
-    of the mask's side. Bilinear samples at twice the resolution, averaged 2x2.
-
-    Parameters
-    ----------
-    masks : (n, m, m) uint8, the ink away from the border
-    raw : (n, 5) raw random numbers
-    size : side of the pictures in pixels
-
-    Returns
-    -------
-    (n, size, size) int32 coverage 0..255
+    of the mask's side. Bilinear samples at twice the resolution, averaged 2x2. The masks' ink stays
+    away from the border.
     """
     n, side = masks.shape[:2]
     masks = _stroke(masks, below(raw[:, 0], 360) - 104)
@@ -109,8 +97,7 @@ def _colours(raw: NDArray[np.uint64], style: Style) -> tuple[NDArray[np.int64], 
     if style == "plain":
         back = below(raw[:, 3:6], 49)
         return 176 + below(raw[:, 0:3], 80), np.stack([back, back], 1)
-    if style != "colour":
-        raise OodlibError(f'embedded: style must be "plain" or "colour", got {style!r}.')
+    one_of("embedded: style", style, get_args(Style))
     front, back = below(raw[:, 0:3], 256), below(raw[:, 3:6], 256)
     ends = np.stack([back, np.clip(back + below(raw[:, 6:9], 129) - 64, 0, 255)], 1)
     bright = luminance(front)
@@ -134,8 +121,8 @@ def compose(
 
     ``plain``: a light foreground (channels 176..255) on a dark, slightly tinted background (0..48).
     ``colour``: any foreground on any linear background gradient, luminances at least
-    ``MIN_CONTRAST`` apart everywhere; where the draw is too close, the background is moved towards
-    black or white, whichever is further away. ``raw``: (n, 10) raw random numbers.
+    ``MIN_CONTRAST`` apart everywhere (else the background moves towards black or white, whichever
+    is further away). ``raw``: (n, 10).
     """
     front, ends = _colours(raw, style)
     size = coverage.shape[-1]

@@ -1,19 +1,14 @@
 """The built-in image sets: no download, and the same bytes for the same seed.
 
-The task is ``latin`` (26 capitals); unseen scripts are near-OOD; handwritten digits, textures and
-the 17 unit tests are far-OOD; ``unicode`` (hundreds of letters, the OOD scripts and their
-look-alikes left out) is for pretraining.
-
 Bytes depend on what draws the glyphs: FreeType inside Pillow, the font files inside matplotlib, the
 digits inside scikit-learn, the blur of SciPy, and NumPy's normal and quantile routines for two unit
 tests. A test compares them with ``data/manifests/embedded.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import get_args
 from zlib import crc32
 
 import numpy as np
@@ -24,7 +19,7 @@ from oodlib.data.builtin.drawn_once import drawn_once
 from oodlib.data.builtin.ninco_tests import NEEDS_ID_IMAGES, UNIT_TESTS, unit_test
 from oodlib.data.images import ImageSet
 from oodlib.data.records import read_records
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 
 SPLITS = ("train", "val", "test")
 COLOUR_FIRST = render.JITTER_COLUMNS + 1  # raw columns: font or drawing, jitter, colours
@@ -35,18 +30,14 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedInfo:
-    """One built-in set, as ``sets.yaml`` describes it.
-
-    Attributes
-    ----------
-    kind : id, near, far, unit_test, pretraining, or validation (OOD for choices, never tested)
-    default_n : images per split where the caller does not say
-    """
+    """One built-in set, as ``sets.yaml`` describes it."""
 
     name: str
-    kind: str
+    kind: (
+        str  # id, near, far, unit_test, pretraining, or validation (OOD for choices, never tested)
+    )
     title: str
-    default_n: dict[str, int]
+    default_n: dict[str, int]  # images per split where the caller does not say
     licence: str = "Apache-2.0"
     citation: str = ""
 
@@ -75,40 +66,24 @@ def embedded(
 
     Splits differ in their random numbers. Classes come in turn, in an order shuffled anew each
     round, so that any n is balanced to within one per class. Turn, shift, scale, stroke and colours
-    do not depend on ``style`` and ``size`` (the same pictures, drawn otherwise). Each split has
-    handwritten digits of its own (train 1/8, val 1/8, test 3/4), reused with other jitter once all
-    were used.
+    do not depend on ``style`` and ``size``. Each split has handwritten digits of its own (train
+    1/8, val 1/8, test 3/4), reused with other jitter once all were used. ``meta`` has "font" and
+    "codepoint" for glyphs, "source" (index of the drawing) for digits. OodlibError: an unknown
+    name, split or style, n < 1, a size out of range.
 
     Parameters
     ----------
-    name : one of ``EMBEDDED``
-    split : "train", "val" or "test"
+    name, split : one of ``EMBEDDED``; "train", "val" or "test"
     n : images; by default the record's ``default_n``
-    seed : of all random numbers of the set
-    style : "plain" (light on dark) or "colour" (any colours, see `render.compose`); unit tests have
-        no style
+    style : "plain" (light on dark) or "colour" (see `render.compose`); unit tests have no style
     size : side in pixels, 16 to 512
-
-    Returns
-    -------
-    ImageSet with RGB images (n, 3, size, size); ``meta["font"]`` and ``meta["codepoint"]`` for
-    glyphs, ``meta["source"]`` (index of the drawing) for digits
-
-    Raises
-    ------
-    OodlibError : an unknown name, split or style, n < 1, a size out of range
     """
-    if name not in EMBEDDED:
-        raise OodlibError(f"embedded: unknown set {name!r}; known: {', '.join(EMBEDDED)}.")
-    if split not in SPLITS:
-        raise OodlibError(f"embedded: split must be one of {', '.join(SPLITS)}; got {split!r}.")
-    if style not in ("plain", "colour"):
-        raise OodlibError(f'embedded: style must be "plain" or "colour", got {style!r}.')
+    one_of("embedded: set", name, EMBEDDED)
+    one_of("embedded: split", split, SPLITS)
+    one_of("embedded: style", style, get_args(render.Style))
     n = EMBEDDED[name].default_n[split] if n is None else n
     if n < 1 or not 16 <= size <= 512:
-        raise OodlibError(
-            f"embedded: need n >= 1 and a size of 16 to 512 pixels, got n={n}, size={size}."
-        )
+        raise OodlibError(f"embedded: need n >= 1 and size in 16 .. 512, got n={n}, size={size}.")
     if EMBEDDED[name].kind == "unit_test":
         return _unit_tests(name, split, n, seed, style, size)
     # each use of random numbers has a key of its own
@@ -124,7 +99,12 @@ def embedded(
     else:
         codepoints = np.array(_codepoints(name))[labels]
         fonts = _fonts(codepoints, raw[:, 0])
-        images = _glyphs(fonts, codepoints, raw, style, size)
+        side = glyphs.mask_side(size)
+
+        def mask(i: int) -> Pixels:
+            return glyphs.glyph_mask(fonts[i], int(codepoints[i]), side)
+
+        images = _draw(mask, raw, style, size)
         meta = {"font": np.array(fonts), "codepoint": codepoints}
     return ImageSet(name, split, images, labels, class_names, meta)
 
@@ -176,17 +156,6 @@ def _fonts(codepoints: NDArray[np.int64], raw: NDArray[np.uint64]) -> list[str]:
     return [f[int(i)] for f, i in zip(fonts, chosen, strict=True)]
 
 
-def _glyphs(
-    fonts: list[str],
-    codepoints: NDArray[np.int64],
-    raw: NDArray[np.uint64],
-    style: render.Style,
-    size: int,
-) -> Pixels:
-    side = glyphs.mask_side(size)
-    return _draw(lambda i: glyphs.glyph_mask(fonts[i], int(codepoints[i]), side), raw, style, size)
-
-
 @cache
 def _handwriting() -> tuple[Pixels, NDArray[np.int64]]:
     """scikit-learn's 1,797 drawings, (n, 8, 8) uint8 0..255, and their digits."""
@@ -212,9 +181,7 @@ def _drawings(
     return source
 
 
-def _digits(
-    source: NDArray[np.int64], raw: NDArray[np.uint64], style: render.Style, size: int
-) -> Pixels:
+def _digits(source: NDArray, raw: NDArray, style: render.Style, size: int) -> Pixels:
     from PIL import Image
 
     side = glyphs.mask_side(size)
@@ -228,11 +195,7 @@ def _digits(
 
 
 def _textures(
-    families: NDArray[np.str_],
-    raw: NDArray[np.uint64],
-    key: tuple[int, ...],
-    style: render.Style,
-    size: int,
+    families: NDArray[np.str_], raw: NDArray, key: tuple[int, ...], style: render.Style, size: int
 ) -> Pixels:
     numbers = render.raw_stream((len(families), textures.NUMBERS), key)
     uniform = (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,7 +1,5 @@
 """Procedural textures: twelve families of grey fields, coloured like the glyphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -47,10 +45,6 @@ def _checker(x: Field, y: Field, u: Field) -> Field:
     return ((np.floor(a) + np.floor(b)) % 2 == 0).astype(float)
 
 
-def _grating(x: Field, y: Field, u: Field) -> Field:
-    return 0.5 + 0.5 * np.sin(TAU * _turn(x, y, u, 2, 7)[0])
-
-
 def _plaid(x: Field, y: Field, u: Field) -> Field:
     a, b = _turn(x, y, u, 2, 5)
     return 0.5 + 0.25 * np.sin(TAU * a) + 0.25 * np.sin(TAU * b * (1 + u[4]))
@@ -81,32 +75,22 @@ def _marble(x: Field, y: Field, u: Field) -> Field:
     return 0.5 + 0.5 * np.sin(TAU * (_turn(x, y, u, 1, 3)[0] + 2 * _turbulence(x, y, u[4:])))
 
 
-def _clouds(x: Field, y: Field, u: Field) -> Field:
-    return np.clip(2.2 * _turbulence(x, y, u) - 0.6, 0, 1)
-
-
-def _camouflage(x: Field, y: Field, u: Field) -> Field:
-    return np.clip(np.floor(4 * (1.6 * _turbulence(x, y, u) - 0.3)), 0, 3) / 3
-
-
 def _voronoi(x: Field, y: Field, u: Field) -> Field:
     nearest, second = _cells(x, y, u)
     return np.clip((second - nearest) * (8 + 12 * u[24]), 0, 1)
 
 
-def _pebbles(x: Field, y: Field, u: Field) -> Field:
-    return np.clip(1.2 - (4 + 2 * u[24]) * _cells(x, y, u)[0], 0, 1)
-
-
 TEXTURES: dict[str, Callable[[Field, Field, Field], Field]] = {
     "bricks": _bricks,
-    "camouflage": _camouflage,
+    "camouflage": lambda x, y, u: (
+        np.clip(np.floor(4 * (1.6 * _turbulence(x, y, u) - 0.3)), 0, 3) / 3
+    ),
     "checker": _checker,
-    "clouds": _clouds,
+    "clouds": lambda x, y, u: np.clip(2.2 * _turbulence(x, y, u) - 0.6, 0, 1),
     "dots": _dots,
-    "grating": _grating,
+    "grating": lambda x, y, u: 0.5 + 0.5 * np.sin(TAU * _turn(x, y, u, 2, 7)[0]),
     "marble": _marble,
-    "pebbles": _pebbles,
+    "pebbles": lambda x, y, u: np.clip(1.2 - (4 + 2 * u[24]) * _cells(x, y, u)[0], 0, 1),
     "plaid": _plaid,
     "ripples": _ripples,
     "voronoi": _voronoi,

@@ -1,7 +1,6 @@
 """Public image sets, prepared once into memory-mapped arrays and verified on every load."""
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from oodlib.data.images import ImageSet
 from oodlib.data.public.readers import Raw, download_raw, find_in_mirror
 from oodlib.data.public.registry import SetInfo, set_info
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, explained, first_line
 from oodlib.files import atomic_folder, locked, read_json, write_json
 from oodlib.workspace import data_root
 
@@ -27,17 +26,14 @@ class DatasetNotFound(OodlibError):
 
 
 def load(
-    name: str,
-    split: str,
-    *,
-    mirror: Place = None,
-    download: bool = True,
-    data_dir: Place = None,
+    name: str, split: str, *, mirror: Place = None, download: bool = True, data_dir: Place = None
 ) -> ImageSet:
     """A public set, memory-mapped; prepared first where this has not been done yet.
 
     The rows are sorted by the hashes of their pixels: the same order for every source of a set, and
-    without class or time structure, so that any prefix is a fair subset.
+    without class or time structure, so that any prefix is a fair subset. A smaller copy than the
+    official one is named ``<name>-incomplete``. OodlibError: unknown name, no source available,
+    damaged source, or damaged prepared data.
 
     Parameters
     ----------
@@ -46,21 +42,11 @@ def load(
         ``OODLIB_MIRROR``
     download : ask torchvision where the mirror does not hold the set
     data_dir : default ``OODLIB_DATA``, else ``data/`` of the project
-
-    Returns
-    -------
-    ImageSet; a smaller copy than the official one is named ``<name>-incomplete``
-
-    Raises
-    ------
-    OodlibError : unknown name, no source available, damaged source, or damaged prepared data
     """
     folder = _folder(name, split, data_dir)
     if not (folder / "info.json").is_file():
-        try:
+        with _writable(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
         with locked(folder.with_name(f".{split}.lock.part")):  # two notebooks may ask at once
             if not (folder / "info.json").is_file():
                 prepare(name, split, mirror=mirror, download=download, data_dir=data_dir)
@@ -68,12 +54,7 @@ def load(
 
 
 def prepare(
-    name: str,
-    split: str,
-    *,
-    mirror: Place = None,
-    download: bool = True,
-    data_dir: Place = None,
+    name: str, split: str, *, mirror: Place = None, download: bool = True, data_dir: Place = None
 ) -> Path:
     """Read and check a split; write it to ``prepared/<name>/<split>``, replaced only on success."""
     info, folder = set_info(name), _folder(name, split, data_dir)
@@ -82,35 +63,22 @@ def prepare(
     # the number of images and their pixels must be the official ones
     entry, n = info.split(split), len(raw.labels)
     if n != entry.count and not (info.partial and 0 < n < entry.count):
-        raise OodlibError(
-            f"{name}/{split}: {entry.count} images were expected, {raw.source} holds {n}. "
-            "Copy or download it again."
-        )
+        wrong = f"{entry.count} images were expected, {raw.source} holds {n}"
+        raise OodlibError(f"{name}/{split}: {wrong}. Copy or download it again.")
     hashes = _row_hashes(raw.images, raw.labels)
     checksum = _combine(hashes)
     if n == entry.count and entry.checksum and checksum != entry.checksum:
-        raise OodlibError(
-            f"{name}/{split}: the pixels or labels of {raw.source} have checksum {checksum}, the "
-            f"official split has {entry.checksum}. Copy or download it again."
-        )
+        wrong = f"{raw.source} has checksum {checksum}, the official split {entry.checksum}"
+        raise OodlibError(f"{name}/{split}: {wrong}. Copy or download it again.")
     order = np.argsort(hashes, kind="stable")
-    sidecar = {
-        "count": n,
-        "official_count": entry.count,
-        "shape": list(raw.images.shape),
-        "checksum": checksum,
-        "class_names": list(info.class_names or raw.class_names),
-        "source": raw.source,
-        "terms": info.terms,
-        "note": info.note if n < entry.count or not info.partial else "",
-    }
-    try:
-        with atomic_folder(folder) as temporary:
-            np.save(temporary / "images.npy", raw.images[order])
-            np.save(temporary / "labels.npy", raw.labels[order])
-            write_json(temporary / "info.json", sidecar)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    sidecar: dict[str, Any] = {"count": n, "official_count": entry.count, "checksum": checksum}
+    sidecar |= {"source": raw.source, "terms": info.terms, "shape": list(raw.images.shape)}
+    sidecar["class_names"] = list(info.class_names or raw.class_names)
+    sidecar["note"] = info.note if n < entry.count or not info.partial else ""
+    with _writable(folder), atomic_folder(folder) as temporary:
+        np.save(temporary / "images.npy", raw.images[order])
+        np.save(temporary / "labels.npy", raw.labels[order])
+        write_json(temporary / "info.json", sidecar)
     return folder
 
 
@@ -125,11 +93,9 @@ def pixel_checksum(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
     return _combine(_row_hashes(images, labels))
 
 
-def _unwritable(folder: Path, error: OSError) -> OodlibError:
-    return OodlibError(
-        f"{folder}: could not be written ({error}). Free some space, or set OODLIB_DATA to a "
-        "folder on another disk; data prepared earlier is unchanged."
-    )
+def _writable(folder: Path) -> contextlib.AbstractContextManager[None]:
+    remedy = "Free some space, or set OODLIB_DATA to another disk; earlier data is unchanged."
+    return explained(OSError, f"{folder}: could not be written", remedy)
 
 
 def _folder(name: str, split: str, data_dir: Place) -> Path:
@@ -141,21 +107,17 @@ def _read(info: SetInfo, split: str, mirror: Place, download: bool, root: Path) 
     entry, tried = info.split(split), "OODLIB_MIRROR is not set"
     if mirror:
         if not Path(mirror).is_dir():
-            raise OodlibError(
-                f"OODLIB_MIRROR names {mirror}, which is not a folder. Correct it or unset it."
-            )
-        raw = find_in_mirror(info, split, Path(mirror))
-        if raw:
+            raise OodlibError(f"OODLIB_MIRROR is {mirror}, not a folder. Correct or unset it.")
+        if raw := find_in_mirror(info, split, Path(mirror)):
             return raw
         tried = "the mirror does not hold it"
     shards = f"{entry.mirror or split}-*.parquet"
     lacking = f"{info.name}/{split} is not available: {tried}, and"
     remedy = f"Put {info.folders[0]}/{shards} under OODLIB_MIRROR, or allow the download."
     if not (info.torchvision or entry.archive or info.archive):
-        raise DatasetNotFound(
-            f"{lacking} no library downloads it. Put {', '.join(entry.idx or [shards])} under "
-            f"{info.folders[0]}/ of OODLIB_MIRROR."
-        )
+        files = ", ".join(entry.idx or [shards])
+        remedy = f"Put {files} under {info.folders[0]}/ of OODLIB_MIRROR."
+        raise DatasetNotFound(f"{lacking} no library downloads it. {remedy}")
     if not download:
         raise DatasetNotFound(f"{lacking} downloads are off. {remedy}")
     try:
@@ -163,8 +125,8 @@ def _read(info: SetInfo, split: str, mirror: Place, download: bool, root: Path) 
     except OodlibError:
         raise
     except Exception as error:  # urllib, tarfile, RuntimeError, ...: torchvision and pooch differ
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DatasetNotFound(f"{lacking} the download failed ({reason}). {remedy}") from error
+        failed = f"the download failed ({first_line(error)})"
+        raise DatasetNotFound(f"{lacking} {failed}. {remedy}") from error
 
 
 def _row_hashes(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bytes_]:
@@ -193,24 +155,17 @@ def _arrays(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 def _open(folder: Path, info: SetInfo, split: str) -> ImageSet:
     remedy = f"Delete the folder {folder} and run again to prepare it afresh."
     sidecar = read_json(folder / "info.json", "prepared data", remedy)
-    try:
+    kinds = (OSError, ValueError, EOFError)
+    with explained(kinds, f"{folder}: the prepared data cannot be read", remedy):
         images, labels = _arrays(folder)
         states = [(folder / file).stat() for file in ("images.npy", "labels.npy")]
         stamp = tuple(n for s in states for n in (s.st_size, s.st_mtime_ns))
         found = _checksum_of(str(folder), stamp)
-    except (OSError, ValueError, EOFError) as error:
-        raise OodlibError(
-            f"{folder}: the prepared data cannot be read ({error}). {remedy}"
-        ) from error
     if list(images.shape) != sidecar["shape"] or len(labels) != sidecar["count"]:
-        raise OodlibError(
-            f"{folder}: shape {sidecar['shape']} was written, {list(images.shape)} is there. "
-            f"{remedy}"
-        )
+        wrong = f"shape {sidecar['shape']} was written, {list(images.shape)} is there"
+        raise OodlibError(f"{folder}: {wrong}. {remedy}")
     if found != sidecar["checksum"]:
-        raise OodlibError(
-            f"{folder}: checksum {sidecar['checksum']} was written, the files have {found}. "
-            f"{remedy}"
-        )
+        wrong = f"checksum {sidecar['checksum']} was written, the files have {found}"
+        raise OodlibError(f"{folder}: {wrong}. {remedy}")
     name = info.name if sidecar["count"] == sidecar["official_count"] else f"{info.name}-incomplete"
     return ImageSet(name, split, images, labels, tuple(sidecar["class_names"]))

@@ -1,8 +1,6 @@
 """Normalisation and augmentation of image batches on the device they lie on."""
 
-from __future__ import annotations
-
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +13,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (images.float() / 255 - mean.view(shape)) / std.view(shape)
 
 
-class _Augmentation(Protocol):
-    @property
-    def flip(self) -> str: ...
-    @property
-    def shift(self) -> int: ...
-
-
 def augment(
-    x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator
+    x: Tensor, recipe: Any, epoch: int, keys: Tensor | None, generator: torch.Generator
 ) -> Tensor:
     """Flip and shift each image of a batch (n, c, h, w) by ``recipe.flip`` and ``recipe.shift``.
 

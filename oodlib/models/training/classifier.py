@@ -1,7 +1,5 @@
 """Training of the suite's small classifiers by SGD, with Lookahead where a recipe says so."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from oodlib.errors import OodlibError
 from oodlib.models.training.augment import augment, normalise, seeded
@@ -19,17 +18,13 @@ from oodlib.models.training.loop import TrainingRun
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run, besides the data, the network and the seed.
-
-    ``lr`` is the peak learning rate for the *mean* loss of a batch; ``decay`` the share by which
-    every weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms).
-    """
+    """Everything that decides a training run, besides the data, the network and the seed."""
 
     epochs: float = 10
     batch_size: int = 500
-    lr: float = 0.1
+    lr: float = 0.1  # peak, for the mean loss of a batch
     momentum: float = 0.9
-    decay: float = 5e-5
+    decay: float = 5e-5  # share by which a weight shrinks at the peak: PyTorch's lr * weight_decay
     schedule: Literal["cosine", "triangle"] = "cosine"
     warmup: float = 0.0  # share of the steps
     final_lr: float = 0.0  # share of the peak
@@ -105,6 +100,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place by SGD (Nesterov) on cross-entropy; a row of history per epoch.
 
+    OodlibError: a loss that overflows, a checkpoint that is damaged or of another recipe or seed.
+
     Parameters
     ----------
     images, labels : (n, c, h, w) uint8 and (n,) int64
@@ -112,31 +109,21 @@ def train(
     mean, std : (c,), in units of pixel / 255
     checkpoint : saved after every epoch and within long ones; an interrupted run resumes from it
     on_epoch : ``on_epoch(epochs_done, model)``, in evaluation mode, also with 0 at the start
-
-    Raises
-    ------
-    OodlibError : a loss that overflows, a checkpoint that is damaged or of another recipe or seed
     """
     n, per_epoch = len(images), len(images) // recipe.batch_size
     if per_epoch == 0:
-        raise OodlibError(
-            f"train: {n} images do not fill one batch of {recipe.batch_size}. Use a smaller "
-            "batch_size."
-        )
+        size = recipe.batch_size
+        raise OodlibError(f"train: {n} images do not fill one batch of {size}. Lower batch_size.")
     total = math.ceil(recipe.epochs * per_epoch)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     whiten = getattr(model, "whiten", None) if recipe.whiten_bias_epochs is not None else None
     flip_keys = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed))
     shuffle = _Shuffle(n, seed)
     slow = copy.deepcopy(model) if recipe.lookahead else None
-    run = TrainingRun(
-        "train",
-        model,
-        _optimiser(model, recipe),
-        key={"recipe": asdict(recipe), "seed": seed, "n": n},
-        path=checkpoint,
-        parts={"shuffle": shuffle} | ({"slow": slow} if slow else {}),
-    )
+    parts = {"shuffle": shuffle} | ({"slow": slow} if slow else {})
+    key = {"recipe": asdict(recipe), "seed": seed, "n": n}
+    optimiser = _optimiser(model, recipe)
+    run = TrainingRun("train", model, optimiser, key=key, path=checkpoint, parts=parts)
 
     def loss(step: int) -> Tensor:
         epoch, batch = divmod(step, per_epoch)
@@ -146,11 +133,9 @@ def train(
         x = augment(x, recipe, epoch, flip_keys[index], shuffle.generator)
         if whiten is not None:
             whiten.bias.requires_grad_(step < (recipe.whiten_bias_epochs or 0) * per_epoch)
-        return nn.functional.cross_entropy(
-            model(x.to(device, memory_format=torch.channels_last)),
-            labels[index].to(device),
-            label_smoothing=recipe.label_smoothing,
-        )
+        logits = model(x.to(device, memory_format=torch.channels_last))
+        smoothing = recipe.label_smoothing
+        return cross_entropy(logits, labels[index].to(device), label_smoothing=smoothing)
 
     def look_ahead(step: int) -> None:
         if slow and step % 5 == 0:
@@ -168,8 +153,8 @@ def train(
         on_epoch(0, model.eval())
     return run.run_steps(
         loss,
-        rate=lambda step: recipe.factor(step / total),
-        rows={*range(per_epoch, total, per_epoch), total},
+        lambda step: recipe.factor(step / total),
+        {*range(per_epoch, total, per_epoch), total},
         row=row,
         after_step=look_ahead,
         after_row=lambda row: on_epoch(row["epoch"], model.eval()) if on_epoch else None,

@@ -1,11 +1,8 @@
 """Training of flows by maximum likelihood, with weights saved at chosen steps.
 
-The recipe is that of Montazeran and Köthe's code (arXiv 2502.00820) but for three stated
-departures: the warm-up goes step by step instead of epoch by epoch, gradients are clipped, and the
-rate is set by the caller.
+The recipe is that of Montazeran and Köthe's code (arXiv 2502.00820), but the warm-up goes step by
+step instead of epoch by epoch, gradients are clipped, and the rate is set by the caller.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math
@@ -22,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval, explained, one_of
 from oodlib.files import write_sealed
 from oodlib.models.glow import Glow, bits_per_dim, dequantise
 from oodlib.models.training.augment import augment, seeded
@@ -33,13 +30,9 @@ _ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # purposes of generators
 
 @dataclass(frozen=True)
 class FlowRecipe:
-    """Everything that decides a training run, besides the images, the network and the seed.
+    """Everything that decides a training run, besides the images, the network and the seed."""
 
-    ``snapshots`` are the steps whose weights are saved, 0 being the state after actnorm's
-    initialisation; the last one ends the run.
-    """
-
-    snapshots: tuple[int, ...]
+    snapshots: tuple[int, ...]  # steps whose weights are saved, from 0 (actnorms set) to the last
     batch_size: int = 64
     lr: float = 1e-2
     weight_decay: float = 5e-5
@@ -51,10 +44,7 @@ class FlowRecipe:
     decay: Literal["none", "cosine"] = "none"  # of the rate, over the whole run
 
     def rate(self, step: int) -> float:
-        """Learning rate: lr min(1, (step + 1) / warmup) (1 + cos(pi step / last step)) / 2.
-
-        The last factor is that of the cosine decay.
-        """
+        """lr min(1, (step + 1) / warmup), with decay times (1 + cos(pi step / last step)) / 2."""
         rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
         if self.decay == "cosine":
             rate = rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
@@ -63,22 +53,17 @@ class FlowRecipe:
     def __post_init__(self) -> None:
         steps = self.snapshots
         if len(steps) < 2 or steps[0] != 0 or any(later <= step for step, later in pairwise(steps)):
-            raise OodlibError(
-                f"FlowRecipe: snapshots must rise from 0 to the last step, got {steps}."
-            )
+            raise OodlibError(f"FlowRecipe: snapshots must rise from 0 to the end, got {steps}.")
         positive = (self.batch_size, self.n_initialise, self.lr, self.clip)
         others = (self.warmup, self.weight_decay)
         finite = all(map(math.isfinite, positive + others))
         if not (finite and min(positive) > 0 and min(others) >= 0):
             raise OodlibError(
                 "FlowRecipe: batch_size, n_initialise, lr and clip must be positive, warmup and "
-                f"weight_decay not negative, all finite, got {self}. A large clip clips nothing."
+                f"weight_decay not negative, all finite, got {self}."
             )
-        if self.flip not in ("none", "random") or self.decay not in ("none", "cosine"):
-            raise OodlibError(
-                "FlowRecipe: flip must be none or random and decay none or cosine, got "
-                f"{self.flip!r} and {self.decay!r}."
-            )
+        one_of("FlowRecipe: flip", self.flip, ("none", "random"))
+        one_of("FlowRecipe: decay", self.decay, ("none", "cosine"))
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
@@ -114,8 +99,11 @@ def train_flow(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place by maximum likelihood; returns one row of history per snapshot.
 
-    loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights as one
-    that was not killed: bit by bit on a CPU with the same number of threads.
+    loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights, bit by
+    bit on a CPU with the same number of threads. Rows hold step, epoch, train_bpd (mean since the
+    last row, NaN at 0), validation_bpd, seconds. OodlibError: images that the flow cannot take, or
+    too few; a loss or gradient that overflows (the last good state stays on disk); a state that is
+    damaged or belongs to another run.
 
     Parameters
     ----------
@@ -123,40 +111,29 @@ def train_flow(
     seed : of order, augmentation and noise; initialise the weights yourself
     folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``,
         with which a finished run without decay can be made longer
-
-    Returns
-    -------
-    rows with step, epoch, train_bpd (mean since the last row, NaN at 0), validation_bpd, seconds
-
-    Raises
-    ------
-    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss
-        or gradient that overflows (the last good state stays on disk); a state that is damaged or
-        belongs to another run
     """
     _check(model, images, validation, recipe)
     n, per_epoch, last = len(images), len(images) // recipe.batch_size, recipe.snapshots[-1]
     model.to(device)
     key = _key(model, recipe, seed, images)
-    run = TrainingRun(
-        "train_flow",
-        model,
-        torch.optim.Adamax(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay),
-        key=key,
-        path=folder / "resume.pt",
-    )
+    adamax = torch.optim.Adamax(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    run = TrainingRun("train_flow", model, adamax, key=key, path=folder / "resume.pt")
 
     # where the run stands
     if run.history:
         saved = [row["step"] for row in run.history][: len(recipe.snapshots)]
         if saved != [step for step in recipe.snapshots if step <= run.step]:
             raise OodlibError(
-                f"train_flow: {run.path} has run {run.step} steps and saved {saved}, but the "
-                f"snapshots asked for are {recipe.snapshots}. Ask for those saved and later ones, "
-                "or use another folder."
+                f"train_flow: {run.path} has run {run.step} steps and saved {saved}, not "
+                f"{recipe.snapshots}. Ask for those saved and later ones, or use another folder."
             )
         if run.step > last:  # of a longer run
-            _load(model, snapshot_path(folder, last))
+            path = snapshot_path(folder, last)
+            remedy = "Restore it, or train in another folder."
+            with explained(
+                (OSError, SafetensorError), f"train_flow: {path} is missing or damaged", remedy
+            ):
+                model.load_state_dict(load_file(path))
             model.eval()
             return run.history[: len(saved)]
     else:
@@ -177,33 +154,20 @@ def train_flow(
     def snapshot() -> dict[str, Any]:
         bpd = mean_bits_per_dim(model, validation, seed=seed, device=device)
         if not math.isfinite(bpd):
-            raise run.overflow(
-                f"the validation images after step {run.step} ({bpd:.4g} bits per dim)"
-            )
-        row = {
-            "step": run.step,
-            "epoch": run.step / per_epoch,
-            "validation_bpd": bpd,
-            "train_bpd": sum(run.losses) / len(run.losses) if run.losses else math.nan,
-            "seconds": run.seconds,
-        }
+            raise run.overflow(f"bits/dim of validation images after step {run.step}, {bpd:.4g},")
+        train_bpd = sum(run.losses) / len(run.losses) if run.losses else math.nan
+        row = {"step": run.step, "epoch": run.step / per_epoch, "validation_bpd": bpd}
+        row |= {"train_bpd": train_bpd, "seconds": run.seconds}
         weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-        write_sealed(
-            snapshot_path(folder, run.step),
-            lambda path: save_file(weights, path),
-            {"key": key, **row, "train_bpd": row["train_bpd"] if run.losses else None},
-        )
+        record = {"key": key, **row, "train_bpd": train_bpd if run.losses else None}
+        path = snapshot_path(folder, run.step)
+        write_sealed(path, lambda path: save_file(weights, path), record)
         if progress:  # a log file shows no bar
             tqdm.write(f"step {run.step}: {bpd:.3f} bits/dim on validation images")
         return row
 
     return run.run_steps(
-        loss,
-        rate=recipe.rate,
-        rows=recipe.snapshots,
-        row=snapshot,
-        clip=recipe.clip,
-        progress=progress,
+        loss, recipe.rate, recipe.snapshots, row=snapshot, clip=recipe.clip, progress=progress
     )
 
 
@@ -211,23 +175,16 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
     for name, part, least in (("images", images, recipe.batch_size), ("validation", validation, 1)):
         facts = (type(part), part.dtype, str(part.device), tuple(part.shape[1:]))
         if facts != (Tensor, torch.uint8, "cpu", model.image_shape):
-            raise OodlibError(
-                f"train_flow: {name} must be a tensor (n, "
-                f"{', '.join(map(str, model.image_shape))}) torch.uint8 on the CPU, got "
-                f"{type(part).__name__} {tuple(part.shape)} {part.dtype} on {part.device}. Resize "
-                "them; turn x in [0, 1] into (255 * x).round().byte()."
-            )
+            shape = ", ".join(map(str, ("n", *model.image_shape)))
+            got = f"{type(part).__name__} {tuple(part.shape)} {part.dtype} on {part.device}"
+            remedy = "Turn x in [0, 1] into (255 * x).round().byte()."
+            needed = f"{name} must be uint8 ({shape}) on the CPU"
+            raise OodlibError(f"train_flow: {needed}, got {got}. {remedy}")
         if len(part) < least:
-            raise OodlibError(
-                f"train_flow: needs at least {least} {name} (a batch of the recipe, and one to "
-                f"validate with), got {len(part)}. Give more, or use a smaller batch_size."
-            )
-    side = min(model.image_shape[1:])
-    if not 0 <= recipe.shift < side:
-        raise OodlibError(
-            f"train_flow: shift must lie in [0, {side}), the border is reflected; got "
-            f"{recipe.shift}."
-        )
+            few = f"needs at least {least} {name}, got {len(part)}"
+            raise OodlibError(f"train_flow: {few}. Give more, or use a smaller batch_size.")
+    side = min(model.image_shape[1:])  # the border is reflected
+    check_interval("train_flow: shift", recipe.shift, f"[0, {side})")
 
 
 def _key(model: Glow, recipe: FlowRecipe, seed: int, images: Tensor) -> dict[str, Any]:
@@ -246,16 +203,6 @@ def _batch(images: Tensor, model: Glow, recipe: FlowRecipe, generator: torch.Gen
     """Augmented and dequantised, on the CPU: the same numbers for every device."""
     moved = augment(images.float(), recipe, 0, None, generator).to(torch.uint8)
     return dequantise(moved, bits=model.bits, generator=generator)
-
-
-def _load(model: Glow, path: Path) -> None:
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise OodlibError(
-            f"train_flow: {path} is missing or damaged ({error}). Restore it, or train in another "
-            "folder."
-        ) from error
 
 
 def kept_step(history: Sequence[Mapping[str, Any]], epochs: float, *, nearest: bool = False) -> int:

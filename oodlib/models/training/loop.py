@@ -1,7 +1,5 @@
 """The training loop of every recipe: resumable, with history, progress bar and overflow error."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math
@@ -25,22 +23,11 @@ _FORMAT = b"oodlib training state 2"  # enters the checksum: older files are ref
 class TrainingRun:
     """Steps of one training, resumed from the state in ``path`` where there is one.
 
-    Parameters
-    ----------
-    name : of the training function, for messages
-    key : what decides the run; a state with another key is refused
-    path : where states are saved; None saves none
-    parts : whatever else has a state (``state_dict``, ``load_state_dict``) that decides later steps
-
-    Attributes
-    ----------
-    step : number of finished steps
-    history : rows so far, each with its "step"
-    losses : of the steps since the last row
-
-    Raises
-    ------
-    OodlibError : the state is damaged, of an earlier version, or belongs to another run
+    ``name`` is for messages; a state with another ``key`` is refused; without ``path`` none is
+    saved; ``parts`` are all that has a state (``state_dict``, ``load_state_dict``) on which later
+    steps depend. ``step`` counts finished steps, ``history`` holds the rows so far, each with its
+    "step", ``losses`` those since the last row. OodlibError: the state is damaged, of an earlier
+    version, or of another run.
     """
 
     def __init__(
@@ -61,9 +48,9 @@ class TrainingRun:
         if self.path and self.path.exists():
             state = load_state(self.path)
             if state["key"] != key:
+                other = f"another run: {state['key']}, this one is {key}"
                 raise OodlibError(
-                    f"{name}: {self.path} belongs to another run: {state['key']}, this one is "
-                    f"{key}. Delete it to start afresh, or restore the old settings."
+                    f"{name}: {self.path} belongs to {other}. Delete it, or restore the settings."
                 )
             for part, content in state["parts"].items():
                 self.parts[part].load_state_dict(content)
@@ -89,9 +76,9 @@ class TrainingRun:
     def run_steps(
         self,
         loss: Callable[[int], Tensor],
-        *,
         rate: Callable[[int], float],
         rows: Collection[int],
+        *,
         row: Callable[[], dict[str, Any]] | None = None,
         clip: float | None = None,
         after_step: Callable[[int], None] | None = None,
@@ -101,18 +88,16 @@ class TrainingRun:
     ) -> list[dict[str, Any]]:
         """Train up to the last step of ``rows``; returns the history and leaves evaluation mode.
 
+        OodlibError: a loss or gradient overflows; the last good state stays on disk.
+
         Parameters
         ----------
         loss : of a step, counted from 0; it draws its batch itself, from generators of that step
         rate : learning rate of a step, as a share of a parameter group's "peak" where it has one
         rows : numbers of finished steps at which the history gets a row and the state is saved
-        row : makes that row, before the state is saved; `mean_loss_row` where not given
+        row : makes that row, before the state is saved
         clip : largest L2 norm of the model's gradient
         after_step, after_row : called with the number of finished steps; with the row, after saving
-
-        Raises
-        ------
-        OodlibError : a loss or gradient that overflows; the last good state stays on disk
         """
         total, pending, saved = max(rows), None, time.monotonic()
 
@@ -130,14 +115,8 @@ class TrainingRun:
         self.model.train()
         if 0 in rows and not self.history:
             add_row()
-        bar = tqdm(
-            desc=title,
-            total=total,
-            initial=self.step,
-            unit="step",
-            disable=None if progress else True,
-        )
-        with bar:
+        off = None if progress else True
+        with tqdm(desc=title, total=total, initial=self.step, unit="step", disable=off) as bar:
             while self.step < total:
                 # gradient
                 for group in self.optimiser.param_groups:
@@ -175,16 +154,11 @@ class TrainingRun:
         return self.history
 
     def _pack(self) -> memoryview:
-        return pack_state(
-            {
-                "key": self.key,
-                "step": self.step,
-                "history": self.history,
-                "losses": self.losses,
-                "seconds": self.seconds,
-                "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            }
-        )
+        state = {
+            name: getattr(self, name) for name in ("key", "step", "history", "losses", "seconds")
+        }
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return pack_state({**state, "parts": parts})
 
 
 def pack_state(state: dict[str, Any]) -> memoryview:
@@ -207,9 +181,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_state` wrote, tensors on the CPU; OodlibError for a damaged file."""
     data = Path(path).read_bytes()
     if hashlib.sha256(_FORMAT + data[32:]).digest() != data[:32]:
-        raise OodlibError(
-            f"{path} is damaged, or an earlier version of oodlib wrote it. Delete it; the training "
-            "then starts afresh."
-        )
+        raise OodlibError(f"{path} is damaged, or an earlier version wrote it. Delete it.")
     state: dict[str, Any] = torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
     return state

@@ -1,13 +1,11 @@
 """Training of the pool's small ViTs: pretraining and finetuning.
 
-After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the
-head's bias at -log C and AdamW, decaying weight matrices and filters only; finetuning by SGD with
-momentum, a zero head, no weight decay and softmax cross-entropy; both with a cosine schedule,
-warm-up and gradients clipped at norm 1. The CLIP-like objective is ours: InfoNCE between an image's
-unit-norm feature and the learned unit-norm code of its class.
+After AugReg (Steiner et al., arXiv 2106.10270): pretraining by AdamW on sigmoid cross-entropy, with
+the head's bias at -log C, decaying matrices and filters only; finetuning by SGD with momentum on
+softmax cross-entropy, a zero head, no weight decay; both with warm-up, a cosine schedule, gradients
+clipped at norm 1. The CLIP-like objective is ours: InfoNCE between an image's unit-norm feature and
+the learned unit-norm code of its class.
 """
-
-from __future__ import annotations
 
 import contextlib
 import math
@@ -16,19 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import (
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    log_softmax,
-    normalize,
-)
+from torch.nn import functional as F
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 from oodlib.models.device import random_state
 from oodlib.models.training.augment import augment, hash_seed, normalise, seeded
 from oodlib.models.training.loop import TrainingRun
@@ -48,43 +41,29 @@ AUGMENTATIONS: dict[str, tuple[float, int, int]] = {
 
 @dataclass(frozen=True)
 class VitRecipe:
-    """Everything that decides one phase of training, besides the images, the network and the seed.
+    """Everything that decides a phase of training, besides images, network and seed."""
 
-    Attributes
-    ----------
-    samples : images seen, counted with repetition
-    optimiser : "adamw" (pretraining) or "sgd" (finetuning, momentum 0.9)
-    weight_decay : of AdamW: a weight shrinks by ``lr * weight_decay`` a step
-    aug : one of `AUGMENTATIONS`; flips and shifts come on top
-    warmup : share of the steps
-    penalty : weight of the squared coefficient of variation of a batch's feature norms
-    """
-
-    samples: int
-    optimiser: Literal["adamw", "sgd"]
+    samples: int  # images seen, counted with repetition
+    optimiser: Literal["adamw", "sgd"]  # of pretraining; of finetuning, with momentum 0.9
     lr: float
     objective: Objective = "softmax"
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW: a weight shrinks by lr * weight_decay a step
     batch_size: int = 128
-    warmup: float = 0.05
+    warmup: float = 0.05  # share of the steps
     clip: float = 1.0
-    aug: str = "none"
+    aug: str = "none"  # one of AUGMENTATIONS; flips and shifts come on top
     flip: Literal["none", "random"] = "random"
     shift: int = 4
-    penalty: float = 0.0
+    penalty: float = (
+        0.0  # weight of the squared coefficient of variation of a batch's feature norms
+    )
 
     def __post_init__(self) -> None:
-        if self.aug not in AUGMENTATIONS or self.objective not in ("sigmoid", "softmax", "cosine"):
-            raise OodlibError(
-                f"VitRecipe: aug must be one of {', '.join(AUGMENTATIONS)} and the objective "
-                f"sigmoid, softmax or cosine, got {self.aug!r} and {self.objective!r}."
-            )
-        positive = min(self.samples, self.batch_size) >= 1 and self.lr > 0
-        if self.optimiser not in ("adamw", "sgd") or not positive:
-            raise OodlibError(
-                "VitRecipe: optimiser must be adamw or sgd, samples, batch_size and lr positive, "
-                f"got {self}."
-            )
+        one_of("VitRecipe: aug", self.aug, AUGMENTATIONS)
+        one_of("VitRecipe: objective", self.objective, get_args(Objective))
+        one_of("VitRecipe: optimiser", self.optimiser, ("adamw", "sgd"))
+        if min(self.samples, self.batch_size) < 1 or not self.lr > 0:
+            raise OodlibError(f"VitRecipe: samples, batch_size, lr must be positive, got {self}.")
 
     @property
     def steps(self) -> int:
@@ -101,8 +80,7 @@ class VitRecipe:
 def decay_integral(recipe: VitRecipe) -> float:
     """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in a run.
 
-    It makes runs of any length comparable; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on
-    ImageNet-1k.
+    AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on ImageNet-1k.
     """
     return recipe.weight_decay * sum(map(recipe.rate, range(recipe.steps)))
 
@@ -123,8 +101,9 @@ def fit_vit(
 ) -> list[dict[str, float]]:
     """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history.
 
-    A killed run resumes from ``checkpoint`` to the same weights as one that was not killed: bit by
-    bit on a CPU with the same number of threads.
+    A killed run resumes from ``checkpoint`` to the same weights, bit by bit on a CPU with the same
+    number of threads. OodlibError: a loss that overflows, a checkpoint that is damaged or belongs
+    to another run.
 
     Parameters
     ----------
@@ -132,23 +111,15 @@ def fit_vit(
     mean, std : (c,), in units of pixel / 255
     seed : of order, augmentation, dropout and class codes; initialise the weights yourself
     checkpoint : file of this run alone; the caller deletes it once the result is stored
-
-    Raises
-    ------
-    OodlibError : a loss that overflows, a checkpoint that is damaged or belongs to another run
     """
     n = len(images)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = _class_codes(model, recipe, seed).to(device)
     policy = _rand_augment(recipe)
-    run = TrainingRun(
-        "fit_vit",
-        model,
-        _optimiser(model, codes, recipe),
-        key=[repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())],
-        path=checkpoint,
-        parts={"codes": codes},
-    )
+    optimiser = _optimiser(model, codes, recipe)
+    key = [repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())]
+    parts = {"codes": codes}
+    run = TrainingRun("fit_vit", model, optimiser, key=key, path=checkpoint, parts=parts)
 
     @lru_cache(2)  # a batch may reach into the next epoch
     def order(epoch: int) -> Tensor:
@@ -159,9 +130,8 @@ def fit_vit(
         samples = range(first, min(first + recipe.batch_size, recipe.samples))
         index = [int(order(i // n)[i % n]) for i in samples]
         seed_all(hash_seed(seed, recipe.steps, step))
-        x, targets = _batch(
-            images[index], labels[index], len(codes.weight), recipe, policy, mean, std
-        )
+        batch = (images[index], labels[index], len(codes.weight))
+        x, targets = _batch(*batch, recipe, policy, mean, std)
         x = x.to(device, memory_format=torch.channels_last)
         return _loss(model, codes, x, targets.to(device), recipe)
 
@@ -169,8 +139,8 @@ def fit_vit(
         tenth = max(1, recipe.steps // 10)
         return run.run_steps(
             loss,
-            rate=recipe.rate,
-            rows={*range(tenth, recipe.steps, tenth), recipe.steps},
+            recipe.rate,
+            {*range(tenth, recipe.steps, tenth), recipe.steps},
             clip=recipe.clip,
             progress=progress,
             title=title,
@@ -206,13 +176,7 @@ def _optimiser(model: nn.Module, codes: nn.Module, recipe: VitRecipe) -> torch.o
 
 
 def _batch(
-    images: Tensor,
-    labels: Tensor,
-    classes: int,
-    recipe: VitRecipe,
-    policy: Any,
-    mean: Tensor,
-    std: Tensor,
+    images: Tensor, labels: Tensor, classes: int, recipe: VitRecipe, policy: Any, *normal: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Augmented network input, and targets (n, C) that sum to one."""
     if policy is not None:
@@ -221,8 +185,8 @@ def _batch(
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
         augmented = [torch.from_numpy(np.array(policy(picture))) for picture in pictures]
         images = torch.stack(augmented).permute(0, 3, 1, 2)
-    x = augment(normalise(images, mean, std), recipe, 0, None, torch.default_generator)
-    targets = nn.functional.one_hot(labels, classes).float()
+    x = augment(normalise(images, *normal), recipe, 0, None, torch.default_generator)
+    targets = F.one_hot(labels, classes).float()
     mixing = AUGMENTATIONS[recipe.aug][0]
     if mixing:
         from timm.data.mixup import Mixup
@@ -238,16 +202,16 @@ def _loss(model: Any, codes: _Codes, x: Tensor, targets: Tensor, recipe: VitReci
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     if recipe.objective == "cosine":
         scale = codes.log_scale.clamp(max=math.log(100)).exp()
-        logits = scale * normalize(features) @ normalize(codes.weight).T
-        code_of_image = -(targets * log_softmax(logits, 1)).sum(1).mean()
-        images_of_code = -(targets * log_softmax(logits, 0)).sum() / targets.sum()
+        logits = scale * F.normalize(features) @ F.normalize(codes.weight).T
+        code_of_image = -(targets * F.log_softmax(logits, 1)).sum(1).mean()
+        images_of_code = -(targets * F.log_softmax(logits, 0)).sum() / targets.sum()
         return (code_of_image + images_of_code) / 2
     logits = model.head(features)
     if recipe.objective == "sigmoid":
-        terms = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        terms = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         loss = terms.sum(1).mean()
     else:
-        loss = cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, targets)
     if recipe.penalty:
         norms = features.norm(dim=1)
         loss = loss + recipe.penalty * norms.var() / norms.mean().square()
