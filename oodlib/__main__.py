@@ -26,6 +26,7 @@ from oodlib.suite.commands import (
     reproduce,
     student,
     test,
+    test_quick,
     verify,
 )
 
@@ -76,7 +77,8 @@ _HELP = {
         "run every notebook of the profile, build the report, print the verdicts",
     ),
     "notebook": (notebook, "run the named notebooks only"),
-    "test": (test, "run the tests (further arguments go to pytest)"),
+    "test": (test, "run the tests on all cores (further arguments go to pytest)"),
+    "test-quick": (test_quick, "run the tests that are not marked slow: about two minutes"),
     "lab": (lab, "open JupyterLab"),
     "data": (
         data,
@@ -89,7 +91,7 @@ _HELP = {
         docs,
         "write the API reference into build/docs/ and the generated text of README.md and docs/",
     ),
-    "lint": (lint, "check the code with ruff"),
+    "lint": (lint, "check the code: ruff, its format, and the types with mypy"),
     "train": (train, "train the named checkpoints"),
     "train-vit": (
         train_vit,
@@ -97,7 +99,7 @@ _HELP = {
     ),
     "sweep": (
         sweep,
-        "score every model of a pool, on this machine or a SLURM cluster; what is done is not done again",
+        "score every model of a pool that has no scores yet, on this machine or a SLURM cluster",
     ),
     "doctor": (
         doctor,
@@ -137,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
                 metavar=("NAME", "VALUE"),
                 help="set a notebook's parameter",
             )
-            command.add_argument("--jobs", type=int, default=1, help="notebooks at a time")
+            command.add_argument(
+                "--jobs", type=int, help="notebooks at a time (default: as cores and memory allow)"
+            )
             command.add_argument("--force", action="store_true", help="run even what is up to date")
         if name in ("notebook", "train"):
             command.add_argument(
@@ -165,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _guarded(_score, given[1:])
     parser = _parser()
     parsed, parsed_rest = parser.parse_known_args(given)
-    if parsed_rest and parsed.command not in ("test", "lint", "lab"):
+    if parsed_rest and parsed.command not in ("test", "test-quick", "lint", "lab"):
         parser.error(f"unknown arguments: {' '.join(parsed_rest)}")
     parsed.rest = [part for part in parsed_rest if part != "--"]
     function = _HELP[parsed.command][0]

@@ -36,7 +36,7 @@ def root() -> Path:
 
     Raises
     ------
-    OodlibError : ``OODLIB_ROOT`` is not set, and the package is installed without the repository around it
+    OodlibError : ``OODLIB_ROOT`` is not set, and no repository lies around the package
     """
     named = os.environ.get("OODLIB_ROOT")
     if named:
@@ -114,6 +114,8 @@ def code_closure(*modules: str) -> dict[str, Path]:
         if path is None:
             raise OodlibError(f"code_closure: there is no module {module!r} in {_PACKAGE}.")
         found[module] = path
+        if (records := path.with_suffix(".yaml")).is_file():  # facts that the module reads
+            found[f"{module}.yaml"] = records
         todo |= _imports_of(path, path.stat().st_mtime_ns) - found.keys()
     return dict(sorted(found.items()))
 

@@ -14,6 +14,18 @@ from PIL import Image
 from oodlib import FeatureBank
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first; of the slow ones those that run notebooks first, since they take longest
+    and all cores should end at the same time.
+    """
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        slow = item.get_closest_marker("slow") is not None
+        return slow, slow and item.path.name != "test_notebooks.py"
+
+    items.sort(key=order)
+
+
 @pytest.fixture
 def batch():
     """Features h (20, 8) of either sign, head W (5, 8), b (5,), logits (20, 5); float64 torch."""
@@ -29,7 +41,8 @@ def killed_process(request: pytest.FixtureRequest):
     """
 
     def run(module: str, call: str) -> None:
-        code = f"import sys; sys.path.insert(0, {str(request.path.parent)!r}); import {module}; {module}.{call}"
+        folder = str(request.path.parent)
+        code = f"import sys; sys.path.insert(0, {folder!r}); import {module}; {module}.{call}"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,

@@ -160,3 +160,10 @@ def test_the_hash_changes_with_the_version_of_a_library(package, monkeypatch, li
 def test_what_is_cached_rests_on_what_it_reaches(module, reached, apart):
     found = {name.removeprefix("oodlib.") for name in code_closure(f"oodlib.{module}")}
     assert reached <= found and not apart & found
+
+
+def test_records_in_yaml_belong_to_the_code_of_their_module(package):
+    before = code_hash("oodlib.apart")
+    (package / "apart.yaml").write_text("a: {size: 3}\n")
+    code_hash.cache_clear()
+    assert code_hash("oodlib.apart") != before

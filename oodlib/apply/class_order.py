@@ -12,15 +12,18 @@ from oodlib.features.feature_bank import FeatureBank
 __all__ = ["ClassCheck", "check_classes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassCheck:
     """Are the labels the model's classes, in its order?
 
-    n : images whose label is known; unknown : the others, which count nowhere
+    Attributes
+    ----------
+    n : images whose label is known
     accuracy : share of images whose label is the model's answer
     chance : share of the most frequent label, what a blind guess would get
     best : accuracy if the labels were renamed one to one as well as possible
     order : (C,), ``order[label]`` is the model's class that the images of this label mostly get
+    unknown : images without a known label, which count nowhere
     """
 
     n: int
@@ -59,9 +62,7 @@ class ClassCheck:
 
 
 def check_classes(bank: FeatureBank) -> ClassCheck | None:
-    """Compare labels and answers; None where the known labels (not -1) are not 0 .. C-1, all of
-    them present.
-    """
+    """Compare labels and answers; None unless the known labels (not -1) are all of 0 .. C-1."""
     from scipy.optimize import linear_sum_assignment
 
     classes = bank.head.num_classes
@@ -76,10 +77,10 @@ def check_classes(bank: FeatureBank) -> ClassCheck | None:
     rows, order = linear_sum_assignment(-counts)
     n = len(labels)
     return ClassCheck(
-        n,
-        float(np.trace(counts) / n),
-        float(counts.sum(1).max() / n),
-        float(counts[rows, order].sum() / n),
-        order,
-        bank.unknown,
+        n=n,
+        accuracy=float(np.trace(counts) / n),
+        chance=float(counts.sum(1).max() / n),
+        best=float(counts[rows, order].sum() / n),
+        order=order,
+        unknown=bank.unknown,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -28,8 +27,10 @@ __all__ = [
     "EveryImage",
     "FeatureFile",
     "Images",
+    "Inputs",
     "Transform",
     "open_images",
+    "plain_errors",
 ]
 
 SHARD = 500  # on a CPU, 500 large images are minutes of work that an interruption may cost
@@ -37,52 +38,82 @@ FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not decode
 
 
-def open_images(path: str | Path, transform: Transform) -> ImageList:
-    """The images of a folder (all below it; label = rank of the first-level folder), of a list
-    file, or one image.
+class Inputs(Protocol):
+    """Rows to score, images or features, and what tells them apart from changed ones.
 
-    A list holds one path per line, relative to the list's own folder, alone or followed by a space
-    and a label.
+    Attributes
+    ----------
+    weights : hash of the network, or of the head where the rows are features
+    only_logits : there are no features, so that only methods of the logits can be used
+    """
+
+    weights: str
+    only_logits: bool
+
+    def __len__(self) -> int: ...
+
+    def bank(self) -> FeatureBank:
+        """All rows."""
+
+    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """The path of each row."""
+
+    def stamp(self, start: int, stop: int) -> str:
+        """What tells these rows from changed ones."""
+
+    @property
+    def identity(self) -> str:
+        """What all rows have in common: transform or file."""
+
+
+def open_images(path: str | Path, transform: Transform) -> ImageList:
+    """The images of a folder, of a list file, or one image.
+
+    A folder gives all images below it, labelled by the rank of the first-level folder. A list holds
+    one path per line, relative to its own folder, alone or followed by a space and a label.
 
     Raises
     ------
     OodlibError : nothing there, no image in it, or a listed file is missing
     """
     if not str(path):  # Path("") would be the current folder
-        raise OodlibError("score: no folder was named. Give a folder of images.")
+        raise OodlibError("open_images: path is empty. Give a folder of images.")
     path = Path(path)
     if path.is_dir():
         return ImageList(path, transform=transform)
     if not path.is_file():
         raise OodlibError(
-            f"score: {path} is neither a folder nor a file. Give a folder of images, or a text "
-            "file with one path per line."
+            f"{path} is neither a folder nor a file. Give a folder of images, or a text file with "
+            "one path per line."
         )
     if path.suffix.lower() in SUFFIXES:
         return ImageList(path.parent, [(path.name, -1)], transform=transform)
     try:
-        lines = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise OodlibError(
-            f"score: {path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file "
-            "with one path per line."
+            f"{path} is neither an image ({', '.join(sorted(SUFFIXES))}) nor a text file with one "
+            "path per line."
         ) from error
-    return ImageList(
-        path.parent,
-        [_list_row(path.parent, line) for line in lines],
-        transform=transform,
-        name=path.stem,
-    )
+    rows = [_list_row(path.parent, line) for line in lines if line]
+    return ImageList(path.parent, rows, transform=transform, name=path.stem)
+
+
+def _list_row(folder: Path, line: str) -> tuple[str, int]:
+    before, _, last = line.rpartition(" ")
+    if before and last.removeprefix("-").isdecimal() and not (folder / line).is_file():
+        return before, int(last)
+    return line, -1
 
 
 class EveryImage(ImageList):
-    """The same images, for a pass that must not stop at a damaged file: another image of the list
-    stands in for it.
+    """The same images, where another one of the list stands in for an image that does not decode.
 
-    Its label is `UNREADABLE`, so that nothing made of the stand-in is used. OodlibError: no image
-    decodes.
+    Its label is `UNREADABLE`, so that nothing computed from the stand-in is used. OodlibError: no
+    image decodes.
     """
 
     def __init__(self, images: ImageList):
@@ -102,28 +133,76 @@ class EveryImage(ImageList):
             with contextlib.suppress(OodlibError):
                 return self.picture(index)
         raise OodlibError(
-            f"score: none of the {len(self)} images of {self.name} can be decoded. Check the "
-            "folder, or copy the images again."
+            f"{self.name}: none of the {len(self)} images can be decoded. Check the folder, or "
+            "copy them again."
         )
 
 
-def _list_row(folder: Path, line: str) -> tuple[str, int]:
-    before, _, last = line.rpartition(" ")
-    if before and last.removeprefix("-").isdecimal() and not (folder / line).is_file():
-        return before, int(last)
-    return line, -1
+class Images:
+    """Images on disk behind a network: the counterpart of `FeatureFile`.
+
+    Parameters
+    ----------
+    weights : hash of the model's weights
+    model_name : in the names of cached features, which lie in the folder ``cache``
+    batches : ``batch_size`` and ``workers`` of `image_loader`
+    """
+
+    only_logits = False
+
+    def __init__(
+        self,
+        images: ImageList,
+        model: nn.Module,
+        *,
+        weights: str,
+        model_name: str,
+        device: str = "auto",
+        cache: str | Path | None = None,
+        **batches: Any,
+    ):
+        self.list, self.model, self.weights, self.device = images, model, weights, device
+        self.model_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model_name)
+        self.cache = cache or root() / "data" / "cache" / "banks"
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self.list)
+
+    def bank(self) -> FeatureBank:
+        """All images in one pass, or from the cache; an interrupted pass resumes."""
+        with plain_errors(Exception):
+            return extract(
+                self.model,
+                image_loader(self.list, **self._batches),
+                shard_rows=SHARD,
+                device=self.device,
+                cache=self.cache,
+                model_name=self.model_name,
+            )
+
+    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        loader = image_loader(EveryImage(self.list), **self._batches)
+        with plain_errors(Exception):
+            yield from stream(self.model, loader, start=start, shard_rows=rows, device=self.device)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return [str(self.list.root / path) for path in self.list.paths[start:stop]]
+
+    @property
+    def identity(self) -> str:
+        return repr(self.list.transform)
+
+    def stamp(self, start: int, stop: int) -> str:
+        stats = [(name, Path(name).stat()) for name in self.names(start, stop)]
+        return "".join(f"{name} {stat.st_size} {stat.st_mtime_ns}\n" for name, stat in stats)
 
 
 class FeatureFile:
-    """What some network computed, without the network: ``.safetensors`` (read in pieces) or
-    ``.npz`` (read whole).
+    """What a network computed, in ``.safetensors`` (read in pieces) or ``.npz`` (read whole).
 
     It holds ``features`` (N, D) with the ``weight`` (C, D) and ``bias`` (C,) of the head, or only
     ``logits`` (N, C); besides, ``labels`` (N,) and, in ``.npz``, ``paths`` (N,).
-
-    Attributes
-    ----------
-    only_logits : there are no features, so that only methods of the logits can be used
 
     Raises
     ------
@@ -133,7 +212,7 @@ class FeatureFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise OodlibError(f"score: there is no file {path}.")
+            raise OodlibError(f"FeatureFile: there is no file {path}. Check the path.")
         try:
             if self.path.suffix == ".npz":
                 with np.load(self.path) as file:
@@ -142,19 +221,19 @@ class FeatureFile:
                 self._map()
         except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:
             raise OodlibError(
-                f"score: {path} cannot be read as {self.path.suffix} ({error}). Write it again."
+                f"{path} cannot be read as {self.path.suffix} ({error}). Write it again."
             ) from error
         self.only_logits = "weight" not in self._arrays
         self._main = "logits" if self.only_logits else "features"
         if self._main not in self._arrays:
             raise OodlibError(
-                f"score: {path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs "
-                "features and the head's weight (and bias), or logits."
+                f"{path} holds {', '.join(sorted(self._arrays)) or 'nothing'}; it needs features "
+                "and the head's weight (and bias), or logits."
             )
-        self.bank(0, 1)
+        self.weights = self.bank(0, 1).head.digest
 
     def _map(self) -> None:
-        """Map the file anew: what was read of it before no longer counts as this process's memory."""
+        """Map the file anew: what was read before no longer counts as this process's memory."""
         file = safe_open(self.path, framework="numpy")
         self._arrays = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 no dict
 
@@ -166,31 +245,34 @@ class FeatureFile:
         return tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
 
     def bank(self, start: int = 0, stop: int | None = None) -> FeatureBank:
-        """Rows ``start`` to ``stop`` as a bank; of logits alone, they are the features under an
-        identity head.
-        """
+        """Rows ``start`` to ``stop``; logits alone become features under an identity head."""
+        shape = self._shape(self._main)
         for key in {"labels", "paths", "logits"} & self._arrays.keys():
-            if self._shape(key)[:1] != self._shape(self._main)[:1]:
+            if self._shape(key)[:1] != shape[:1]:
                 raise OodlibError(
-                    f"score: {self.path}: {self._main} {self._shape(self._main)} and {key} "
-                    f"{self._shape(key)} need equal row counts."
+                    f"{self.path}: {self._main} {shape} and {key} {self._shape(key)} need equal "
+                    "row counts. Write the file again."
                 )
         stop = len(self) if stop is None else min(stop, len(self))
+        part, whole = slice(start, stop), slice(None)
+        wanted = dict.fromkeys(("features", "logits", "labels"), part)
+        if not self.only_logits:
+            wanted |= {"weight": whole, "bias": whole}
         rows: dict[str, Any] = {
-            key: np.asarray(self._arrays[key][start:stop])
-            for key in ("features", "logits", "labels")
+            key: np.asarray(self._arrays[key][index])
+            for key, index in wanted.items()
             if key in self._arrays
         }
         if self.only_logits:
             rows["features"] = rows.pop("logits")
-            rows["weight"] = np.eye(rows["features"].shape[-1], dtype=np.float32)
-        else:
-            rows |= {
-                key: np.asarray(self._arrays[key][:])
-                for key in ("weight", "bias")
-                if key in self._arrays
-            }
+            rows["weight"] = np.eye(shape[-1], dtype=np.float32)
         return FeatureBank.from_arrays(**rows)
+
+    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
+        for i in range(start, len(self), rows):
+            if self.path.suffix != ".npz":
+                self._map()
+            yield self.bank(i, i + rows)
 
     def names(self, start: int, stop: int) -> list[str]:
         if "paths" in self._arrays:
@@ -205,75 +287,10 @@ class FeatureFile:
     def stamp(self, start: int, stop: int) -> str:
         return ""  # one changed row changes the file, see identity
 
-    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
-        for i in range(start, len(self), rows):
-            if self.path.suffix != ".npz":
-                self._map()
-            yield self.bank(i, i + rows)
-
-
-class Images:
-    """Images on disk behind a network: the counterpart of `FeatureFile`."""
-
-    def __init__(
-        self, path: str, model: nn.Module, transform: Transform, given: argparse.Namespace
-    ):
-        self.list, self.model, self.given = open_images(path, transform), model, given
-
-    def __len__(self) -> int:
-        return len(self.list)
-
-    def _loader(self, images: ImageList) -> Any:
-        return image_loader(images, batch_size=self.given.batch_size, workers=self.given.workers)
-
-    def bank(self) -> FeatureBank:
-        """All of it from one pass; a finished one is read from the cache, an interrupted one goes
-        on.
-        """
-        with plain_errors(Exception):
-            return extract(
-                self.model,
-                self._loader(self.list),
-                shard_rows=SHARD,
-                device=self.given.device,
-                cache=self.given.cache or root() / "data" / "cache" / "banks",
-                model_name="".join(
-                    c if c.isalnum() or c in "._-" else "-" for c in self.given.model
-                ),
-            )
-
-    def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
-        """Image by image; the label of one that does not decode is `UNREADABLE`."""
-        with plain_errors(Exception):
-            yield from stream(
-                self.model,
-                self._loader(EveryImage(self.list)),
-                start=start,
-                shard_rows=rows,
-                device=self.given.device,
-            )
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return [str(self.list.root / path) for path in self.list.paths[start:stop]]
-
-    @property
-    def identity(self) -> str:
-        return repr(self.list.transform)
-
-    def stamp(self, start: int, stop: int) -> str:
-        """What tells these rows from changed ones."""
-        stats = [(self.list.root / path).stat() for path in self.list.paths[start:stop]]
-        return "".join(
-            f"{name} {stat.st_size} {stat.st_mtime_ns}\n"
-            for name, stat in zip(self.names(start, stop), stats, strict=True)
-        )
-
 
 @contextlib.contextmanager
 def plain_errors(kind: type[Exception]) -> Iterator[None]:
-    """One line: a worker process wraps its error in a traceback, a user's transform and model may
-    raise anything.
-    """
+    """Any error in one line: workers wrap theirs in a traceback, user code may raise anything."""
     try:
         yield
     except kind as error:
@@ -281,10 +298,10 @@ def plain_errors(kind: type[Exception]) -> Iterator[None]:
         found = re.findall(rf"^[\w.]*\b{type(error).__name__}: (.*)$", text, re.MULTILINE)
         line = found[-1] if found else text.partition("\n")[0]
         if isinstance(error, OSError):
-            line = f"score: {line[:300]}. Check the path, its permissions and the free disk space."
+            line = f"{line[:300]}. Check the path, its permissions and the free disk space."
         elif not isinstance(error, OodlibError):
             line = (
-                "score: an image did not pass through the transform and the model "
+                "An image did not pass through the transform and the model "
                 f"({type(error).__name__}: {line[:300]}). The transform must give tensors of one "
                 "shape that the model takes."
             )

@@ -1,4 +1,4 @@
-"""A network to score with, by name: the suite's, a public one, timm's, or a function of the user's."""
+"""A network to score with, by name: the suite's, a public one, timm's, or a user's function."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ _BESIDE: dict[str, dict[str, ModuleType]] = {}
 
 @dataclass(frozen=True)
 class OwnTransform:
-    """A user's transform under a name that stays the same between runs, for caches: no memory
-    addresses.
+    """A user's transform under a name that is the same in every run, for caches.
 
-    A worker process that is handed a transform from a file runs that file again, under the same
+    A worker process that receives a transform from a file runs that file again, under the same
     private name.
     """
 
@@ -71,18 +70,18 @@ def load_network(
 
     Parameters
     ----------
-    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1, ``latin_fast``), a
-        public CIFAR network (``resnet20_cifar10``), a timm model with its tag, or a function of
-        yours that returns ``(model, transform)``: ``package.module:function`` or
+    name : one of the suite's networks (``cifar10_fast``, ``cifar10_fast:1`` for training seed 1,
+        ``latin_fast``), a public CIFAR network (``resnet20_cifar10``), a timm model with its tag,
+        or a function of yours that returns ``(model, transform)``: ``package.module:function`` or
         ``path/to/file.py:function``. The file may import what lies beside it while it is loaded and
         its function runs, not later
     weights, num_classes : for timm only: a file to use instead of timm's download, and its number
-        of classes where
-        that is not the model's own
+        of classes where that is not the model's own
 
     Raises
     ------
-    OodlibError : an unknown name, a function that fails or returns something else, options that do not apply
+    OodlibError : an unknown name, a function that fails or returns something else, options that do
+        not apply
     """
     from oodlib.models.pretrained import PUBLIC, paper_model, public_model
     from oodlib.models.shipped import SPECS, load_trained
@@ -93,15 +92,15 @@ def load_network(
         return paper_model(name, weights, num_classes=num_classes)
     if weights is not None or num_classes is not None:
         raise OodlibError(
-            f"score: {name} comes with its own weights; weights and num_classes (--weights, "
-            "--num-classes) are for timm models."
+            f"load_network: {name} comes with its own weights; weights and num_classes are for "
+            "timm models. Omit them."
         )
     if own:
         return _from_function(base, variant)
     if variant and (base in PUBLIC or not variant.isdecimal()):
         raise OodlibError(
-            f"score: there is no network {name!r}. The suite's own take a training seed, as in "
-            "cifar10_fast:1; public ones take none."
+            f"load_network: there is no network {name!r}. The suite's own take a training seed, as "
+            "in cifar10_fast:1; public ones take none."
         )
     if base in SPECS:
         trained = load_trained(base, seed=int(variant or 0))
@@ -111,20 +110,15 @@ def load_network(
         mean, std = info.mean, info.std
     from torchvision import transforms
 
-    return model, transforms.Compose(
-        [
-            transforms.Resize(32),
-            transforms.CenterCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    resize = [transforms.Resize(32), transforms.CenterCrop(32)]
+    to_tensor = [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return model, transforms.Compose([*resize, *to_tensor])
 
 
 def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
     file = Path(place).resolve() if place.endswith(".py") else None
     if file is not None and not file.is_file():
-        raise OodlibError(f"score: there is no file {place}. Give path/to/file.py:function.")
+        raise OodlibError(f"load_network: there is no file {place}. Give path/to/file.py:function.")
     try:
         if file is None:
             module = importlib.import_module(place)
@@ -135,29 +129,23 @@ def _from_function(place: str, function: str) -> tuple[nn.Module, Transform]:
                 result = getattr(module, function)()
     except Exception as error:  # a user's code may raise anything
         raise OodlibError(
-            f"score: {place}:{function} failed ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:200]}). It must be a "
-            "function without arguments that returns (model, transform)."
+            f"{place}:{function} failed ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:200]}). It must be a function without "
+            "arguments that returns (model, transform)."
         ) from error
-    if (
-        not isinstance(result, tuple)
-        or len(result) != 2
-        or not isinstance(result[0], nn.Module)
-        or not callable(result[1])
-    ):
-        raise OodlibError(
-            f"score: {place}:{function} must return (model, transform), an nn.Module and a "
-            f"function of PIL images, got {type(result).__name__}."
-        )
-    files = [
-        Path(found.__file__ or "")
-        for found in (module, *_BESIDE.get(module.__name__, {}).values())
-        if getattr(found, "__file__", None)
-    ]
+    match result:
+        case (nn.Module() as model, transform) if callable(transform):
+            pass
+        case _:
+            raise OodlibError(
+                f"{place}:{function} must return (model, transform), an nn.Module and a function "
+                f"of PIL images, got {type(result).__name__}."
+            )
+    modules = (module, *_BESIDE.get(module.__name__, {}).values())
+    files = [Path(path) for m in modules if (path := getattr(m, "__file__", None))]
     source = "".join(f" {sha256(path)}" for path in files if path.is_file())
-    if file is None:
-        return result[0].eval(), OwnTransform(result[1], source)
-    return result[0].eval(), OwnTransform(result[1], source, module.__name__, str(file))
+    own = () if file is None else (module.__name__, str(file))
+    return model.eval(), OwnTransform(transform, source, *own)
 
 
 def _run_file(file: Path, name: str) -> ModuleType:
@@ -177,20 +165,17 @@ def _run_file(file: Path, name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _importable(name: str, file: Path) -> Iterator[None]:
-    """What lies beside a user's file can be imported for a while; then Python knows neither the
-    folder nor its modules.
+    """What lies beside a user's file can be imported for a while; no trace of it stays in `sys`.
 
-    name : of the file's own module, which keeps what it imports from there
+    name : of the file's own module, under which its imports from there wait for the next time
     """
     if str(file.parent) in (str(Path(entry).resolve()) for entry in sys.path):
         yield  # the folder can be imported from anyway
         return
-    kept = _BESIDE.setdefault(name, {})
-    before, hidden = (
-        set(sys.modules),
-        {other: sys.modules[other] for other in kept if other in sys.modules},
-    )
-    sys.modules.update(kept)
+    beside = _BESIDE.setdefault(name, {})
+    before = set(sys.modules)
+    hidden = {other: sys.modules[other] for other in beside if other in sys.modules}
+    sys.modules.update(beside)
     sys.path.insert(0, str(file.parent))
     importlib.invalidate_caches()
     try:
@@ -198,17 +183,10 @@ def _importable(name: str, file: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # taken out by the user's file
             sys.path.remove(str(file.parent))
-        new = kept.keys() | (sys.modules.keys() - before)
-        tops = {
-            other
-            for other in new
-            if "." not in other and _lies_in(sys.modules.get(other), file.parent)
-        }
-        kept |= {
-            other: sys.modules.pop(other)
-            for other in new
-            if other.partition(".")[0] in tops and other in sys.modules
-        }
+        new = (beside.keys() | (sys.modules.keys() - before)) & sys.modules.keys()
+        tops = {other for other in new if _lies_in(sys.modules[other], file.parent)}
+        ours = [other for other in new if other.partition(".")[0] in tops]
+        beside |= {other: sys.modules.pop(other) for other in ours}
         sys.modules.update(hidden)
 
 

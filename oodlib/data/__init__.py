@@ -1,7 +1,7 @@
 """Image sets: built in (no download), real 28- and 32-pixel sets, and folders with image lists."""
 
 from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
-from oodlib.data.builtin.sets import EMBEDDED, embedded, same_fonts
+from oodlib.data.builtin.sets import EMBEDDED, embedded
 from oodlib.data.cifar import Protocol, cifar_protocol, tiny_imagenet_ood
 from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.imagenet import PAPER_SETS, class_remap, describe_paper_sets, open_paper_set
@@ -32,7 +32,6 @@ __all__ = [
     "open_paper_set",
     "patch_shuffled",
     "published",
-    "same_fonts",
     "tiny_imagenet_ood",
     "unit_test",
 ]

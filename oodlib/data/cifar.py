@@ -1,25 +1,24 @@
-"""Who plays which part in the CIFAR benchmarks: fit, validation and test images, near and far OOD
-sets.
+"""The CIFAR benchmarks: fit, validation and test images, near and far OOD sets.
 
-It follows OpenOOD v1.5 (Zhang et al., arXiv 2306.09301) in shape, but not image by image: OpenOOD's
-lists are not available here. Ours differs in these points, which a table must state:
+They follow OpenOOD v1.5 (Zhang et al., arXiv 2306.09301) in shape, but not image by image, because
+OpenOOD's lists are not available here. A table must state where ours differ:
 
-- ID validation (1,000) and ID test (9,000) are another class-balanced split of the 10,000 test images.
-- Of Tiny-ImageNet we leave out other classes (rule below), so near-OOD and OOD validation hold other images.
-- The test images of the other CIFAR set are near-OOD, except those that are pixel by pixel images of the ID set.
-- OOD validation: OpenOOD's is 20 classes of Tiny-ImageNet, whose other classes it tests on; such a set is named in
-  ``leaks`` here. Beside it stand sets of a source that is not tested: notMNIST and Kuzushiji-MNIST.
-- The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000); Fashion-MNIST is tested too. Places365, where it can
-  be had, is all 36,500 validation images (OpenOOD: 35,195 and 33,773).
+- ID validation (1,000) and ID test (9,000) are another balanced split of the 10,000 test images.
+- Other classes of Tiny-ImageNet are left out (rule below), so near-OOD and OOD validation differ.
+- Near-OOD is the test images of the other CIFAR set, without those that the ID set holds too.
+- OOD validation: OpenOOD's is 20 classes of Tiny-ImageNet, whose other classes it tests on; such a
+  set is named in ``leaks`` here, beside notMNIST and Kuzushiji-MNIST, which are not tested.
+- The 10,000 test images of MNIST are far-OOD (OpenOOD: 70,000); Fashion-MNIST is tested too.
+  Places365, where available, is all 36,500 validation images (OpenOOD: 35,195 and 33,773).
 
 **Tiny-ImageNet classes left out** (column ``cifar10_class`` of
 ``data/manifests/tiny_imagenet_classes.csv``), 26 of 200: a class whose WordNet words contain one of
 the search terms under which CIFAR-10 was collected (the terms are its original file names:
-"bullfrog", "tabby", "station wagon", ...), or which is by its WordNet definition a kind of
+"bullfrog", "tabby", "station wagon", ...), or which by its WordNet definition is a kind of
 airplane, automobile (buses are among CIFAR-10's search terms for it), bird, domestic cat, deer,
 dog, frog, horse, ship or truck. Look-alikes that are none of these stay: lion and cougar, gazelle,
 go-kart. For CIFAR-100 (column ``cifar100_class``), 48: a class whose words name a CIFAR-100 class
-or a kind, part or next of kin of one (lampshade, seashore, freight car, bison).
+or a kind, part or close relative of one (lampshade, seashore, freight car, bison).
 """
 
 from __future__ import annotations
@@ -50,16 +49,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TinyClass:
-    """One Tiny-ImageNet class: WordNet id and words, and the CIFAR classes it overlaps with ("" if
-    none).
-
-    reason : for the CIFAR-10 class
-    """
+    """A Tiny-ImageNet class: WordNet id and words, overlapping CIFAR classes ("" if none)."""
 
     wnid: str
     words: str
     cifar10_class: str
-    reason: str
+    reason: str  # of the CIFAR-10 class
     cifar100_class: str
 
 
@@ -69,12 +64,12 @@ class Protocol:
 
     Attributes
     ----------
-    id_fit, id_val, id_test : for fitting (None without the training images), for choices, for reporting
+    id_fit, id_val, id_test : for fitting (None without the training images), choices, reporting
     ood_val : OOD sets for choosing hyper-parameters, by name
     leaks : the sets of ``ood_val`` whose source is tested too -> the tested set
     near, far : OOD test sets by name
     notes : what a table must say about a set, by name
-    missing : why a set is not there, by name
+    missing : why a set is not available, by name
     """
 
     id_fit: ImageSet | None
@@ -102,14 +97,13 @@ def _read_classes(path: Path) -> tuple[TinyClass, ...]:
 def tiny_imagenet_ood(
     tiny: ImageSet, *, id_name: str = "cifar10", n_val_classes: int = 20
 ) -> tuple[ImageSet, ImageSet]:
-    """Split Tiny-ImageNet into (near-OOD test, OOD validation) for a CIFAR set; they share no
-    class.
+    """Split Tiny-ImageNet into (near-OOD test, OOD validation) that share no class.
 
-    The classes that overlap with the ID set are left out. Every so many-th of the remaining ones,
-    in the order of WordNet ids (which puts relatives side by side), goes to validation, so that it
-    spans animals, things and food.
+    The classes that overlap with the CIFAR set are left out. The others, in the order of WordNet
+    ids (which puts relatives side by side), go to validation at equal steps, so that it spans
+    animals, things and food.
     """
-    kept = [c.wnid for c in tiny_imagenet_classes() if not getattr(c, f"{id_name}_class")]
+    left = [c.wnid for c in tiny_imagenet_classes() if not getattr(c, f"{id_name}_class")]
     unknown = set(tiny.class_names) - {c.wnid for c in tiny_imagenet_classes()}
     if unknown or not tiny.class_names:
         raise OodlibError(
@@ -117,28 +111,24 @@ def tiny_imagenet_ood(
             f"{sorted(unknown)[:3] or 'none'}. Pass the set that load('tiny-imagenet', ...) "
             "returns."
         )
-    position = np.linspace(0, len(kept) - 1, n_val_classes).round().astype(int)
-    held_out = {kept[i] for i in position}
+    position = np.linspace(0, len(left) - 1, n_val_classes).round().astype(int)
+    held_out = {left[i] for i in position}
     names = np.array(tiny.class_names)[tiny.labels]
     is_val = np.isin(names, sorted(held_out))
-    is_test = np.isin(names, [w for w in kept if w not in held_out])
+    is_test = np.isin(names, [w for w in left if w not in held_out])
     return tiny.subset(is_test, split="near"), tiny.subset(is_val, split="ood_val")
 
 
 def split_test(test: ImageSet, *, n_val: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Split a test set into (validation, test): disjoint and class balanced; needs ``n_val``
-    divisible by C.
-    """
+    """Split into (validation, test), disjoint and class-balanced; C must divide ``n_val``."""
     counts = np.bincount(test.labels)
     if n_val % len(counts) or counts.min() <= n_val // len(counts):
         raise OodlibError(
             f"split_test: {n_val} validation images cannot be drawn evenly from classes of "
             f"{counts.min()} to {counts.max()} images. Choose a smaller multiple of {len(counts)}."
         )
-    order = np.random.default_rng(seed).permutation(len(test))
-    val = np.concatenate(
-        [order[test.labels[order] == c][: n_val // len(counts)] for c in range(len(counts))]
-    )
+    order, each = np.random.default_rng(seed).permutation(len(test)), n_val // len(counts)
+    val = np.concatenate([order[test.labels[order] == c][:each] for c in range(len(counts))])
     rest = np.setdiff1d(np.arange(len(test)), val)
     return test.subset(np.sort(val), split="val"), test.subset(rest)
 
@@ -161,23 +151,22 @@ def cifar_protocol(
     n_fit : training images, stratified, for methods that are fitted
     n_val : images of the ID validation set, and of each OOD validation set at most
     seed : of the draw of ``id_fit`` and of the validation / test split
-    mirror, download, data_dir : as for ``load``; an OOD set that is not available goes to ``missing``, as do the training
-        images; the ID test images must be there
+    mirror, download, data_dir : as for ``load``; OOD sets and training images that are not
+        available go to ``missing``, the ID test images must be available
     """
     if id_name not in ("cifar10", "cifar100"):
         raise OodlibError(
             f'cifar_protocol: id_name must be "cifar10" or "cifar100", got {id_name!r}.'
         )
+    opened = functools.partial(load, mirror=mirror, download=download, data_dir=data_dir)
     notes: dict[str, str] = {}
     missing: dict[str, str] = {}
     known: set[str] = set()
 
     def attempt(name: str, split: str) -> ImageSet | None:
-        """The set without images that the ID set holds too; None, with the reason in ``missing``,
-        if not available.
-        """
+        """A set without the images that the ID set holds too, or None (then see ``missing``)."""
         try:
-            found = load(name, split, mirror=mirror, download=download, data_dir=data_dir)
+            found = opened(name, split)
         except DatasetNotFound as error:
             missing[name] = str(error)
             return None
@@ -195,10 +184,12 @@ def cifar_protocol(
             notes[found.name] = "; ".join(remarks)
         return found.resized(32) if name != "tiny-imagenet" else found
 
-    test = load(id_name, "test", mirror=mirror, download=download, data_dir=data_dir)
+    # ID images
+    test = opened(id_name, "test")
     id_val, id_test = split_test(test, n_val=n_val, seed=seed)
     train = attempt(id_name, "train")
     known.update(test.image_hashes(), train.image_hashes() if train else ())
+    # OOD images for choices and for reporting
     near: dict[str, ImageSet] = {}
     far: dict[str, ImageSet] = {}
     ood_val: dict[str, ImageSet] = {}
@@ -207,9 +198,7 @@ def cifar_protocol(
         if found := attempt(name, "test"):
             ood_val[name] = found.sample(n_val, seed=seed)
     if tiny := attempt("tiny-imagenet", "valid"):
-        tiny_near, tiny_val = (
-            part.resized(32) for part in tiny_imagenet_ood(tiny, id_name=id_name)
-        )
+        tiny_near, tiny_val = (s.resized(32) for s in tiny_imagenet_ood(tiny, id_name=id_name))
         near[tiny_near.name] = tiny_near
         ood_val[f"{tiny_val.name}-val"] = tiny_val.sample(n_val, seed=seed)
         leaks[f"{tiny_val.name}-val"] = tiny_near.name

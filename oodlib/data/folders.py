@@ -1,6 +1,4 @@
-"""ImageNet-scale sets: image lists in OpenOOD's format or plain folders, decoded by worker
-processes.
-"""
+"""Images on disk: lists in OpenOOD's format or plain folders, decoded by worker processes."""
 
 from __future__ import annotations
 
@@ -28,8 +26,10 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
     """Rows ``path label`` of an image list in OpenOOD's format, split at the first space only.
 
-    A label that is not an integer (OpenOOD's ``_mos`` lists hold a mapping there) raises
-    OodlibError, as do a missing and an empty list.
+    Raises
+    ------
+    OodlibError : the list is missing or empty, or a label is not an integer (OpenOOD's ``_mos``
+        lists hold a mapping there)
     """
     try:
         text = Path(list_file).read_text(encoding="utf-8")
@@ -54,9 +54,7 @@ def read_list(list_file: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
 
 def _folder_rows(root: Path) -> list[tuple[str, int]]:
-    """All images below a folder, sorted; the label is the rank of the first-level folder, -1
-    without such folders.
-    """
+    """All images below a folder, sorted; label = rank of the first-level folder, -1 without one."""
     paths = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise OodlibError(
@@ -73,9 +71,9 @@ class ImageList(Dataset[tuple[Any, int]]):
     Parameters
     ----------
     root : folder that the list's paths are relative to
-    rows : the list file, or (path, label) pairs; without it, every image below ``root`` (label = rank of its folder)
-    transform : for example timm's ``create_transform(**resolve_model_data_config(model), is_training=False)`` or
-        torchvision's ``weights.transforms()``; without it, items are PIL images
+    rows : the list file, or (path, label) pairs; by default every image below ``root`` (label =
+        rank of its first-level folder)
+    transform : for example torchvision's ``weights.transforms()``; without it, items are PIL images
     name : for messages and provenance
 
     Attributes
@@ -103,9 +101,7 @@ class ImageList(Dataset[tuple[Any, int]]):
         elif isinstance(rows, str | os.PathLike):
             origin, rows = str(rows), read_list(rows)
         if not rows:
-            raise OodlibError(
-                f"ImageList {self.name}: no rows were given. Check the list or the filter."
-            )
+            raise OodlibError(f"ImageList {self.name}: no rows were given. Check list or filter.")
         self.paths = [path for path, _ in rows]
         self.labels = np.array([label for _, label in rows], dtype=np.int64)
         missing = [path for path in self.paths if not (self.root / path).is_file()]
@@ -121,9 +117,7 @@ class ImageList(Dataset[tuple[Any, int]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over the rows, the sizes and times of the files, and what the
-        transform does.
-        """
+        """SHA-256 (hexadecimal) of the rows, the files' sizes and times, and the transform."""
         digest = hashlib.sha256(repr(self.transform).encode())
         for path, label in zip(self.paths, self.labels, strict=True):
             stat = (self.root / path).stat()
@@ -152,9 +146,7 @@ class ImageList(Dataset[tuple[Any, int]]):
 def image_loader(
     images: ImageList, *, batch_size: int = 64, workers: int | None = None
 ) -> DataLoader:
-    """Batches in the order of the list, decoded by worker processes (default: one per core, at most
-    16).
-    """
+    """Batches in the list's order, decoded by worker processes (default: a core each, up to 16)."""
     if images.transform is None:
         raise OodlibError(
             f"image_loader: {images.name} has no transform, so its images cannot be stacked. "

@@ -36,32 +36,24 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         n = len(self.images)
-        if (
-            self.images.ndim != 4
-            or self.images.dtype != np.uint8
-            or self.images.shape[1] not in (1, 3)
-        ):
+        where, kind, shape = f"{self.name}/{self.split}", self.images.dtype, self.images.shape
+        if len(shape) != 4 or kind != np.uint8 or shape[1] not in (1, 3):
             raise OodlibError(
-                f"ImageSet {self.name}/{self.split}: images must be uint8 of shape (n, 1 or 3, h, "
-                f"w), got {self.images.dtype} {self.images.shape}."
+                f"ImageSet {where}: images must be uint8 of shape (n, 1 or 3, h, w), got {kind} "
+                f"{shape}."
             )
         if n == 0:
-            raise OodlibError(
-                f"ImageSet {self.name}/{self.split}: the set is empty. Check the split or the "
-                "filter."
-            )
+            raise OodlibError(f"ImageSet {where}: the set is empty. Check the split or the filter.")
         for key, value in {"labels": self.labels, **self.meta}.items():
             if len(value) != n:
-                raise OodlibError(
-                    f"ImageSet {self.name}/{self.split}: {n} images but {len(value)} {key}."
-                )
+                raise OodlibError(f"ImageSet {where}: {n} images but {len(value)} {key}.")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        shape = "x".join(map(str, self.images.shape[1:]))
-        return f"ImageSet({self.name}/{self.split}: {len(self)} images {shape}, {len(self.class_names)} classes)"
+        what = f"{len(self)} images {'x'.join(map(str, self.images.shape[1:]))}"
+        return f"ImageSet({self.name}/{self.split}: {what}, {len(self.class_names)} classes)"
 
     def subset(
         self, index: NDArray | slice, *, name: str | None = None, split: str | None = None
@@ -77,13 +69,11 @@ class ImageSet:
         )
 
     def sample(self, n: int, *, seed: int, stratified: bool = False) -> ImageSet:
-        """``n`` images without replacement (all of them where the set is smaller), in a seeded
-        order.
+        """``n`` images (at most all) without replacement, in a seeded order.
 
         ``stratified`` takes as equal a number per label as possible.
         """
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(self))
+        order = np.random.default_rng(seed).permutation(len(self))
         if stratified:
             labels = self.labels[order]
             rank = np.empty(len(order), dtype=np.int64)  # how many of the same label came before
@@ -95,9 +85,7 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) over shape, pixels and labels: the identity of the data in caches
-        and provenance.
-        """
+        """SHA-256 (hexadecimal) of shape, pixels and labels, for caches and provenance."""
         digest = hashlib.sha256(str(self.images.shape).encode())
         for start in range(0, len(self), 4096):
             digest.update(np.ascontiguousarray(self.images[start : start + 4096]).tobytes())
@@ -112,8 +100,7 @@ class ImageSet:
         ]
 
     def resized(self, size: int, *, channels: int = 3) -> ImageSet:
-        """The ID set's transform for another set: RGB (or grey), shorter side to ``size``
-        bilinearly, centre crop.
+        """RGB (or grey), shorter side to ``size`` bilinearly, centre crop: an ID set's transform.
 
         Pillow's antialiased bilinear filter, as torchvision's ``Resize`` uses on PIL images.
         """
@@ -128,21 +115,19 @@ class ImageSet:
         new_h, new_w = max(size, int(h * scale)), max(size, int(w * scale))
         top, left = round((new_h - size) / 2), round((new_w - size) / 2)
         for i, image in enumerate(self.images):
-            picture = Image.fromarray(
-                image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-            ).convert(mode)
+            pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+            picture = Image.fromarray(pixels).convert(mode)
             picture = picture.resize((new_w, new_h), Image.Resampling.BILINEAR)
             picture = picture.crop((left, top, left + size, top + size))
             out[i] = np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
         return replace(self, images=out)
 
     def pooled(self, size: int, *, channels: int = 3) -> ImageSet:
-        """Square images averaged over the area of each new pixel: RGB, or grey (Pillow's weights
-        .299, .587, .114).
+        """Square images averaged over the area of each new pixel: RGB, or grey (Pillow's weights).
 
         A new pixel is the mean of what it covers, parts of pixels counted by their area, rounded
         half up; in integers, so the same on every machine. 32 to 16 pixels: means of 2 x 2; 28 to
-        16: of 1.75 x 1.75. Grey before averaging.
+        16: of 1.75 x 1.75. Grey (.299, .587, .114) before averaging.
         """
         n, c, h, w = self.images.shape
         if h != w or not 1 <= size <= h:
@@ -150,28 +135,24 @@ class ImageSet:
                 f"ImageSet.pooled: needs square images of at least {size} pixels, got {h} x {w} of "
                 f"{self.name}/{self.split}. Crop them first, or use resized."
             )
-        edges = np.minimum(np.arange(1, size + 1)[:, None] * h, np.arange(1, h + 1) * size)
-        share = np.maximum(
-            edges - np.maximum(np.arange(size)[:, None] * h, np.arange(h) * size), 0
-        )  # (size, h)
+        # share (size, h): how much of each old pixel lies in each new one
+        new, old = np.arange(size)[:, None], np.arange(h)
+        ends = np.minimum((new + 1) * h, (old + 1) * size)
+        share = np.maximum(ends - np.maximum(new * h, old * size), 0)
         out = np.empty((n, channels, size, size), np.uint8)
         for start in range(0, n, 4096):
             part = self.images[start : start + 4096].astype(np.int64)
             if c == 3 and channels == 1:
-                part = (
-                    19595 * part[:, :1] + 38470 * part[:, 1:2] + 7471 * part[:, 2:] + 2**15
-                ) >> 16
+                red, green, blue = part[:, :1], part[:, 1:2], part[:, 2:]
+                part = (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
             total = np.einsum("ih,nchw,jw->ncij", share, part, share, optimize=True)
-            out[start : start + 4096] = (2 * total + h * h) // (
-                2 * h * h
-            )  # one channel fills three
+            # one channel fills three
+            out[start : start + 4096] = (2 * total + h * h) // (2 * h * h)
         return replace(self, images=out)
 
 
 def assert_disjoint(*sets: ImageSet) -> None:
-    """Raise OodlibError if two sets share an image (identical pixels); fitting and test data must
-    not.
-    """
+    """OodlibError if two sets share an image (the same pixels); fitting and test data must not."""
     owner: dict[str, int] = {}
     for i, image_set in enumerate(sets):
         hashes = set(image_set.image_hashes())
@@ -187,8 +168,7 @@ def assert_disjoint(*sets: ImageSet) -> None:
 
 
 def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> ImageSet:
-    """Cut each image into ``patches`` x ``patches`` squares and put them together in a random
-    order.
+    """Cut each image into ``patches`` x ``patches`` tiles and shuffle them.
 
     Colours and local texture stay, the object goes.
 
@@ -203,13 +183,10 @@ def patch_shuffled(image_set: ImageSet, *, patches: int = 4, seed: int = 0) -> I
             "patches. Choose a divisor of the side."
         )
     side = (h // patches, w // patches)
-    tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1]).transpose(
-        0, 2, 4, 1, 3, 5
-    )
-    tiles = tiles.reshape(n, patches**2, c, *side)
+    tiles = image_set.images.reshape(n, c, patches, side[0], patches, side[1])
+    tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(n, patches**2, c, *side)
     order = np.random.default_rng(seed).permuted(np.tile(np.arange(patches**2), (n, 1)), axis=1)
-    mixed = np.take_along_axis(tiles, order[:, :, None, None, None], 1).reshape(
-        n, patches, patches, c, *side
-    )
-    mixed = np.ascontiguousarray(mixed.transpose(0, 3, 1, 4, 2, 5).reshape(n, c, h, w))
+    mixed = np.take_along_axis(tiles, order[:, :, None, None, None], 1)
+    mixed = mixed.reshape(n, patches, patches, c, *side).transpose(0, 3, 1, 4, 2, 5)
+    mixed = np.ascontiguousarray(mixed.reshape(n, c, h, w))
     return replace(image_set, name=f"{image_set.name}-shuffled", images=mixed)

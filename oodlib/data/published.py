@@ -9,20 +9,17 @@ from oodlib.errors import OodlibError
 from oodlib.workspace import root
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 __all__ = ["published"]
 
 _VALUES = ("value", "mean", "std", "note")  # everything else identifies a row
-_LARGEST = {"%": 100.0} | dict.fromkeys(
-    ["bits/dim", "steps", "count", "ratio"], float("inf")
-)  # by unit
+_UNITS = ("%", "bits/dim", "steps", "count", "ratio")
 _NEEDED = {"source", "id_dataset", "method", "metric", "positive_class", "note"}
 
 
 def published(name: str, *, folder: Path | None = None) -> DataFrame:
-    """The rows of ``data/published/<name>.csv``; texts as they stand, numbers as float64, an unread
-    number as NaN.
+    """The rows of ``data/published/<name>.csv``: numbers as float64, an unread number as NaN.
 
     Parameters
     ----------
@@ -31,13 +28,13 @@ def published(name: str, *, folder: Path | None = None) -> DataFrame:
 
     Returns
     -------
-    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in per cent unless
-    the column ``unit`` says "bits/dim", "steps", "count" or "ratio"
+    DataFrame with the file's columns; the number is in ``value`` or in ``mean`` (with ``std``), in
+    per cent unless the column ``unit`` says "bits/dim", "steps", "count" or "ratio"
 
     Raises
     ------
-    OodlibError : no such file, a column is missing, a unit is unknown, a number is negative or above 100 %, an empty
-        number has no note, a row has no source, or two rows have the same key
+    OodlibError : no such file, a column is missing, a unit is unknown, a number is negative or
+        above 100 %, an empty number has no note, a row has no source, or two rows share a key
     """
     import pandas as pd
 
@@ -50,43 +47,29 @@ def published(name: str, *, folder: Path | None = None) -> DataFrame:
     number = "value" if "value" in table else "mean"
     missing = (_NEEDED | {number}) - set(table)
     if missing:
-        raise OodlibError(
-            f"{path}: the columns {', '.join(sorted(missing))} are missing. See README.md beside "
-            "it."
-        )
+        columns = ", ".join(sorted(missing))
+        raise OodlibError(f"{path}: the columns {columns} are missing. See README.md beside it.")
+
+    def refuse(bad: Series, reason: str) -> None:
+        rows = table.index[bad]
+        if len(rows):
+            raise OodlibError(
+                f"{path}, line {rows[0] + 2}: {reason} ({len(rows)} such rows). Correct the file."
+            )
+
     unit = table["unit"] if "unit" in table else pd.Series("%", table.index)
-    _refuse(path, table, ~unit.isin(list(_LARGEST)), f"the unit is none of {', '.join(_LARGEST)}")
-    largest = unit.map(_LARGEST)
+    refuse(~unit.isin(_UNITS), f"the unit is none of {', '.join(_UNITS)}")
     for column in {number, "std"} & set(table):
         values = pd.to_numeric(table[column].replace("", "nan"), errors="coerce")
-        _refuse(
-            path,
-            table,
-            values.isna() & ~table[column].isin(["", "nan"]),
-            f"{column} is not a number",
-        )
-        outside = values.notna() & ~values.between(0, largest)
-        _refuse(path, table, outside & (unit == "%"), f"{column} is outside [0, 100]")
-        _refuse(path, table, outside, f"{column} is negative")
+        unread = table[column].isin(["", "nan"])
+        refuse(values.isna() & ~unread, f"{column} is not a number")
+        refuse((unit == "%") & ((values < 0) | (values > 100)), f"{column} is outside [0, 100]")
+        refuse(values < 0, f"{column} is negative")
         table[column] = values
-    _refuse(path, table, table["source"] == "", "the source is missing")
-    _refuse(
-        path, table, table[number].isna() & (table["note"] == ""), "an empty number needs a note"
-    )
-    _refuse(
-        path,
-        table,
-        ~table["positive_class"].isin(["ID", "OOD", "none", ""]),
-        "positive_class is not ID or OOD",
-    )
+    refuse(table["source"] == "", "the source is missing")
+    refuse(table[number].isna() & (table["note"] == ""), "an empty number needs a note")
+    positive = table["positive_class"].isin(["ID", "OOD", "none", ""])
+    refuse(~positive, "positive_class is not ID or OOD")
     key = [column for column in table if column not in _VALUES]
-    _refuse(path, table, table.duplicated(key), "the same key stands in an earlier row")
+    refuse(table.duplicated(key), "the same key as in an earlier row")
     return table
-
-
-def _refuse(path: Path, table: DataFrame, bad: object, reason: str) -> None:
-    rows = table.index[bad]  # type: ignore[index]
-    if len(rows):
-        raise OodlibError(
-            f"{path}, line {rows[0] + 2}: {reason} ({len(rows)} such rows). Correct the file."
-        )

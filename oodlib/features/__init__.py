@@ -1,4 +1,4 @@
-"""One forward pass over a data set, and the FeatureBank that it leaves in memory or on disk."""
+"""One forward pass over a data set, and the FeatureBank it leaves in memory or on disk."""
 
 from oodlib.features.extract import batches, extract, stream
 from oodlib.features.feature_bank import FeatureBank, Head

@@ -1,18 +1,14 @@
-"""One forward pass over a data set: features, logits and, on request, earlier layers, into a
-FeatureBank.
-"""
+"""One forward pass over a data set, into a FeatureBank: features, logits, earlier layers."""
 
-from __future__ import annotations
-
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 from tqdm import tqdm
@@ -22,6 +18,7 @@ from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank, Head, check_head
 from oodlib.features.stores import DiskStore, MemoryStore
+from oodlib.files import key_of, locked
 from oodlib.models.device import model_code_hash, pick_device, weights_hash
 from oodlib.models.hooks import eval_mode, find_head
 from oodlib.models.training.augment import normalise
@@ -34,7 +31,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class _Taps:
-    """Forward hooks that keep the head's input and the named layers of the current batch."""
+    """Forward hooks that record the head's input and the named layers of the current batch."""
 
     def __init__(self, model: nn.Module, head: str, layers: Sequence[str]):
         modules = dict(model.named_modules())
@@ -47,20 +44,20 @@ class _Taps:
         self.features = torch.empty(0)
         self.layers: dict[str, Tensor] = {}
         self._aspect = 0.0
-        self._handles = [model.register_forward_pre_hook(self._keep_aspect)]
-        self._handles += [modules[head].register_forward_pre_hook(self._keep_features)]
-        self._handles += [
-            modules[name].register_forward_hook(self._keep_layer(name)) for name in layers
+        self._handles = [
+            model.register_forward_pre_hook(self._picture),
+            modules[head].register_forward_pre_hook(self._head_input),
+            *(modules[name].register_forward_hook(self._layer(name)) for name in layers),
         ]
 
-    def _keep_features(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _head_input(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.features = inputs[0].flatten(1)
 
-    def _keep_aspect(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _picture(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].ndim == 4:
             self._aspect = math.log(inputs[0].shape[2] / inputs[0].shape[3])
 
-    def _keep_layer(self, name: str):
+    def _layer(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if output.ndim == 4:  # (n, channels, h, w), or Swin's (n, h, w, channels)
                 output = output.mean((1, 2) if self._channels_last(output) else (2, 3))
@@ -71,7 +68,7 @@ class _Taps:
         return hook
 
     def _channels_last(self, output: Tensor) -> bool:
-        """Whether the first two of its dimensions fit the picture's shape better than the last two."""
+        """Whether its first two dimensions fit the picture's shape better than the last two."""
 
         def misfit(height: int, width: int) -> float:
             return abs(math.log(height / width) - self._aspect)
@@ -79,7 +76,7 @@ class _Taps:
         _, a, b, c = output.shape
         return misfit(a, b) < misfit(b, c)
 
-    def __enter__(self) -> _Taps:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,10 +86,9 @@ class _Taps:
 
 def _read_head(module: nn.Module) -> Head:
     weight = to_numpy(module.weight).reshape(len(module.weight), -1).copy()  # type: ignore[arg-type]
-    bias = (
-        np.zeros(len(weight), weight.dtype) if module.bias is None else to_numpy(module.bias).copy()
-    )
-    return Head(weight, bias)
+    if module.bias is None:
+        return Head(weight, np.zeros(len(weight), weight.dtype))
+    return Head(weight, to_numpy(module.bias).copy())
 
 
 def batches(
@@ -112,11 +108,11 @@ def batches(
             )
         statistics = torch.tensor(mean), torch.tensor(std)
         for i in range(start, len(data), batch_size):
-            pixels = torch.from_numpy(np.array(data.images[i : i + batch_size]))
-            yield (
-                normalise(pixels, *statistics),
-                torch.from_numpy(np.array(data.labels[i : i + batch_size])),
+            pixels, labels = (
+                torch.from_numpy(np.array(values[i : i + batch_size]))
+                for values in (data.images, data.labels)
             )
+            yield normalise(pixels, *statistics), labels
         return
     if isinstance(data, DataLoader) and start:
         data = DataLoader(
@@ -167,8 +163,7 @@ def extract(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> FeatureBank:
-    """Run ``model`` once over ``data`` and keep the input of its linear head, its logits and the
-    named layers.
+    """Run ``model`` once over ``data``: the input of its linear head, its logits, named layers.
 
     Works for any classifier whose output is that of one linear layer (timm, torchvision, your own);
     see `find_head`.
@@ -177,15 +172,17 @@ def extract(
     ----------
     model : moved to ``device`` and put in evaluation mode
     data : an ImageSet, an unshuffled DataLoader of (x, y), or a list of such batches
-    mean, std : per channel, in units of pixel / 255; for an ImageSet only, other data come transformed
-    layers : names as in ``model.named_modules()``; each is averaged over positions or tokens to (N, d)
-    cache : folder for banks. A finished bank with the same model, weights, transform and data is opened instead of
-        computed again, and an interrupted one goes on at the last finished shard. ``None`` keeps
-        all in memory.
+    mean, std : per channel, in units of pixel / 255; for an ImageSet only, other data come
+        transformed
+    layers : names as in ``model.named_modules()``; each is averaged over positions or tokens to
+        (N, d)
+    cache : folder for banks. A finished bank with the same model, weights, transform and data is
+        opened instead of computed again, and an interrupted one is resumed after its last shard.
+        ``None`` holds everything in memory.
     model_name : for the file name and the key; the class name where not given
     fingerprint : identity of the data behind a loader, needed with ``cache`` (an ImageSet knows its
         own)
-    shard_rows : rows between two savings of the progress; also what the memory is bounded by
+    shard_rows : rows in memory at a time with ``cache``, and between two records of progress
 
     Returns
     -------
@@ -193,7 +190,7 @@ def extract(
 
     Raises
     ------
-    OodlibError : no linear head, a shuffled loader, an unknown layer, features that do not give the logits
+    OodlibError : no linear head, a shuffled loader, an unknown layer, logits not of the head
     """
     n = _count(data)
     name = model_name or type(model).__name__
@@ -212,38 +209,18 @@ def extract(
             "transform": repr((mean, std)),
             "code": f"{code_hash(__name__)} {model_code_hash(model)}",
         }
-    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:16]
-
-    options: Any = {
-        "mean": mean,
-        "std": std,
-        "layers": layers,
-        "batch_size": batch_size,
-        "shard_rows": shard_rows,
-        "device": device,
-        "progress": progress,
-    }
+    run = partial(stream, model, data, mean=mean, std=std, layers=layers, batch_size=batch_size)
+    run = partial(run, shard_rows=shard_rows, device=device, progress=progress)
     if cache is None:
         store = MemoryStore(n)
-        for shard in stream(model, data, **options):
+        for shard in run():
             store.write(shard)
-        arrays = store.arrays
-        return FeatureBank(
-            arrays["features"],
-            arrays["logits"],
-            arrays["labels"],
-            store.head,
-            {layer: arrays[f"layer.{layer}"] for layer in layers},
-            meta,
-        )
-    from filelock import FileLock
-
-    path = Path(cache) / f"{name}-{data_name}-{key}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(path.name + ".lock")):  # two notebooks may want the same bank
+        return FeatureBank.of_arrays(store.arrays, store.head, meta)
+    path = Path(cache) / f"{name}-{data_name}-{key_of(meta)}"
+    with locked(path.with_name(path.name + ".lock")):  # two notebooks may want the same bank
         if not (path / "bank.json").exists():
             disk = DiskStore(path.with_name(path.name + ".part"), n)
-            for shard in stream(model, data, start=disk.done, **options):
+            for shard in run(start=disk.done):
                 disk.write(shard)
             disk.finish(path, meta)
     return FeatureBank.load(path)
@@ -262,39 +239,30 @@ def stream(
     progress: bool = True,
     start: int = 0,
 ) -> Iterator[FeatureBank]:
-    """The same pass, bank by bank in the order of the data, from row ``start`` on: memory for one
-    bank is all it takes.
+    """The same pass, bank by bank in the order of the data, from row ``start`` on.
 
     Parameters as in `extract`; ``shard_rows`` is the size of a bank, rounded up to whole batches
     (the last is smaller).
 
     Raises
     ------
-    OodlibError : as `extract`, and where the data hold other than the announced number of rows
+    OodlibError : as `extract`, and where the data do not hold the announced number of rows
     """
     where, rows = pick_device(device), _count(data)
     title = f"{data.name}-{data.split}" if isinstance(data, ImageSet) else "images"
-    parts: list[dict[str, np.ndarray]] = []
+    parts: list[dict[str, NDArray[Any]]] = []
     done, waiting = start, 0
     head, head_name = Head(np.empty((0, 0)), np.empty(0)), None
     model.to(where)
 
     def bank() -> FeatureBank:
-        arrays = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-        return FeatureBank(
-            arrays["features"],
-            arrays["logits"],
-            arrays["labels"],
-            head,
-            {layer: arrays[f"layer.{layer}"] for layer in layers},
+        return FeatureBank.of_arrays(
+            {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, head
         )
 
-    with (
-        eval_mode(model),
-        tqdm(
-            total=rows, initial=start, desc=title, unit="img", disable=None if progress else True
-        ) as bar,
-    ):
+    hidden = None if progress else True
+    bar = tqdm(total=rows, initial=start, desc=title, unit="img", disable=hidden)
+    with eval_mode(model), bar:
         for x, y in batches(data, batch_size=batch_size, mean=mean, std=std, start=start):
             x = x.to(where, memory_format=torch.channels_last) if x.ndim == 4 else x.to(where)
             if head_name is None:

@@ -1,21 +1,18 @@
 """FeatureBank: what one forward pass leaves of a data set, in memory or memory-mapped on disk."""
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, sha256, write_json
+from oodlib.files import atomic_folder, read_json, sha256, write_json
 
 __all__ = ["FeatureBank", "Head"]
 
@@ -28,13 +25,14 @@ class Head:
     mask : (C, D) bool where pruning has removed weights: which ones are left
     """
 
-    weight: NDArray[np.floating]
-    bias: NDArray[np.floating]
+    weight: NDArray[np.floating[Any]]
+    bias: NDArray[np.floating[Any]]
     mask: NDArray[np.bool_] | None = None
 
     def __call__(self, features: ArrayLike) -> NDArray[np.float64]:
         """(n, D) -> (n, C), float64."""
-        return to_numpy(features).astype(np.float64) @ self.weight.astype(np.float64).T + self.bias
+        h = to_numpy(features).astype(np.float64)
+        return np.asarray(h @ self.weight.astype(np.float64).T + self.bias)
 
     @property
     def num_classes(self) -> int:
@@ -42,18 +40,16 @@ class Head:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) of weight and bias in float32: whose head it is."""
+        """SHA-256 (hexadecimal) of weight and bias in float32, which identifies the network."""
         digest = hashlib.sha256(str(self.weight.shape).encode())
         for values in (self.weight, self.bias):
             digest.update(np.ascontiguousarray(values, "<f4").tobytes())
         return digest.hexdigest()
 
-    def masked(self, mask: NDArray[np.bool_]) -> Head:
-        """The head without the weights where ``mask`` (C, D) is False, beside those removed before;
-        a copy.
-        """
+    def masked(self, mask: NDArray[np.bool_]) -> Self:
+        """A copy without the weights where ``mask`` (C, D) is False and those removed before."""
         mask = np.asarray(mask, dtype=bool) if self.mask is None else mask & self.mask
-        return Head(self.weight * mask, self.bias, mask)
+        return replace(self, weight=self.weight * mask, mask=mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +64,20 @@ class FeatureBank:
     head : weight (C, D) and bias (C,)
     layers : named earlier layers, each (N, d), pooled over positions; empty unless asked for
     meta : what the bank was made from (model, weights hash, transform, data fingerprint)
+
+    Examples
+    --------
+    >>> h = np.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> bank = FeatureBank.from_arrays(h, weight=np.eye(2), labels=[0, 0])
+    >>> bank, bank.accuracy
+    (FeatureBank(2 x 2 features, 2 classes), 0.5)
+    >>> bank.logits
+    array([[2., 0.],
+           [0., 1.]])
     """
 
     features: NDArray[np.float32]
-    logits: NDArray[np.floating]
+    logits: NDArray[np.floating[Any]]
     labels: NDArray[np.int64] | None
     head: Head
     layers: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -88,7 +94,7 @@ class FeatureBank:
         logits: Any = None,
         layers: Mapping[str, Any] | None = None,
         meta: Mapping[str, Any] | None = None,
-    ) -> FeatureBank:
+    ) -> Self:
         """Make a bank from arrays or tensors of any network.
 
         Parameters
@@ -100,7 +106,7 @@ class FeatureBank:
 
         Raises
         ------
-        OodlibError : shapes that do not fit, values that are not finite, logits that are not the head's
+        OodlibError : shapes that do not fit, values that are not finite, logits of another head
         """
         features, weight = to_numpy(features), to_numpy(weight)
         if features.ndim != 2 or weight.ndim != 2 or features.shape[1] != weight.shape[1]:
@@ -134,37 +140,39 @@ class FeatureBank:
         else:
             logits = to_numpy(logits)
             check_head(head, features, logits)
-        return cls(
-            features,
-            logits,
-            labels,
-            head,
-            {k: to_numpy(v) for k, v in (layers or {}).items()},
-            meta or {},
-        )
+        pooled = {name: to_numpy(values) for name, values in (layers or {}).items()}
+        return cls(features, logits, labels, head, pooled, meta or {})
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __repr__(self) -> str:
-        unknown = (
-            f", {self.unknown} labels unknown" if self.labels is not None and self.unknown else ""
-        )
-        return (
-            f"FeatureBank({len(self)} x {self.features.shape[1]} features, {self.head.num_classes} "
-            f"classes{unknown}{', ' + self.meta['data'] if 'data' in self.meta else ''})"
-        )
+        facts = [f"{len(self)} x {self.features.shape[1]} features"]
+        facts += [f"{self.head.num_classes} classes"]
+        if self.labels is not None and self.unknown:
+            facts += [f"{self.unknown} labels unknown"]
+        if "data" in self.meta:
+            facts += [self.meta["data"]]
+        return f"FeatureBank({', '.join(facts)})"
 
-    def subset(self, index: NDArray | slice) -> FeatureBank:
+    def subset(self, index: NDArray[Any] | slice) -> Self:
         """The chosen rows (integer or boolean index, or a slice), in that order."""
-        return FeatureBank(
-            self.features[index],
-            self.logits[index],
-            None if self.labels is None else self.labels[index],
-            self.head,
-            {k: v[index] for k, v in self.layers.items()},
-            self.meta,
-        )
+        chosen = {name: values[index] for name, values in self.arrays().items()}
+        return self.of_arrays(chosen, self.head, self.meta)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything with one row per image, by name; layers as ``layer.<name>``."""
+        labels = {} if self.labels is None else {"labels": self.labels}
+        layers = {f"layer.{name}": values for name, values in self.layers.items()}
+        return {"features": self.features, "logits": self.logits, **labels, **layers}
+
+    @classmethod
+    def of_arrays(
+        cls, arrays: Mapping[str, NDArray[Any]], head: Head, meta: Mapping[str, Any] | None = None
+    ) -> Self:
+        """The bank of what `arrays` returns, unchecked."""
+        features, logits, labels = arrays["features"], arrays["logits"], arrays.get("labels")
+        return cls(features, logits, labels, head, _layers(arrays), meta or {})
 
     @property
     def unknown(self) -> int:
@@ -173,8 +181,7 @@ class FeatureBank:
 
     @property
     def accuracy(self) -> float:
-        """Share of rows of known label whose arg-max logit is the label, in [0, 1]; `unknown`
-        counts the others.
+        """Share of rows of known label whose arg-max logit is the label, in [0, 1].
 
         OodlibError : no label is known
         """
@@ -198,25 +205,15 @@ class FeatureBank:
         return self.accuracy
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a folder of ``.npy`` files and ``bank.json`` with their checksums; whole or not at
-        all.
-        """
-        arrays: dict[str, NDArray] = {
-            "features": self.features,
-            "logits": self.logits,
-            "weight": self.head.weight,
-            "bias": self.head.bias,
-        }
-        if self.labels is not None:
-            arrays["labels"] = self.labels
-        arrays |= {f"layer.{name}": value for name, value in self.layers.items()}
+        """Write ``.npy`` files and ``bank.json`` with their checksums, whole or not at all."""
+        arrays = {**self.arrays(), "weight": self.head.weight, "bias": self.head.bias}
         with atomic_folder(path) as temporary:
             for name, value in arrays.items():
                 np.save(temporary / f"{name}.npy", value)
-            write_checksums(temporary, dict(self.meta))
+            write_checksums(temporary, self.meta)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> FeatureBank:
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Self:
         """Open a saved bank, memory-mapped.
 
         ``verify`` compares every file with its checksum (about 1 s per GB).
@@ -225,9 +222,9 @@ class FeatureBank:
         ------
         OodlibError : no bank there, a file is missing, or a checksum differs
         """
-        path = Path(path)
+        path, remedy = Path(path), "This is not a complete bank. Extract again."
+        sidecar = read_json(path / "bank.json", "FeatureBank.load", remedy)
         try:
-            sidecar = json.loads((path / "bank.json").read_text())
             for name, digest in sidecar["sha256"].items():
                 if verify and sha256(path / name) != digest:
                     raise OodlibError(
@@ -238,39 +235,30 @@ class FeatureBank:
                 name.removesuffix(".npy"): np.load(path / name, mmap_mode="r")
                 for name in sidecar["sha256"]
             }
-            head = Head(np.asarray(arrays["weight"]), np.asarray(arrays["bias"]))
-            layers = {
-                k.removeprefix("layer."): v for k, v in arrays.items() if k.startswith("layer.")
-            }
-            if "logits" not in arrays:  # left out to halve the size: the head gives them
-                return cls.from_arrays(
-                    arrays["features"],
-                    weight=head.weight,
-                    bias=head.bias,
-                    labels=arrays.get("labels"),
-                    layers=layers,
-                    meta=sidecar["meta"],
-                )
-            return cls(
-                arrays["features"],
-                arrays["logits"],
-                arrays.get("labels"),
-                head,
-                layers,
-                sidecar["meta"],
-            )
-        except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError) as error:
-            raise OodlibError(
-                f"FeatureBank.load: {path} is not a complete bank ({error}). Extract again."
-            ) from error
+            head = Head(np.asarray(arrays.pop("weight")), np.asarray(arrays.pop("bias")))
+            meta = sidecar["meta"]
+            if "logits" in arrays:
+                return cls.of_arrays(arrays, head, meta)
+            # left out to halve the size: the head gives them
+            given: Any = {"labels": arrays.get("labels"), "layers": _layers(arrays), "meta": meta}
+            return cls.from_arrays(arrays["features"], weight=head.weight, bias=head.bias, **given)
+        except (FileNotFoundError, KeyError) as error:
+            raise OodlibError(f"FeatureBank.load: {path}: {error}. {remedy}") from error
+
+
+def _layers(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {k.removeprefix("layer."): v for k, v in arrays.items() if k.startswith("layer.")}
 
 
 def check_head(
-    head: Head, features: NDArray, logits: NDArray, *, rtol: float = 1e-3, rows: int = 1024
+    head: Head,
+    features: NDArray[Any],
+    logits: NDArray[Any],
+    *,
+    rtol: float = 1e-3,
+    rows: int = 1024,
 ) -> None:
-    """Raise OodlibError unless ``head(features)`` gives the logits (first ``rows`` rows, relative
-    to their size).
-    """
+    """Raise OodlibError unless the first ``rows`` of ``head(features)`` are those of the logits."""
     expected, got = head(features[:rows]), np.asarray(logits[:rows], dtype=np.float64)
     if expected.shape != got.shape or len(features) != len(logits):
         raise OodlibError(
@@ -292,11 +280,5 @@ def check_head(
 
 def write_checksums(folder: Path, meta: Mapping[str, Any]) -> None:
     """Write ``bank.json``: the checksum of every array in the folder, and where they came from."""
-    write_json(
-        folder / "bank.json",
-        {
-            "format": 1,
-            "meta": dict(meta),
-            "sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.npy"))},
-        },
-    )
+    checksums = {path.name: sha256(path) for path in sorted(folder.glob("*.npy"))}
+    write_json(folder / "bank.json", {"format": 1, "meta": dict(meta), "sha256": checksums})

@@ -1,16 +1,15 @@
 """GradNorm of any group of a network's parameters, by one gradient per sample in micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.linalg import vector_norm
 
 from oodlib.arrays import check_temperature
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 from oodlib.gradients.layer_norms import wide
 from oodlib.models.hooks import eval_mode
 
@@ -24,8 +23,8 @@ def parameter_groups(
 
     Parameters
     ----------
-    groups : name -> shell patterns of parameter names, ``{"last": ["fc.weight"], "stage 4": ["layer4.*"]}``;
-        None makes every parameter a group of its own
+    groups : name -> shell patterns of parameter names,
+        ``{"last": ["fc.weight"], "stage 4": ["layer4.*"]}``; None makes every parameter a group
 
     Raises
     ------
@@ -67,11 +66,12 @@ def gradnorm_by_layer(
     groups : as in `parameter_groups`; groups may overlap
     temperature : T > 0
     norm : q in (0, inf]
-    chunk_size : samples whose gradients are held at once; memory is chunk_size x (parameters + activations)
+    chunk_size : samples whose gradients are held at once; memory is chunk_size x (parameters +
+        activations)
 
     Returns
     -------
-    group name -> (N,) float64, on the CPU. For the weight of a linear head equal to `oodlib.scores.gradnorm`.
+    group name -> (N,) float64, on the CPU; for a linear head's weight `oodlib.scores.gradnorm`
 
     Raises
     ------
@@ -82,23 +82,16 @@ def gradnorm_by_layer(
     Huang, Geng, Li, NeurIPS 2021, arXiv 2110.00218 (the paper's sign is the opposite)
     """
     check_temperature("gradnorm_by_layer", temperature)
-    if not norm > 0:
-        raise OodlibError(
-            f"gradnorm_by_layer: norm q must lie in (0, inf], got {norm}. Use math.inf for the "
-            "maximum."
-        )
+    check_interval("gradnorm_by_layer: norm q", norm, "(0, inf]", "math.inf is the maximum norm.")
     if chunk_size < 1 or len(x) == 0:
         raise OodlibError(
             f"gradnorm_by_layer: needs a sample and chunk_size >= 1, got {len(x)} and {chunk_size}."
         )
     members = parameter_groups(model, groups)
     used = {name for names in members.values() for name in names}
-    fixed = {
-        name: t.detach()
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-        if name not in used
-    }
-    chosen = {name: p.detach() for name, p in model.named_parameters() if name in used}
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    fixed = {name: t.detach() for name, t in tensors.items() if name not in used}
+    chosen = {name: t.detach() for name, t in tensors.items() if name in used}
 
     def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
         logits = functional_call(model, {**parameters, **fixed}, (sample[None],))
@@ -107,20 +100,18 @@ def gradnorm_by_layer(
                 "gradnorm_by_layer: the model must return logits (n, C), got "
                 f"{tuple(logits.shape)} for one sample."
             )
-        return -(logits / temperature).log_softmax(1).mean()  # KL(u || p) + log C
+        value: Tensor = -(logits / temperature).log_softmax(1).mean()  # KL(u || p) + log C
+        return value
 
     per_sample = vmap(grad(loss), in_dims=(None, 0))
     parts: dict[str, list[Tensor]] = {group: [] for group in members}
     with eval_mode(model):
-        for chunk in x.split(chunk_size):
+        for chunk in torch.split(x, chunk_size):
             norms = {
-                name: torch.linalg.vector_norm(g.flatten(1), norm, dim=1, dtype=wide(g))
-                .double()
-                .cpu()
+                name: vector_norm(g.flatten(1), norm, dim=1, dtype=wide(g)).double().cpu()
                 for name, g in per_sample(chosen, chunk).items()
             }
             for group, names in members.items():  # the q-norm of q-norms is the whole q-norm
-                parts[group].append(
-                    torch.linalg.vector_norm(torch.stack([norms[n] for n in names]), norm, dim=0)
-                )
+                stacked = torch.stack([norms[name] for name in names])
+                parts[group].append(vector_norm(stacked, norm, dim=0))
     return {group: -torch.cat(values) for group, values in parts.items()}

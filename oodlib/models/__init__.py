@@ -1,6 +1,4 @@
-"""Networks of the suite, public checkpoints, and what every model needs: a device, its head, its
-identity.
-"""
+"""Networks of the suite, public checkpoints, and what every model needs: device, head, hashes."""
 
 from oodlib.models.device import pick_device, weights_hash
 from oodlib.models.fast_convnet import FastConvNet

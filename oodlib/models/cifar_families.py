@@ -1,15 +1,14 @@
-"""Small classifiers of other families than FastConvNet, for 32-pixel images: at most 600,000
-parameters each.
+"""Small classifiers of several families for 32-pixel images, each below 600,000 parameters.
 
 Each is ``head(features(x))``: a body that ends in a ReLU, so that features are non-negative, global
-average pooling, and a linear head with or without bias. They differ in what a convolution sees and
-in how blocks are joined.
+average pooling, and a linear head. Families differ in their convolutions and connections.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,7 @@ __all__ = [
 
 
 class Family(nn.Module):
-    """A body (n, 3, h, w) -> (n, D, h', w') with non-negative output, the mean over all places, and
-    a linear head.
-    """
+    """A non-negative body (n, 3, h, w) -> (n, D, h', w'), mean over positions, linear head."""
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, *, bias: bool):
         super().__init__()
@@ -52,16 +49,10 @@ class Family(nn.Module):
 def plain(
     num_classes: int = 10, *, widths: tuple[int, ...] = (32, 64, 128), bias: bool = True
 ) -> Family:
-    """Pairs of 3x3 convolutions without residuals, max-pooled between pairs (Simonyan, Zisserman,
-    arXiv 1409.1556).
-    """
+    """Pairs of 3x3 convolutions, max-pooled in between (Simonyan, Zisserman, arXiv 1409.1556)."""
     layers: list[nn.Module] = []
-    for channels_in, channels in pairwise((3, *widths)):
-        layers += [
-            _convolution(channels_in, channels),
-            _convolution(channels, channels),
-            nn.MaxPool2d(2),
-        ]
+    for a, b in pairwise((3, *widths)):
+        layers += [_convolution(a, b), _convolution(b, b), nn.MaxPool2d(2)]
     return Family(nn.Sequential(*layers[:-1]), widths[-1], num_classes, bias=bias)
 
 
@@ -70,23 +61,20 @@ def wide(
 ) -> Family:
     """Few, wide layers: one 3x3 convolution at each resolution, max-pooled in between."""
     layers: list[nn.Module] = []
-    for channels_in, channels in pairwise((3, *widths)):
-        layers += [_convolution(channels_in, channels), nn.MaxPool2d(2)]
+    for a, b in pairwise((3, *widths)):
+        layers += [_convolution(a, b), nn.MaxPool2d(2)]
     return Family(nn.Sequential(*layers[:-1]), widths[-1], num_classes, bias=bias)
 
 
 def residual(
     num_classes: int = 10, *, widths: tuple[int, ...] = (24, 64, 128), bias: bool = False
 ) -> Family:
-    """One wide residual block at each resolution, activated before it is convolved (Zagoruyko,
-    arXiv 1605.07146).
-    """
+    """One wide pre-activation residual block at each resolution (Zagoruyko, arXiv 1605.07146)."""
     blocks = [
         _Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(pairwise((16, *widths)))
     ]
-    body = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU()
-    )
+    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    body = nn.Sequential(stem, *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU())
     return Family(body, widths[-1], num_classes, bias=bias)
 
 
@@ -99,16 +87,12 @@ def depthwise(
 ) -> Family:
     """Depthwise 3x3 convolutions, each followed by a 1x1 one (Howard et al., arXiv 1704.04861).
 
-    halved : of the pairs, those that halve the resolution
+    halved : the pairs that halve the resolution
     """
     layers: list[nn.Module] = [_convolution(3, 32)]
-    for i, (channels_in, channels) in enumerate(pairwise((32, *widths))):
-        layers += [
-            _convolution(
-                channels_in, channels_in, groups=channels_in, stride=2 if i in halved else 1
-            ),
-            _convolution(channels_in, channels, 1),
-        ]
+    for i, (a, b) in enumerate(pairwise((32, *widths))):
+        stride = 2 if i in halved else 1
+        layers += [_convolution(a, a, groups=a, stride=stride), _convolution(a, b, 1)]
     return Family(nn.Sequential(*layers), widths[-1], num_classes, bias=bias)
 
 
@@ -119,33 +103,22 @@ def shuffled(
     last: int = 384,
     bias: bool = True,
 ) -> Family:
-    """Units that convolve half of the channels and shuffle the halves (Ma et al., arXiv
-    1807.11164); three a stage.
+    """Units that convolve half of the channels and shuffle both halves; three units per stage.
+
+    Ma et al., arXiv 1807.11164
     """
     units: list[nn.Module] = []
-    for channels_in, channels in pairwise((32, *widths)):
-        units += [
-            _Shuffled(channels_in, channels),
-            _Shuffled(channels, channels),
-            _Shuffled(channels, channels),
-        ]
+    for a, b in pairwise((32, *widths)):
+        units += [_Shuffled(a, b), _Shuffled(b, b), _Shuffled(b, b)]
     body = nn.Sequential(_convolution(3, 32), *units, _convolution(widths[-1], last, 1))
     return Family(body, last, num_classes, bias=bias)
 
 
 class AveragedFastConvNet(FastConvNet):
-    """FastConvNet with global average pooling in place of maximum pooling, and nothing else
-    changed.
-    """
+    """FastConvNet with global average pooling in place of maximum pooling."""
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        *,
-        widths: tuple[int, int, int] = (64, 192, 256),
-        in_channels: int = 3,
-    ):
-        super().__init__(num_classes, widths=widths, in_channels=in_channels)
+    def __init__(self, num_classes: int = 10, **options: Any):
+        super().__init__(num_classes, **options)
         self.pool = nn.AdaptiveAvgPool2d(1)  # type: ignore[assignment]
 
 
@@ -167,9 +140,7 @@ def _convolution(
 
 
 class _Residual(nn.Module):
-    """x + conv(act(conv(act(x)))); where the shape changes, the shortcut is a 1x1 convolution of
-    act(x).
-    """
+    """x + conv(act(conv(act(x)))); a change of shape is a 1x1 convolution of act(x)."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -187,9 +158,7 @@ class _Residual(nn.Module):
 
 
 class _Shuffled(nn.Module):
-    """Half of the channels passes, half is convolved; where the width grows, both halves are, and
-    the side halves.
-    """
+    """Half of the channels is convolved; where the width grows, both are, and the side halves."""
 
     def __init__(self, channels_in: int, channels: int):
         super().__init__()
@@ -200,26 +169,18 @@ class _Shuffled(nn.Module):
             _convolution(half, half, stride=stride, groups=half, activation=False),
             _convolution(half, half, 1),
         )
-        self.other = (
-            nn.Sequential(
+        self.other = None
+        if grows:
+            self.other = nn.Sequential(
                 _convolution(into, into, stride=2, groups=into, activation=False),
                 _convolution(into, half, 1),
             )
-            if grows
-            else None
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = x.chunk(2, 1) if self.other is None else (self.other(x), x)
-        return torch.stack([left, self.branch(right)], 2).flatten(
-            1, 2
-        )  # channels of the two in turn
+        return torch.stack([left, self.branch(right)], 2).flatten(1, 2)  # their channels in turn
 
 
-FAMILIES: dict[str, Callable[[], Family]] = {
-    "plain": plain,
-    "wide": wide,
-    "residual": residual,
-    "depthwise": depthwise,
-    "shuffled": shuffled,
+FAMILIES: dict[str, Callable[..., Family]] = {
+    build.__name__: build for build in (plain, wide, residual, depthwise, shuffled)
 }

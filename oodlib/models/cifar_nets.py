@@ -1,6 +1,4 @@
-"""The architectures of the public CIFAR checkpoints: ResNet with option-A shortcuts, and
-DenseNet-BC.
-"""
+"""Architectures of the public CIFAR checkpoints: ResNet with option-A shortcuts, DenseNet-BC."""
 
 from __future__ import annotations
 
@@ -27,10 +25,9 @@ class _BasicBlock(nn.Module):
 
 
 class ResNetA(nn.Module):
-    """CIFAR ResNet of He et al. (CVPR 2016, section 4.2) with parameter-free shortcuts (option A);
-    64 features.
+    """CIFAR ResNet with parameter-free shortcuts (He et al., CVPR 2016, section 4.2, option A).
 
-    ``blocks`` per stage: 3 gives ResNet-20, 9 gives ResNet-56.
+    64 features; ``blocks`` per stage: 3 gives ResNet-20, 9 gives ResNet-56.
     """
 
     def __init__(self, blocks: int, num_classes: int = 10):
@@ -45,9 +42,8 @@ class ResNetA(nn.Module):
     @staticmethod
     def _stage(blocks: int, channels_in: int, channels: int, stride: int) -> nn.Sequential:
         first = _BasicBlock(channels_in, channels, stride)
-        return nn.Sequential(
-            first, *(_BasicBlock(channels, channels, 1) for _ in range(blocks - 1))
-        )
+        others = [_BasicBlock(channels, channels, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
         x = relu(self.bn1(self.conv1(x)))
@@ -58,10 +54,8 @@ class ResNetA(nn.Module):
 class _DenseLayer(nn.Module):
     def __init__(self, channels_in: int, growth: int):
         super().__init__()
-        self.bn1, self.conv1 = (
-            nn.BatchNorm2d(channels_in),
-            nn.Conv2d(channels_in, 4 * growth, 1, bias=False),
-        )
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, 4 * growth, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(4 * growth)
         self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
 
@@ -72,9 +66,8 @@ class _DenseLayer(nn.Module):
 class _DenseBlock(nn.Module):
     def __init__(self, layers: int, channels_in: int, growth: int):
         super().__init__()
-        self.layer = nn.Sequential(
-            *(_DenseLayer(channels_in + i * growth, growth) for i in range(layers))
-        )
+        widths = range(channels_in, channels_in + layers * growth, growth)
+        self.layer = nn.Sequential(*(_DenseLayer(width, growth) for width in widths))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -83,20 +76,17 @@ class _DenseBlock(nn.Module):
 class _Transition(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.bn1, self.conv1 = (
-            nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, channels // 2, 1, bias=False),
-        )
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels // 2, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return avg_pool2d(self.conv1(relu(self.bn1(x))), 2)
 
 
 class DenseNetBC(nn.Module):
-    """DenseNet-BC for 32-pixel images (Huang et al., CVPR 2017): three dense blocks, compression
-    1/2.
+    """DenseNet-BC for 32-pixel images: three dense blocks, compression 1/2.
 
-    16 layers a block at growth 12 is DenseNet-BC-100: 342 features.
+    Huang et al., CVPR 2017. 16 layers per block at growth 12 is DenseNet-BC-100: 342 features.
     """
 
     def __init__(self, num_classes: int, *, layers: int = 16, growth: int = 12):

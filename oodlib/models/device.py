@@ -1,6 +1,4 @@
-"""The device a model runs on, its random state, and what identifies a model: hashes of its weights
-and of its code.
-"""
+"""The device a model runs on, its random state, and hashes of its weights and code."""
 
 from __future__ import annotations
 
@@ -19,14 +17,14 @@ __all__ = ["model_code_hash", "pick_device", "random_state", "weights_hash"]
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """``auto`` is CUDA, then Apple's MPS, then the CPU. OodlibError for a device that is not there."""
+    """``auto`` is CUDA, then Apple's MPS, then the CPU; OodlibError for an unusable device."""
     if str(device) != "auto":
         try:
             torch.empty(0, device=device)
         except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: by device
+            reason = str(error).splitlines()[0][:60]
             raise OodlibError(
-                f"device {device!s} cannot be used ({str(error).splitlines()[0][:60]}). Use auto, "
-                "cpu, cuda or mps."
+                f"device {device!s} cannot be used ({reason}). Use auto, cpu, cuda or mps."
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():
@@ -36,10 +34,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def random_state(device: str | torch.device = "cpu") -> Iterator[Callable[[int], None]]:
-    """Yields the function that seeds torch's global generators, the CPU's and the device's; both
-    are given back after.
+    """Yield a function that seeds torch's generators of CPU and device; restore them afterwards.
 
-    `torch.manual_seed` would seed those of every device, and nobody would give them back.
+    `torch.manual_seed` would seed those of every device, and nothing would restore them.
     """
     generators, where = [torch.default_generator], torch.device(device)
     if where.type == "cuda":
@@ -73,19 +70,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def model_code_hash(model: nn.Module) -> str:
-    """SHA-256 (hexadecimal) over the code behind a model: its module tree and the source of its
-    classes.
+    """SHA-256 (hexadecimal) over a model's module tree and the code of its classes.
 
-    Our modules count with all that they import, torch, torchvision and timm by their versions, any
-    other class by its own source where Python can read it.
+    Our modules count with all that they import, torch, torchvision and timm by version, any other
+    class by its source where Python can read it.
     """
-    kinds = sorted(
-        {type(m) for m in model.modules()}, key=lambda k: f"{k.__module__}.{k.__qualname__}"
+    classes = sorted(
+        {type(m) for m in model.modules()}, key=lambda c: (c.__module__, c.__qualname__)
     )
-    ours = sorted({k.__module__ for k in kinds if k.__module__.startswith("oodlib.")})
+    ours = sorted({c.__module__ for c in classes if c.__module__.startswith("oodlib.")})
     digest = hashlib.sha256(f"{model!r} {code_hash(*ours)}".encode())
-    for kind in kinds:
-        if kind.__module__.partition(".")[0] not in ("oodlib", "timm", "torch", "torchvision"):
+    for c in classes:
+        if c.__module__.partition(".")[0] not in ("oodlib", "timm", "torch", "torchvision"):
             with contextlib.suppress(OSError, TypeError):
-                digest.update(inspect.getsource(kind).encode())
+                digest.update(inspect.getsource(c).encode())
     return digest.hexdigest()

@@ -1,12 +1,10 @@
-"""Glow: an invertible network, image <-> Gaussian noise, whose change of variables gives an exact
-likelihood.
+"""Glow: an invertible network, image <-> Gaussian noise, with an exact likelihood.
 
     log p(x) = log p(z) + log |det dz/dx|,   z = f(x)
 
-Architecture, initial values and the order of the parameter tensors follow the y0ast/Glow-PyTorch
-implementation that Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of
-(actnorm, invertible 1x1 convolution, affine coupling) -> split, on L levels. No layer draws random
-numbers or writes in place, so `torch.func` sees pure functions.
+Architecture, initial values and order of tensors follow the y0ast/Glow-PyTorch implementation that
+Montazeran and Köthe build on (arXiv 2502.00820): squeeze -> K steps of (actnorm, invertible 1x1
+convolution, affine coupling) -> split, on L levels. Layers are pure functions for `torch.func`.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None 
     """Images to a continuous variable: v / 2^bits - 1/2 + U(0, 2^-bits), in [-0.5, 0.5).
 
     images (N, C, H, W) uint8, torch or NumPy -> float32 on the same device; below 8 bits the lower
-    bits are dropped. ``generator`` None draws from torch's own. Draw the noise once per image set
-    where scores are to be compared. Without noise a density could grow without bound on the
-    discrete values. OodlibError: no image, another dtype.
+    bits are dropped. ``generator`` None draws from torch's own; draw once per image set where
+    scores are compared. OodlibError: no image, another dtype.
     """
     v = images if isinstance(images, Tensor) else torch.tensor(np.asarray(images))
     if v.dtype != torch.uint8 or v.ndim != 4 or len(v) == 0:
@@ -41,31 +38,25 @@ def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None 
             f"dequantise: needs images (N, C, H, W) uint8, N >= 1, with values 0 .. 255, got "
             f"{tuple(v.shape)} {v.dtype}. Turn x in [0, 1] into (255 * x).round().to(torch.uint8)."
         )
-    noise = torch.rand(
-        v.shape, generator=generator, device=generator.device if generator else v.device
-    )
+    device = generator.device if generator else v.device
+    noise = torch.rand(v.shape, generator=generator, device=device)
     x = ((v >> (8 - bits)) + noise.to(v.device)) / 2**bits - 0.5
     return x.clamp(max=0.5 - 2**-25)  # 255 + noise may round up to 256
 
 
 def quantise(x: Tensor, *, bits: int = 8) -> Tensor:
-    """The inverse of `dequantise`: (N, C, H, W) float -> uint8, values outside [-0.5, 0.5) clipped,
-    NaN black.
-    """
-    return ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1).to(torch.uint8) << (
-        8 - bits
-    )
+    """The inverse of `dequantise`: float -> uint8, clipped to [-0.5, 0.5), NaN black."""
+    v = ((x.nan_to_num(-0.5) + 0.5) * 2**bits).floor().clamp(0, 2**bits - 1)
+    return v.to(torch.uint8) << (8 - bits)
 
 
 def bits_per_dim(log_prob: Any, image_shape: Sequence[int]) -> Any:
-    """-log p / (ln 2 * C * H * W): nats per image -> bits per pixel and channel; arrays of either
-    kind.
-    """
+    """-log p / (ln 2 * C * H * W): nats per image -> bits per pixel and channel."""
     return -log_prob / (math.log(2) * math.prod(image_shape))
 
 
 class ActNorm(nn.Module):
-    """y = (x + b) exp(s) per channel; `Glow.initialise` makes y zero-mean with variance one.   log|det| = H W sum(s)"""
+    """y = (x + b) exp(s) per channel, standardised by `Glow.initialise`; log|det| = H W sum(s)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -87,7 +78,7 @@ class ActNorm(nn.Module):
 
 
 class InvertibleConv(nn.Module):
-    """1x1 convolution with W = P L (U + diag(sign exp(log_s))); P and sign are fixed.   log|det| = H W sum(log_s)"""
+    """1x1 convolution by P L (U + diag(sign exp(log_s))), P fixed; log|det| = H W sum(log_s)."""
 
     permutation: Tensor
     sign: Tensor
@@ -103,13 +94,11 @@ class InvertibleConv(nn.Module):
         self.register_buffer("sign", upper.diagonal().sign())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """L and U, (C, C) each; triangles are cut out at use, so the other halves have no effect
-        and no gradient.
-        """
-        lower = self.lower.tril(-1) + torch.eye(
-            len(self.log_s), dtype=self.lower.dtype, device=self.lower.device
+        """L and U, (C, C) each; the other halves of the parameters have no effect."""
+        ones = torch.ones_like(self.log_s)
+        return self.lower.tril(-1) + torch.diag_embed(ones), self.upper.triu(1) + torch.diag_embed(
+            self.sign * self.log_s.exp()
         )
-        return lower, self.upper.triu(1) + torch.diag_embed(self.sign * self.log_s.exp())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         lower, upper = self.factors()
@@ -136,9 +125,7 @@ class LogScale(nn.Module):
 
 
 class ZeroConv(nn.Module):
-    """3x3 convolution that starts at zero, so that couplings start as constants and priors as
-    standard normal.
-    """
+    """3x3 convolution that starts at zero: constant couplings, standard normal priors."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -152,7 +139,7 @@ class ZeroConv(nn.Module):
 
 
 class Coupling(nn.Module):
-    """z1 stays; z2 <- (z2 + shift) scale, both computed from z1.   log|det| = sum log scale"""
+    """z1 stays; z2 <- (z2 + shift) scale, both computed from z1; log|det| = sum log scale."""
 
     def __init__(self, channels: int, hidden: int, generator: torch.Generator | None):
         super().__init__()
@@ -166,9 +153,7 @@ class Coupling(nn.Module):
 
     def net(self, z1: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and log scale of z2, (N, C / 2, H, W) each."""
-        h = (
-            z1.movedim(1, 3).contiguous().movedim(3, 1)
-        )  # channels last in memory: up to 3x faster on a CPU
+        h = z1.movedim(1, 3).contiguous().movedim(3, 1)  # channels last: up to 3x faster on a CPU
         h = self.norm1(self.conv1(h))[0].relu()
         h = self.norm2(self.conv2(h))[0].relu()
         shift, raw = _cross(self.conv3(h).contiguous())
@@ -205,9 +190,7 @@ class Step(nn.Module):
 
 
 class Level(nn.Module):
-    """K steps at one resolution; a prior of the half that leaves given the half that stays, on all
-    but the last.
-    """
+    """K steps at one resolution; but for the last level, a prior of the half that leaves."""
 
     steps: Any
 
@@ -220,14 +203,13 @@ class Level(nn.Module):
 
 
 class Glow(nn.Module):
-    """Multi-scale Glow (Kingma, Dhariwal, NeurIPS 2018, arXiv 1807.03039); ``initialise(x)`` once,
-    then train it.
+    """Multi-scale Glow (Kingma, Dhariwal, arXiv 1807.03039); ``initialise(x)`` once, then train.
 
     Parameters
     ----------
     image_shape : (C, H, W); H and W divisible by 2^levels
-    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L parameter tensors. The defaults are the
-        paper's: 1,353 tensors, 44,235,312 parameters
+    steps, levels, hidden : K, L and the channels inside couplings; 14 K L + 3 L tensors. Defaults
+        are the paper's: 1,353 tensors, 44,235,312 parameters
     bits : of a pixel value, for the likelihood of the discrete image
     generator : of the initial weights; None draws from torch's own
 
@@ -236,9 +218,8 @@ class Glow(nn.Module):
 
     Raises
     ------
-    OodlibError : a shape that cannot be halved L times, a size below one; x of another shape or dtype, without an
-        image, with a NaN or outside [-0.5, 0.5]. Inside `vmap` the values cannot be read and are
-        not checked.
+    OodlibError : a shape that cannot be halved L times, a size below one; x of another shape or
+        dtype, empty, with a NaN or outside [-0.5, 0.5] (not checked inside `vmap`)
     """
 
     initialised: Tensor
@@ -264,9 +245,8 @@ class Glow(nn.Module):
         channels, height, width = shape
         if height % 2**levels or width % 2**levels:
             raise OodlibError(
-                f"Glow: {levels} levels halve the sides {levels} times, so they must be divisible "
-                f"by {2**levels}; got {height} x {width}. Pad or resize the images, or use fewer "
-                "levels."
+                f"Glow: the sides are halved {levels} times and must be divisible by {2**levels}; "
+                f"got {height} x {width}. Pad or resize the images, or use fewer levels."
             )
         self.image_shape, self.bits = shape, bits
         self.latent_shapes: list[tuple[int, int, int]] = []
@@ -281,12 +261,10 @@ class Glow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Set every actnorm from a batch, so that its output there has mean 0 and variance 1; once
-        in a model's life.
+        """Set every actnorm so that its output for a batch has mean 0 and variance 1; once.
 
-        A second call changes nothing and warns; fewer than 256 images warn. Images of one constant
-        colour, or a channel without even dequantisation noise, are an error: there is no variance
-        to scale by.
+        A second call changes nothing and warns; fewer than 256 images warn. OodlibError: images of
+        constant colour, or a channel without noise.
         """
         self._check("initialise", x, images=True)
         if self.initialised:
@@ -301,11 +279,8 @@ class Glow(nn.Module):
                 "images."
             )
         if len(x) < 256:
-            warnings.warn(
-                f"Glow.initialise: {len(x)} images are few; use 256 or more.",
-                UserWarning,
-                stacklevel=2,
-            )
+            message = f"Glow.initialise: {len(x)} images are few; use 256 or more."
+            warnings.warn(message, UserWarning, stacklevel=2)
         hooks = [
             module.register_forward_pre_hook(lambda actnorm, inputs: actnorm.fit(*inputs))
             for module in self.modules()
@@ -319,17 +294,13 @@ class Glow(nn.Module):
         self.initialised.fill_(True)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Raw latents z_1 .. z_L (coarsest last, not scaled by their priors), log|det dz/dx| (N,)
-        in nats.
-        """
+        """Raw latents z_1 .. z_L (coarsest last), log|det dz/dx| (N,) in nats."""
         self._check("forward", x)
         latents, log_det, _ = self._encode(x)
         return latents, log_det
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) - C H W ln 2^bits, (N,) nats; -inf where it overflows (far OOD under a mature
-        flow), never NaN.
-        """
+        """log p(x) - C H W ln 2^bits, (N,) nats; -inf where it overflows, never NaN."""
         self._check("log_prob", x, images=True)
         _, log_det, log_prior = self._encode(x)
         value = log_prior + log_det - math.prod(self.image_shape) * self.bits * math.log(2)
@@ -338,21 +309,17 @@ class Glow(nn.Module):
     @torch.no_grad()
     def inverse(self, latents: Sequence[Tensor]) -> Tensor:
         """x (N, C, H, W) of the latents that `forward` gives."""
-        n = len(latents[-1]) if latents else 0
-        if n == 0 or [tuple(z.shape) for z in latents] != [
-            (n, *shape) for shape in self.latent_shapes
-        ]:
+        n, shapes = len(latents[-1]) if latents else 0, [tuple(z.shape) for z in latents]
+        if n == 0 or shapes != [(n, *shape) for shape in self.latent_shapes]:
             raise OodlibError(
                 f"Glow.inverse: needs latents (N, ...) of shapes {self.latent_shapes} and one N, "
-                f"got {[tuple(z.shape) for z in latents]}. Give what forward returned."
+                f"got {shapes}. Give what forward returned."
             )
         return self._decode(latents[-1], list(latents[:-1]), None)
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """n draws from the model, (n, C, H, W); `quantise` makes them images. Values may leave
-        [-0.5, 0.5).
-        """
+        """n draws (n, C, H, W), not confined to [-0.5, 0.5); `quantise` makes them images."""
         if n < 1:
             raise OodlibError(f"Glow.sample: needs n >= 1, got {n}.")
         return self._decode(_draw(*self._top_prior(n), generator), None, generator)
@@ -375,7 +342,7 @@ class Glow(nn.Module):
     def _decode(
         self, x: Tensor, latents: list[Tensor] | None, generator: torch.Generator | None
     ) -> Tensor:
-        """Upwards from the coarsest latent; the others are given, or drawn from their priors."""
+        """From the coarsest latent upwards; the others are given, or drawn from their priors."""
         for i, level in reversed(list(enumerate(self.levels))):
             if level.split is not None:
                 z = latents[i] if latents is not None else _draw(*_cross(level.split(x)), generator)
@@ -386,9 +353,7 @@ class Glow(nn.Module):
         return x
 
     def _top_prior(self, n: int) -> tuple[Tensor, Tensor]:
-        """Mean and log-sd of the coarsest latent: a convolution of zeros, so its weight never has a
-        gradient.
-        """
+        """Mean and log-sd of the coarsest latent: a convolution of zeros, that is its bias."""
         channels, height, width = self.latent_shapes[-1]
         return _cross(self.top(self.top.conv.weight.new_zeros(n, 2 * channels, height, width)))
 
@@ -396,9 +361,8 @@ class Glow(nn.Module):
         dtype = self.top.conv.weight.dtype
         if tuple(x.shape[1:]) != self.image_shape or len(x) == 0 or x.dtype != dtype:
             raise OodlibError(
-                f"Glow.{method}: needs at least one image, (N, "
-                f"{', '.join(map(str, self.image_shape))}) {dtype}, got {tuple(x.shape)} "
-                f"{x.dtype}. Use dequantise(uint8 images)."
+                f"Glow.{method}: needs at least one image, (N, {str(self.image_shape)[1:-1]}) "
+                f"{dtype}, got {tuple(x.shape)} {x.dtype}. Use dequantise(uint8 images)."
             )
         try:
             low, high = (float(v) for v in x.detach().aminmax())
@@ -418,13 +382,11 @@ def _cross(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_normal(z: Tensor, mean: Tensor, logs: Tensor) -> Tensor:
     """log N(z; mean, exp(logs)^2), summed over all but the batch axis; (N,) nats."""
-    return -0.5 * (math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 * (-2 * logs).exp()).sum(
-        (1, 2, 3)
-    )
+    terms = math.log(2 * math.pi) + 2 * logs + (z - mean) ** 2 * (-2 * logs).exp()
+    return -0.5 * terms.sum((1, 2, 3))
 
 
 def _draw(mean: Tensor, logs: Tensor, generator: torch.Generator | None) -> Tensor:
-    noise = torch.randn(
-        mean.shape, generator=generator, device=generator.device if generator else mean.device
-    )
+    device = generator.device if generator else mean.device
+    noise = torch.randn(mean.shape, generator=generator, device=device)
     return mean + logs.exp() * noise.to(mean)

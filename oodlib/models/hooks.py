@@ -1,9 +1,10 @@
-"""A network in evaluation mode for a while."""
+"""A network in evaluation mode for a while, and its head."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,30 +28,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def find_head(model: nn.Module, example: Tensor) -> str:
-    """Name of the linear layer, or 1x1 convolution on one position, whose output *is* the model's
-    output.
+    """Name of the linear layer (or 1x1 convolution on one position) whose output is the model's.
 
     example : a batch (n, c, h, w) as the model takes it
 
     Raises
     ------
-    OodlibError : no such layer, for example because an activation, a pooling or a mean over heads follows it
+    OodlibError : no such layer, for example because an activation or a pooling follows it
     """
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str):
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            outputs[name] = output
+    def store(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        outputs[name] = output
 
-        return hook
-
-    linear = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear)
-        or (isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1)
-    }
-    handles = [m.register_forward_hook(keep(n)) for n, m in linear.items()]
+    handles = [
+        module.register_forward_hook(partial(store, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1)
+    ]
     try:
         with torch.inference_mode():
             logits = model(example)
@@ -67,12 +63,11 @@ def find_head(model: nn.Module, example: Tensor) -> str:
         output = outputs[name]
         if output.numel() == logits.numel() and torch.equal(output.reshape(logits.shape), logits):
             return name
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get(
-        "architecture", "no timm model"
-    )
+    config = getattr(model, "pretrained_cfg", None) or {}
     raise OodlibError(
-        f"find_head: in {type(model).__name__} ({architecture}) no linear layer gives the model's "
-        "output as it stands: something (an activation, a pooling, a mean over two heads) follows "
-        "the last one. Scores need logits = W features + b. Take a network with one linear head "
-        "(for a distilled one its undistilled twin), or a module that returns such logits."
+        f"find_head: in {type(model).__name__} ({config.get('architecture', 'no timm model')}) no "
+        "linear layer gives the model's output as it stands: something (an activation, a pooling, "
+        "a mean over two heads) follows the last one. Scores need logits = W features + b. Use a "
+        "network with one linear head (for a distilled one its undistilled twin), or a module that "
+        "returns such logits."
     )

@@ -1,8 +1,6 @@
-"""Classifiers that others trained: public CIFAR checkpoints by address and hash, and timm models
-with a user's weights.
+"""Classifiers that others trained: public CIFAR checkpoints, and timm models with a user's weights.
 
-The network classes here only give published state dicts a body; checkpoints are never part of this
-project.
+``pretrained.yaml`` lists the public ones; checkpoints of others are never part of this project.
 """
 
 from __future__ import annotations
@@ -12,18 +10,27 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
-from oodlib.models.cifar_nets import DenseNetBC, ResNetA
-from oodlib.models.timm_checks import check_timm_name, load_npz, reachable_hub, require_positions
+from oodlib.models import cifar_nets
+from oodlib.models.timm_checks import (
+    check_timm_name,
+    first_line,
+    load_npz,
+    reachable_hub,
+    require_positions,
+)
 from oodlib.models.training.classifier import evaluate
 from oodlib.workspace import data_root
 
@@ -39,6 +46,10 @@ __all__ = [
 ]
 
 
+FilePath = str | os.PathLike[str]
+Transform = Callable[[Any], Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """Facts about one public checkpoint.
@@ -46,12 +57,10 @@ class ModelInfo:
     Attributes
     ----------
     mean, std : of the normalisation it was trained with, in units of pixel / 255
-    sha256 : of the file
     address, licence : where it comes from, and its terms
-    stored_accuracy : test accuracy in [0, 1] that the authors store in the file, None if they do not
-    measured_accuracy : what we measured on the data set's test split; (accuracy, number of images)
-    id_set : name of the set it was trained on
-    file : name below ``weights/`` of a mirror
+    measured_accuracy : on the dataset's test split, by us; (accuracy, number of images)
+    id_set : name of the dataset it was trained on
+    file, sha256 : name below ``weights/`` of a mirror, and its checksum
     """
 
     name: str
@@ -61,92 +70,29 @@ class ModelInfo:
     sha256: str
     address: str
     licence: str
-    stored_accuracy: float | None
     measured_accuracy: tuple[float, int]
     id_set: str
     file: str
 
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_DENSENET = {
-    "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
-    "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
-}
-_AKAMASTER = (
-    "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/master/pretrained_models/"
-)
-_DICE = "https://raw.githubusercontent.com/deeplearning-wisc/dice/ca6c275c5e1948858a911ea40924d6d5c412aac2/checkpoints/"
+def _entry(
+    name: str, *, network: tuple[str, int], **facts: Any
+) -> tuple[ModelInfo, Callable[[], nn.Module]]:
+    facts = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+    return ModelInfo(name=name, **facts), partial(getattr(cifar_nets, network[0]), network[1])
 
-PUBLIC: dict[str, tuple[ModelInfo, Callable[[], nn.Module]]] = {
-    "resnet20_cifar10": (
-        ModelInfo(
-            name="resnet20_cifar10",
-            num_classes=10,
-            **_IMAGENET,
-            sha256="12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
-            address=_AKAMASTER + "resnet20-12fca82f.th",
-            licence="BSD-2-Clause",
-            stored_accuracy=0.9178,
-            measured_accuracy=(0.9173, 10_000),
-            id_set="cifar10",
-            file="resnet20-12fca82f.th",
-        ),
-        lambda: ResNetA(3),
-    ),
-    "resnet56_cifar10": (
-        ModelInfo(
-            name="resnet56_cifar10",
-            num_classes=10,
-            **_IMAGENET,
-            sha256="4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
-            address=_AKAMASTER + "resnet56-4bfd9763.th",
-            licence="BSD-2-Clause",
-            stored_accuracy=0.9362,
-            measured_accuracy=(0.9339, 10_000),
-            id_set="cifar10",
-            file="resnet56-4bfd9763.th",
-        ),
-        lambda: ResNetA(9),
-    ),
-    "densenet100_cifar10": (
-        ModelInfo(
-            name="densenet100_cifar10",
-            num_classes=10,
-            **_DENSENET,
-            sha256="deaefd082911a1c6c92aacdcfecf03c71b932acc5c08b779c85c44eccdc0c817",
-            address=_DICE + "CIFAR-10/densenet/checkpoint_100.pth.tar",
-            licence="MIT",
-            stored_accuracy=None,
-            measured_accuracy=(0.943, 1_000),
-            id_set="cifar10",
-            file="densenet100-cifar10.pth.tar",
-        ),
-        lambda: DenseNetBC(10),
-    ),
-    "densenet100_cifar100": (
-        ModelInfo(
-            name="densenet100_cifar100",
-            num_classes=100,
-            **_DENSENET,
-            sha256="56cbe261c2612976e11aedcbd60ba00766e8c01c78f96c3f18ff561ead804d47",
-            address=_DICE + "CIFAR-100/densenet/checkpoint_100.pth.tar",
-            licence="MIT",
-            stored_accuracy=None,
-            measured_accuracy=(0.745, 1_000),
-            id_set="cifar100",
-            file="densenet100-cifar100.pth.tar",
-        ),
-        lambda: DenseNetBC(100),
-    ),
-}
+
+# name -> facts, and what builds the network
+_FACTS = yaml.safe_load(resources.files(__package__).joinpath("pretrained.yaml").read_text("utf-8"))
+PUBLIC = {name: _entry(name, **facts) for name, facts in _FACTS.items()}
 
 
 def public_model(
     name: str,
     *,
-    mirror: str | os.PathLike[str] | None = None,
+    mirror: FilePath | None = None,
     download: bool = True,
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: FilePath | None = None,
 ) -> tuple[nn.Module, ModelInfo]:
     """A public checkpoint in evaluation mode, with its facts; its last layer is an ``nn.Linear``.
 
@@ -167,48 +113,42 @@ def public_model(
 
 
 def _weights_file(
-    info: ModelInfo,
-    mirror: str | os.PathLike[str] | None,
-    download: bool,
-    data_dir: str | os.PathLike[str] | None,
+    info: ModelInfo, mirror: FilePath | None, download: bool, data_dir: FilePath | None
 ) -> Path:
     folder, mirror = data_root(data_dir) / "weights", mirror or os.environ.get("OODLIB_MIRROR")
     candidates = [Path(mirror) / "weights" / info.file] if mirror else []
     for path in (*candidates, folder / info.file):
-        if path.is_file():
-            found = sha256(path)
-            if found != info.sha256:
-                raise OodlibError(
-                    f"{path}: SHA-256 is {found}, {info.name} has {info.sha256}. Delete the file "
-                    "and copy or download it again."
-                )
-            return path
+        if not path.is_file():
+            continue
+        if (digest := sha256(path)) != info.sha256:
+            raise OodlibError(
+                f"{path}: SHA-256 is {digest}, {info.name} has {info.sha256}. Delete the file and "
+                "copy or download it again."
+            )
+        return path
     reason = "downloads are off"
     if download:
         import pooch
 
+        checksum = f"sha256:{info.sha256}"
         try:
-            return Path(
-                pooch.retrieve(info.address, f"sha256:{info.sha256}", fname=info.file, path=folder)
-            )
+            return Path(pooch.retrieve(info.address, checksum, fname=info.file, path=folder))
         except Exception as error:  # requests' and pooch's errors have no common base
-            reason = f"the download failed ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+            reason = f"the download failed ({first_line(error)})"
     raise OodlibError(
         f"{info.name}: {info.file} is not available and {reason}. Put it under weights/ of "
         f"OODLIB_MIRROR, or download {info.address} into {folder}."
     )
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without the ``module.`` of DataParallel; OodlibError
-    where there is none.
-    """
+def read_state_dict(path: FilePath) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, without DataParallel's ``module.``; OodlibError if none."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and runtime errors
         raise OodlibError(
             f"{path}: not a checkpoint of tensors that weights_only=True can read "
-            f"({(str(error).splitlines() or [type(error).__name__])[0][:200]}). Download it again, "
+            f"({first_line(error)}). Download it again, "
             "or save its state dict with torch.save."
         ) from error
     for key in ("state_dict", "model"):
@@ -222,29 +162,23 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
-def fill(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Load a state dict that came from ``path``; OodlibError unless names and shapes are the
-    network's.
-    """
+def fill(model: nn.Module, state: dict[str, Tensor], path: FilePath) -> None:
+    """Load a state dict read from ``path``; OodlibError unless names and shapes fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        reason = " ".join(line.strip() for line in lines[1:3])[:300]
+        details = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
         raise OodlibError(
-            f"{path}: its tensors do not fit {type(model).__name__}: {reason} Check that the "
+            f"{path}: its tensors do not fit {type(model).__name__}: {details} Check that the "
             "checkpoint belongs to this network."
         ) from error
 
 
-def resnet18_32x32(
-    checkpoint: str | os.PathLike[str] | None = None, *, num_classes: int = 10
-) -> nn.Module:
-    """OpenOOD's ResNet-18 for 32-pixel images: torchvision's with a 3x3 stem and no max-pool; 512
-    features.
+def resnet18_32x32(checkpoint: FilePath | None = None, *, num_classes: int = 10) -> nn.Module:
+    """OpenOOD's ResNet-18 for 32-pixel images, in evaluation mode; 512 features.
 
-    ``checkpoint`` is the user's copy of an OpenOOD ``best.ckpt`` (its ``shortcut`` is torchvision's
-    ``downsample``); without it the weights are random. In evaluation mode.
+    torchvision's with a 3x3 stem and no max-pool. ``checkpoint`` is the user's copy of an OpenOOD
+    ``best.ckpt``; without it the weights are random.
     """
     from torchvision.models import resnet18
 
@@ -252,47 +186,48 @@ def resnet18_32x32(
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     if checkpoint is not None:
-        state = {
-            k.replace(".shortcut.", ".downsample."): v
-            for k, v in read_state_dict(checkpoint).items()
-        }
-        fill(model, state, checkpoint)
+        _fill_torchvision(model, checkpoint)
     return model.eval()
+
+
+def _fill_torchvision(model: nn.Module, path: FilePath) -> None:
+    """Fill a ResNet; what other code calls ``shortcut`` is torchvision's ``downsample``."""
+    state = read_state_dict(path)
+    fill(model, {k.replace(".shortcut.", ".downsample."): v for k, v in state.items()}, path)
 
 
 def paper_model(
     timm_name: str,
-    weights_file: str | os.PathLike[str] | None = None,
+    weights_file: FilePath | None = None,
     *,
     preprocessing: Literal["own", "gradnorm"] = "own",
     pretrained: bool = True,
     num_classes: int | None = None,
-) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+) -> tuple[nn.Module, Transform]:
     """A timm or torchvision classifier in evaluation mode and its image transform.
 
     Parameters
     ----------
-    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k", without which it names no weights
-        (and so is enough only with a ``weights_file``, or random weights); or torchvision's, for
-        example "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
-    weights_file : a user's file: ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint
-        in timm's names or
-        in those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``. Without it timm
-        downloads the tag's weights, or leaves them random if ``pretrained`` is False
+    timm_name : with its tag, for example "resnetv2_101x1_bit.goog_in21k_ft_in1k" (without tag only
+        with a ``weights_file`` or random weights); or torchvision's, for example
+        "torchvision/resnet50", which stands for its weights IMAGENET1K_V1
+    weights_file : ``.npz`` (Google's BiT and ViT), ``.safetensors``, or a checkpoint with timm's
+        names or those of the GradNorm paper's ``BiT-S-R101x1-flat-finetune.pth.tar``; where not
+        given, the tag's weights are downloaded, or stay random if ``pretrained`` is False
     preprocessing : "own" is what the tag or torchvision states; "gradnorm" is the paper's: both
-        sides to 480, no crop,
-        mean and std 0.5
+        sides to 480, no crop, mean and std 0.5
     num_classes : of the weights file, where it is not the tag's own
 
     Raises
     ------
-    OodlibError : unknown model or tag, no tag and no file, missing or unreadable file, tensors that do not fit, no
-        connection
+    OodlibError : unknown model or tag, no tag and no file, a missing or unreadable file, tensors
+        that do not fit, no connection
 
     Notes
     -----
-    The GradNorm checkpoint's outputs are in MOS's class order: pass the images with ``imagenet2012_val_list.txt``
-    (same order) or use ``oodlib.data.class_remap``. OOD scores do not depend on it, accuracy does.
+    The GradNorm checkpoint's outputs are in MOS's class order: pass the images with
+    ``imagenet2012_val_list.txt`` (same order) or use ``oodlib.data.class_remap``. OOD scores do not
+    depend on it, accuracy does.
     """
     if weights_file is not None and not Path(weights_file).is_file():
         raise OodlibError(
@@ -308,71 +243,59 @@ def paper_model(
     suffix = "" if weights_file is None else Path(weights_file).suffix
     download = weights_file is None and pretrained
     check_timm_name(timm_name, tag_needed=download)
-    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    # without "num_classes" timm would take the file's head for another task's and drop it
-    overlay: Any = (
-        {"file": str(weights_file), "custom_load": False, **head}
-        if suffix == ".safetensors"
-        else None
-    )
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    overlay: dict[str, Any] | None = None
+    if suffix == ".safetensors":
+        # without "num_classes" timm would take the file's head for another task's and drop it
+        overlay = {"file": str(weights_file), "custom_load": False, **options}
+
+    # network
     with reachable_hub() if download else contextlib.nullcontext(False) as answers:
         try:
             model = timm.create_model(
                 timm_name,
                 pretrained=download or overlay is not None,
                 pretrained_cfg_overlay=overlay,
-                **head,
+                **options,
             )
         except Exception as error:  # timm, hub and zip errors have no common base
-            reason = (
-                " ".join(line.strip() for line in str(error).splitlines()[:3])[:300]
-                or type(error).__name__
-            )
-            help_ = "Check that the file belongs to this network, with as many classes."
+            details = " ".join(line.strip() for line in str(error).splitlines()[:3])[:300]
+            remedy = "Check that the file belongs to this network, with as many classes."
             if download:
-                help_ = "Fetch them once, or give a file with weights."
-                reason = (
-                    reason
-                    if answers
-                    else "the hub does not answer, and they are not in its local cache"
-                )
+                remedy = "Fetch them once, or give a file with weights."
+                if not answers:
+                    details = "the hub does not answer, and they are not in its local cache"
             raise OodlibError(
                 f"paper_model: timm cannot build {timm_name} from "
-                f"{weights_file or 'its own weights'} ({reason}). {help_}"
+                f"{weights_file or 'its own weights'} ({details or type(error).__name__}). {remedy}"
             ) from error
+
+    # weights
     if suffix == ".npz":
         load_npz(model, str(weights_file))
     elif suffix == ".safetensors":
         with safe_open(str(weights_file), framework="pt") as file:
             if "pos_embed" in file.keys():  # noqa: SIM118 no dict
-                require_positions(
-                    model, file.get_slice("pos_embed").get_shape()[1], str(weights_file)
-                )
+                require_positions(model, file.get_slice("pos_embed").get_shape()[1], weights_file)
     elif weights_file is not None:
-        fill(
-            model, {_bit_name(k): v for k, v in read_state_dict(weights_file).items()}, weights_file
-        )
+        state = read_state_dict(weights_file)
+        fill(model, {_bit_name(key): value for key, value in state.items()}, weights_file)
+
+    # transform
     if preprocessing == "gradnorm":
         from torchvision import transforms
 
-        transform = transforms.Compose(
-            [
-                transforms.Resize((480, 480)),
-                transforms.ToTensor(),
-                transforms.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
+        normalisation = transforms.Normalize([0.5] * 3, [0.5] * 3)
+        steps = [transforms.Resize((480, 480)), transforms.ToTensor(), normalisation]
+        transform = transforms.Compose(steps)
     else:
         transform = create_transform(**resolve_model_data_config(model), is_training=False)
     return model.eval(), transform
 
 
 def _torchvision_model(
-    name: str,
-    weights_file: str | os.PathLike[str] | None,
-    pretrained: bool,
-    num_classes: int | None,
-) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    name: str, weights_file: FilePath | None, pretrained: bool, num_classes: int | None
+) -> tuple[nn.Module, Transform]:
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -381,44 +304,38 @@ def _torchvision_model(
             "torchvision.models.list_models()."
         )
     weights = models.get_model_weights(name)["IMAGENET1K_V1"]
+    own = weights if pretrained and weights_file is None else None
+    options = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = models.get_model(
-            name,
-            weights=weights if pretrained and weights_file is None else None,
-            **({} if num_classes is None else {"num_classes": num_classes}),
-        )
+        model = models.get_model(name, weights=own, **options)
     except Exception as error:  # urllib and hash errors have no common base
         raise OodlibError(
             f"paper_model: torchvision's weights of {name} could not be loaded "
-            f"({(str(error).splitlines() or [type(error).__name__])[0][:300]}). Give a copy as "
-            "weights_file."
+            f"({first_line(error)}). Give a copy as weights_file."
         ) from error
     if weights_file is not None:
-        state = {
-            k.replace(".shortcut.", ".downsample."): v
-            for k, v in read_state_dict(weights_file).items()
-        }
-        fill(model, state, weights_file)
+        _fill_torchvision(model, weights_file)
     return model.eval(), weights.transforms()
+
+
+_BIT_NAMES = {
+    "root.conv": "stem.conv",
+    "before_head.gn": "norm",
+    "head.conv": "head.fc",
+    ".downsample.": ".downsample.conv.",
+    ".gn": ".norm",
+}
 
 
 def _bit_name(key: str) -> str:
     """A tensor's name in the GradNorm paper's BiT code, translated to timm's; other names stay."""
-
-    def unit(match: re.Match[str]) -> str:
-        return f"stages.{int(match[1]) - 1}.blocks.{int(match[2]) - 1}."
-
     if not key.startswith(("root.", "body.", "before_head.", "head.conv.")):
         return key
-    key = re.sub(r"^body\.block(\d+)\.unit(\d+)\.", unit, key)
-    for old, new in (
-        ("root.conv", "stem.conv"),
-        ("before_head.gn", "norm"),
-        ("head.conv", "head.fc"),
-        (".downsample.", ".downsample.conv."),
-        (".gn", ".norm"),
-    ):
-        key = key.replace(old, new)
+    if match := re.match(r"body\.block(\d+)\.unit(\d+)\.", key):
+        stage, block = int(match[1]) - 1, int(match[2]) - 1
+        key = f"stages.{stage}.blocks.{block}.{key[match.end() :]}"
+    for theirs, timms in _BIT_NAMES.items():
+        key = key.replace(theirs, timms)
     return key
 
 
@@ -432,20 +349,13 @@ def assert_accuracy(
     std: tuple[float, ...],
     device: str | torch.device = "cpu",
 ) -> float:
-    """Measure the accuracy on an ID set and raise unless it is within ``tolerance`` of
-    ``expected``; both in [0, 1].
+    """Accuracy on an ID set; OodlibError unless within ``tolerance`` of ``expected`` (in [0, 1]).
 
     To be called before any OOD score is shown: wrong weights, label order or normalisation show
     here first.
     """
-    measured = evaluate(
-        model,
-        torch.from_numpy(images.images[:].copy()),
-        torch.from_numpy(images.labels),
-        torch.tensor(mean),
-        torch.tensor(std),
-        device=device,
-    )
+    pixels, labels = torch.from_numpy(images.images[:].copy()), torch.from_numpy(images.labels)
+    measured = evaluate(model, pixels, labels, torch.tensor(mean), torch.tensor(std), device=device)
     if not abs(measured - expected) <= tolerance:
         raise OodlibError(
             f"assert_accuracy: {images.name}/{images.split} gives {measured:.4f} on {len(images)} "

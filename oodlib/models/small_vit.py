@@ -1,9 +1,7 @@
-"""The suite's small Vision Transformers: timm's `VisionTransformer` with small dimensions, for
-32-pixel images.
+"""The suite's small Vision Transformers for 32-pixel images: timm's, with small dimensions.
 
-They are hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch
-projection, because a tiny ViT that sees a few hundred thousand images learns several times slower
-without them.
+Hybrids like AugReg's R+Ti/16: a few convolutions (timm's `ConvStem`) instead of one patch
+projection, without which a tiny ViT learns several times slower from a few hundred thousand images.
 """
 
 from __future__ import annotations
@@ -27,12 +25,9 @@ NETWORKS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
 
 
 class UnitNorm(nn.Module):
-    """``scale * x / ||x||_2``: features on a sphere, as CLIP's objective sees them; the scale is
-    part of the features.
+    """``scale * x / ||x||_2``: features on a sphere of radius ``scale``, as for CLIP's objective.
 
-    Notes
-    -----
-    A head on unit features needs weights, hence gradients, that are larger by the norm the features would have had.
+    With ``scale`` 1 the head needs weights, hence gradients, larger by the usual feature norm.
     """
 
     def __init__(self, scale: float):
@@ -55,8 +50,7 @@ def small_vit(
     head: str = "raw",
     seed: int = 0,
 ) -> nn.Module:
-    """A network of `NETWORKS` with fresh weights: mean of the normalised tokens, then a linear
-    head.
+    """A network of `NETWORKS` with fresh weights: mean of normalised tokens, linear head.
 
     Parameters
     ----------
@@ -75,29 +69,29 @@ def small_vit(
 
     if name not in NETWORKS or head not in ("raw", "unit"):
         raise OodlibError(
-            f'small_vit: the network must be one of {", ".join(NETWORKS)} and the head "raw" or "unit", '
-            f"got {name!r} and {head!r}."
+            f"small_vit: the network must be one of {', '.join(NETWORKS)} and the head 'raw' or "
+            f"'unit', got {name!r} and {head!r}."
         )
     width, depth, heads, channels, strides = NETWORKS[name]
     with random_state() as seed_torch:
         seed_torch(seed)
         stem = ConvStem(channels=channels, stride=strides, depth=len(channels), act_layer=nn.GELU)
-        options: dict[str, Any] = {
-            "img_size": 32,
-            "patch_size": 1,
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": heads,
-            "num_classes": num_classes,
-            "class_token": False,
-            "global_pool": "avg",
-            "fc_norm": False,
-            "pos_drop_rate": dropout,
-            "proj_drop_rate": dropout,
-            "drop_path_rate": stochastic_depth,
-        }
+        embedding: Any = partial(HybridEmbed, stem, proj=False)
         model = timm.create_model(
-            "vit_tiny_patch16_224", embed_layer=partial(HybridEmbed, stem, proj=False), **options
+            "vit_tiny_patch16_224",
+            embed_layer=embedding,
+            img_size=32,
+            patch_size=1,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            num_classes=num_classes,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            pos_drop_rate=dropout,
+            proj_drop_rate=dropout,
+            drop_path_rate=stochastic_depth,
         )
     if head == "unit":
         model.fc_norm = UnitNorm(width**0.5)

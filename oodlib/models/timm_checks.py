@@ -1,6 +1,4 @@
-"""What timm takes in silence, asked strictly: names without a tag, files of another network, a hub
-out of reach.
-"""
+"""Strict checks of what timm accepts in silence: bare names, files of another network, no hub."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import difflib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,16 +13,19 @@ from torch import nn
 
 from oodlib.errors import OodlibError
 
-__all__ = ["check_timm_name", "load_npz", "reachable_hub", "require_positions"]
+__all__ = ["check_timm_name", "first_line", "load_npz", "reachable_hub", "require_positions"]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, cut at 200 characters; its class where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_timm_name(name: str, *, tag_needed: bool) -> None:
-    """Raise OodlibError unless ``name`` is a timm model whose tag exists; and has a tag, where one
-    is needed.
+    """Raise OodlibError unless ``name`` is a timm model with an existing tag, or none is needed.
 
-    A bare name means other weights in other versions of timm, so it is enough only where the
-    weights do not come from timm. Names with a source (``hf-hub:owner/model``) say themselves what
-    they stand for.
+    A bare name means other weights in other versions of timm, so it suffices only where the weights
+    do not come from timm. Names with a source (``hf-hub:owner/model``) are not checked.
     """
     import timm
     from timm.models import get_pretrained_cfg, split_model_name_tag
@@ -34,16 +34,15 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
         return
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        served = timm.list_models(pretrained=True)
-        near = difflib.get_close_matches(
-            architecture, sorted({model.partition(".")[0] for model in served}), 3
-        )
-        close = timm.list_models(f"*{name}*", pretrained=True) or [
-            f"{m}.{tag}" for m in near for tag in _tags(m)[:4]
+        known = sorted({m.partition(".")[0] for m in timm.list_models(pretrained=True)})
+        similar = timm.list_models(f"*{name}*", pretrained=True) or [
+            f"{model}.{its_tag}"
+            for model in difflib.get_close_matches(architecture, known, 3)
+            for its_tag in _tags(model)[:4]
         ]
         raise OodlibError(
             f"timm cannot build {name}: timm {timm.__version__} has no such model. Close to it: "
-            f"{', '.join(close[:8]) or 'nothing'}. timm.list_models('*part*', pretrained=True) "
+            f"{', '.join(similar[:8]) or 'nothing'}. timm.list_models('*part*', pretrained=True) "
             "finds more."
         )
     tags = _tags(architecture)
@@ -66,18 +65,16 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
 def _tags(architecture: str) -> list[str]:
     import timm
 
-    return [
-        name.partition(".")[2] for name in timm.list_models(f"{architecture}.*", pretrained=True)
-    ]
+    models = timm.list_models(f"{architecture}.*", pretrained=True)
+    return [model.partition(".")[2] for model in models]
 
 
 @contextmanager
 def reachable_hub() -> Iterator[bool]:
-    """Yield whether the Hugging Face hub answers; while it does not, downloads look into its local
-    cache only.
+    """Yield whether the Hugging Face hub answers; if not, downloads use its local cache only.
 
-    Left alone, a download without a connection asks twelve times, for about 50 seconds, and prints
-    as many warnings.
+    Otherwise a download without a connection retries twelve times, for about 50 seconds, with as
+    many warnings.
     """
     from huggingface_hub import constants, get_session
 
@@ -86,7 +83,7 @@ def reachable_hub() -> Iterator[bool]:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             answers = True
-        except Exception:  # of the HTTP library, which the hub's client has changed before
+        except Exception:  # of the hub's HTTP library, which may change
             constants.HF_HUB_OFFLINE = True
     try:
         yield answers
@@ -97,8 +94,8 @@ def reachable_hub() -> Iterator[bool]:
 def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Fill a timm model from Google's ``.npz``; OodlibError where the file is another network's.
 
-    timm leaves out what does not fit (a head of other classes) and interpolates position embeddings
-    of another resolution, both in silence; here every parameter must come from the file as it is.
+    timm skips what does not fit (a head with other classes) and interpolates position embeddings,
+    both in silence; here every parameter must come from the file unchanged.
     """
     name, load = type(model).__name__, getattr(model, "load_pretrained", None)
     if load is None:
@@ -115,10 +112,9 @@ def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
     except OodlibError:
         raise
     except Exception as error:  # zip, key and shape errors: of NumPy, timm and torch
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise OodlibError(
-            f"{path}: cannot be read as weights of {name} ({type(error).__name__}: {reason}). "
-            "Check that the file is whole and belongs to this network."
+            f"{path}: cannot be read as weights of {name} ({type(error).__name__}: "
+            f"{first_line(error)}). Check that the file is whole and belongs to this network."
         ) from error
     empty = [key for key, value in model.named_parameters() if value.isnan().any()]
     if empty:
@@ -129,12 +125,12 @@ def load_npz(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
 
 
-def require_positions(model: nn.Module, found: int, path: str | os.PathLike[str]) -> None:
-    """Raise OodlibError unless a file's position embedding has as many tokens as the model's."""
-    own = getattr(model, "pos_embed", None)
-    if isinstance(own, nn.Parameter) and own.ndim == 3 and own.shape[1] != found:
+def require_positions(model: nn.Module, tokens: int, path: str | os.PathLike[str]) -> None:
+    """Raise OodlibError unless the model's position embedding has as many tokens as the file's."""
+    embedding = getattr(model, "pos_embed", None)
+    if isinstance(embedding, nn.Parameter) and embedding.ndim == 3 and embedding.shape[1] != tokens:
         raise OodlibError(
-            f"{Path(path)}: its position embedding has {found} tokens, the network's "
-            f"{own.shape[1]}: the file is for another resolution or patch size. Take the network "
-            "that it was made for."
+            f"{path}: its position embedding has {tokens} tokens, the network's "
+            f"{embedding.shape[1]}: the file is for another resolution or patch size. Use the "
+            "network it was made for."
         )

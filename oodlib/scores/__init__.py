@@ -1,7 +1,6 @@
-"""Score functions on arrays, and the detectors made of them. Larger = more OOD, float64,
-everywhere.
+"""Score functions on arrays, and the detectors made of them; larger = more OOD, float64.
 
-Each name below is the function, although a module of the same name holds it: the imports bind the
+Each name below is the function, although some modules have the same name: the imports bind the
 functions after the modules are loaded.
 """
 
@@ -12,7 +11,8 @@ from oodlib.scores.dice import dice
 from oodlib.scores.energy import energy
 from oodlib.scores.gen import gen
 from oodlib.scores.gradnorm import gradnorm, gradnorm_factors, gradnorm_limit
-from oodlib.scores.grood import grood, grood_gradient, grood_polar
+from oodlib.scores.grood import grood
+from oodlib.scores.grood_closed_form import grood_gradient, grood_polar
 from oodlib.scores.grood_prototypes import (
     EarlyPrototypes,
     OodFeatures,

@@ -1,33 +1,30 @@
 """ASH on pooled features: most activations of an image are removed, the rest rescaled."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from oodlib.arrays import by_rows
-from oodlib.errors import OodlibError
+from oodlib.arrays import Array, by_rows
+from oodlib.errors import check_interval, one_of
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Info, register
+from oodlib.scores.detector import register
 from oodlib.scores.shaper import Shaper, shaped_bank
 
 Variant = Literal["s", "p", "b"]
 
 
-def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> Any:
+def ash(features: Array, *, percentile: float = 90.0, variant: Variant = "s") -> Array:
     r"""Activation shaping of **pooled** features: not a score, but the features for one.
 
     Of each row the smallest ``percentile`` per cent become 0. With s1 and s2 the sums of the row
-    before and after: "p" leaves the others as they are, "b" sets each to s1 / (number kept), "s"
+    before and after: "p" leaves the others as they are, "b" sets each to s1 / (number left), "s"
     multiplies them by exp(s1 / s2).
 
     Parameters
     ----------
     features : (N, D), meant for D non-negative activations
-    percentile : 0 .. 100; D - round(D percentile / 100) are kept
+    percentile : in [0, 100); D - round(D percentile / 100) activations are left
     variant : "s", "p" or "b"
 
     Returns
@@ -36,25 +33,23 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
 
     References
     ----------
-    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858
+    Djurisic, Bozanic, Ashok, Liu, ICLR 2023, arXiv 2209.09858. The paper shapes the map before
+    pooling; on pooled features this is another variant with other numbers.
 
-    Notes
-    -----
-    The paper shapes the map before pooling; on pooled features this is another variant with other numbers.
+    Examples
+    --------
+    >>> ash(np.array([[4.0, 1.0, 3.0, 2.0]]), percentile=50, variant="b")
+    array([[5., 0., 5., 0.]])
     """
-    if variant not in ("s", "p", "b"):
-        raise OodlibError(f'ash: variant must be "s", "p" or "b", got {variant!r}.')
-    if not 0 <= percentile < 100:
-        raise OodlibError(
-            f"ash: percentile must lie in 0 .. 100 (per cent), below 100, got {percentile}."
-        )
+    one_of("ash: variant", variant, get_args(Variant))
+    check_interval("ash: percentile", percentile, "[0, 100)")
 
     def shape(h: Tensor) -> Tensor:
-        kept = max(1, h.shape[1] - round(h.shape[1] * percentile / 100))
-        values, index = h.topk(kept, dim=1)
+        left = max(1, h.shape[1] - round(h.shape[1] * percentile / 100))
+        values, index = h.topk(left, dim=1)
         before = h.sum(1, keepdim=True)
         if variant == "b":
-            values = (before / kept).expand_as(values)
+            values = (before / left).expand_as(values)
         elif variant == "s":  # a row of zeros stays zero
             after = values.sum(1, keepdim=True)
             values = values * torch.where(after == 0, 0, before / after).exp()
@@ -64,17 +59,13 @@ def ash(features: Any, *, percentile: float = 90.0, variant: Variant = "s") -> A
 
 
 @register(
-    Info(
-        key="ash",
-        title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
-        authors="Djurisic, Bozanic, Ashok, Liu",
-        year=2023,
-        arxiv="2209.09858",
-        paper_larger_means="id",
-        deviations=("shapes pooled features; the released code shapes the map before pooling",),
-    )
+    key="ash",
+    title="Extremely Simple Activation Shaping for Out-of-Distribution Detection",
+    authors="Djurisic, Bozanic, Ashok, Liu",
+    year=2023,
+    arxiv="2209.09858",
+    deviations=("shapes pooled features; the released code shapes the map before pooling",),
 )
-@dataclass(kw_only=True, eq=False)
 class ASH(Shaper):
     """Detector of ``then`` behind `ash`."""
 
@@ -82,6 +73,5 @@ class ASH(Shaper):
     variant: Variant = "s"
 
     def _shape(self, bank: FeatureBank) -> FeatureBank:
-        return shaped_bank(
-            bank, ash(bank.features, percentile=self.percentile, variant=self.variant)
-        )
+        h = ash(bank.features, percentile=self.percentile, variant=self.variant)
+        return shaped_bank(bank, h)

@@ -1,8 +1,4 @@
-"""Code lengths of images: the complexity estimate that input complexity subtracts from a negative
-log-likelihood.
-"""
-
-from __future__ import annotations
+"""Code lengths of images: what input complexity subtracts from a negative log-likelihood."""
 
 import io
 from typing import Any
@@ -34,7 +30,7 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
 
     Returns
     -------
-    (n,) int64, bits of the file, its header included: a nearly constant number that does not change a ranking
+    (n,) int64, bits of the file with its header, a nearly constant number
 
     Raises
     ------
@@ -58,27 +54,22 @@ def compressed_bits(images: NDArray[np.uint8], codec: str = "png") -> NDArray[np
             f"compressed_bits: there is no codec {codec!r}. Choose one of {', '.join(_CODECS)}."
         )
     images = np.asarray(images)
-    if (
-        images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[1] not in (1, 3)
-        or 0 in images.shape
-    ):
+    shape = images.shape
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[1] not in (1, 3) or 0 in shape:
         raise OodlibError(
             "compressed_bits: at least one image, uint8 of shape (n, 1 or 3, h, w), is needed, "
-            f"got {images.dtype} {images.shape}. Pass the 8-bit images as they were loaded, not "
-            "the scaled network input."
+            f"got {images.dtype} {shape}. Pass the 8-bit images as they were loaded, not the "
+            "scaled network input."
         )
     if codec == "jpeg2000" and not features.check("jpg_2000"):
         raise OodlibError(
-            'compressed_bits: this Pillow was built without JPEG 2000 (OpenJPEG). Use codec "png", or '
-            "install Pillow's official wheel."
+            "compressed_bits: this Pillow was built without JPEG 2000 (OpenJPEG). Use codec "
+            '"png", or install Pillow\'s official wheel.'
         )
     bits = np.empty(len(images), np.int64)
     for i, image in enumerate(images):
         file = io.BytesIO()
-        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(
-            file, **_CODECS[codec]
-        )
+        picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+        picture.save(file, **_CODECS[codec])
         bits[i] = 8 * file.getbuffer().nbytes
     return bits

@@ -1,8 +1,4 @@
-"""What every detector shares: facts about its paper, fit and score on a bank, save and load, and
-the registry.
-"""
-
-from __future__ import annotations
+"""What detectors share: facts about the paper, fit and score on a bank, save, load and registry."""
 
 import dataclasses
 import json
@@ -10,14 +6,23 @@ import numbers
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.files import atomic_path
 
@@ -28,9 +33,9 @@ __all__ = ["Detector", "Info", "create", "list_detectors", "load_detector", "nam
 class Info:
     """Facts about one method; docs/methods.md is generated from these.
 
-    arxiv : its number there; empty where the paper is not on arXiv, and ``url`` is its address
+    arxiv : its number there; empty where the paper is not on arXiv and has a ``url`` instead
     needs : what ``fit`` reads: nothing (``score`` works at once), features, or features and labels
-    deviations : ours against the paper and its released code
+    deviations : where ours differs from the paper or its released code
     """
 
     key: str
@@ -38,7 +43,6 @@ class Info:
     authors: str
     year: int
     arxiv: str
-    paper_larger_means: Literal["id", "ood"]
     needs: Literal["none", "features", "labels"] = "none"
     deviations: tuple[str, ...] = ()
     url: str = ""
@@ -52,7 +56,7 @@ class Info:
 class Detector:
     """A method with its parameters. The constructor only stores; learned values end in ``_``.
 
-    A new method is a dataclass with ``_score`` and, where it learns, ``_fit``, under `register`.
+    A new method is a subclass under `register`, with ``_score`` and, where it learns, ``_fit``.
     """
 
     info: ClassVar[Info]
@@ -66,9 +70,9 @@ class Detector:
 
         Raises
         ------
-        OodlibError : no row, labels are missing, a class has no sample, a parameter does not fit the bank
+        OodlibError : no row, no labels, a class without a sample, a parameter that does not fit
         """
-        _check_some(f"{self.info.key}.fit", bank)
+        _check_bank(f"{self.info.key}.fit", bank)
         if self.info.needs == "labels" and bank.labels is None:
             raise OodlibError(
                 f"{self.info.key}.fit: needs labels, this bank has none. Give labels= to "
@@ -80,37 +84,33 @@ class Detector:
         return self
 
     def score(self, bank: FeatureBank) -> NDArray[np.float64]:
-        """(N,) float64, larger = more OOD. ``overflows_`` counts those that overflowed and became
-        +inf.
+        """(N,) float64, larger = more OOD; a warning counts scores that overflowed and are +inf.
 
         Raises
         ------
         OodlibError : not fitted, or fitted on another network; a bank without a row
         """
-        _check_some(f"{self.info.key}.score", bank)
-        if self.needs_fit and not hasattr(self, "num_features_"):
-            raise OodlibError(
-                f"{self.info.key}.score: not fitted. Call fit(bank) with ID training data first."
-            )
+        name = f"{self.info.key}.score"
+        _check_bank(name, bank)
+        if self.needs_fit:
+            self._check_network(name, bank)
+        return np.asarray(self._score(bank), dtype=np.float64)
+
+    def _check_network(self, name: str, bank: FeatureBank) -> None:
+        if not hasattr(self, "num_features_"):
+            raise OodlibError(f"{name}: not fitted. Call fit(bank) with ID training data first.")
         shape = (bank.features.shape[1], bank.head.num_classes)
-        if self.needs_fit and shape != (self.num_features_, self.num_classes_):
+        if shape != (self.num_features_, self.num_classes_):
             raise OodlibError(
-                f"{self.info.key}.score: fitted on {self.num_features_} features and "
-                f"{self.num_classes_} classes, got a bank of {shape[0]} and {shape[1]}. Use one "
-                "network for both."
+                f"{name}: fitted on {self.num_features_} features and {self.num_classes_} classes, "
+                f"got a bank of {shape[0]} and {shape[1]}. Use one network for both."
             )
-        other = _network(bank)
-        if self.needs_fit and any(
-            other[k] and v and other[k] != v for k, v in getattr(self, "fitted_on_", {}).items()
-        ):
+        fitted, other = getattr(self, "fitted_on_", {}), _network(bank)
+        if any(v and other[k] and other[k] != v for k, v in fitted.items()):
             raise OodlibError(
-                f"{self.info.key}.score: fitted on a bank of another network: the sizes agree, the "
-                "weights do not. Fit it again on training data of this network, or use the old "
-                "weights."
+                f"{name}: fitted on a bank of another network: the sizes agree, the weights do "
+                "not. Fit on training data of this network, or use the old weights."
             )
-        scores = np.asarray(self._score(bank), dtype=np.float64)
-        self.overflows_ = int(np.isposinf(scores).sum())
-        return scores
 
     def _fit(self, bank: FeatureBank) -> None:
         """Learn values named ``..._``; by default nothing."""
@@ -119,54 +119,50 @@ class Detector:
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write parameters and learned values into one safetensors file with a JSON header, whole
-        or not at all.
-        """
-        arrays: dict[str, NDArray] = {}
-        record = _pack(self, arrays, "")
+        """Write parameters and learned values, whole or not at all: safetensors, a JSON header."""
+        arrays: dict[str, NDArray[Any]] = {}
+        header = json.dumps(_pack(self, arrays, ""), sort_keys=True)
         with atomic_path(path) as temporary:
             try:
-                save_file(
-                    arrays, temporary, metadata={"oodlib": json.dumps(record, sort_keys=True)}
-                )
+                save_file(arrays, temporary, metadata={"oodlib": header})
             except SafetensorError as error:
                 raise OSError(f"{path}: {error}") from error
 
 
-def _check_some(name: str, bank: FeatureBank) -> None:
+def _check_bank(name: str, bank: FeatureBank) -> None:
     if not isinstance(bank, FeatureBank):
         raise OodlibError(
-            f"{name}: needs a FeatureBank, got {type(bank).__name__}. Make one of arrays with "
-            "FeatureBank.from_arrays."
+            f"{name}: needs a FeatureBank, got {type(bank).__name__}. Use FeatureBank.from_arrays."
         )
     if len(bank) == 0:
         raise OodlibError(f"{name}: the bank holds no image. Check the folder or the filter.")
 
 
 def _network(bank: FeatureBank) -> dict[str, str]:
-    """What tells the networks behind two banks apart: the head, and all weights where the bank
-    knows them.
-    """
+    """What identifies the network behind a bank: its head, and all weights where they are known."""
     return {"head": bank.head.digest, "weights": bank.meta.get("weights", "")}
 
 
+D = TypeVar("D", bound=Detector)
 _REGISTRY: dict[str, type[Detector]] = {}
-_TYPES: dict[str, Any] = {
-    "int": numbers.Integral,
-    "float": numbers.Real,
-    "str": str,
-    "bool": (bool, np.bool_),
-    "int | None": (numbers.Integral, type(None)),
-    "str | Detector": (str, Detector),
+_TYPES: dict[Any, Any] = {
+    int: numbers.Integral,
+    float: numbers.Real,
+    bool: (bool, np.bool_),
+    str: str,
+    int | None: (numbers.Integral, type(None)),
+    str | Detector: (str, Detector),
 }
 
 
-def register(info: Info) -> Callable[[type[Detector]], type[Detector]]:
-    """Class decorator: attach the facts and make the detector known to `create`."""
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
+def register(**facts: Any) -> Callable[[type[D]], type[D]]:
+    """Class decorator: a dataclass with its `Info`, of these facts, and known to `create`."""
+    info = Info(**facts)
 
-    def attach(cls: type[Detector]) -> type[Detector]:
+    def attach(cls: type[D]) -> type[D]:
+        _REGISTRY[info.key] = dataclasses.dataclass(kw_only=True, eq=False)(cls)
         cls.info = info
-        _REGISTRY[info.key] = cls
         return cls
 
     return attach
@@ -177,33 +173,42 @@ def list_detectors() -> dict[str, Info]:
     return {key: _REGISTRY[key].info for key in sorted(_REGISTRY)}
 
 
-names = list_detectors  # the name of the first edition
+names = list_detectors  # its first name, kept
 
 
 def create(name: str, **params: Any) -> Detector:
-    """Make a detector; ``then=`` of react, ash and dice is another name or a detector.
+    """Make a detector; ``then=`` of react, ash, dice and opnp is another name or a detector.
 
     Raises
     ------
-    OodlibError : an unknown name or parameter (the message lists the known ones), or a value of another type
+    OodlibError : an unknown name or parameter (the message lists the known ones), a wrong value
+
+    Examples
+    --------
+    >>> bank = FeatureBank.from_arrays([[2., 0.], [0., 1.]], weight=[[1., 0.], [0., 1.]])
+    >>> create("react", percentile=75, then="max_logit").fit(bank).score(bank)
+    array([-1.25, -1.  ])
     """
     if name not in _REGISTRY:
         raise OodlibError(
             f"create: unknown detector {name!r}. Known: {', '.join(sorted(_REGISTRY))}."
         )
-    known = [f.name for f in dataclasses.fields(_REGISTRY[name])]
+    fields = dataclasses.fields(_REGISTRY[name])
+    known = [f.name for f in fields]
     if unknown := sorted(set(params) - set(known)):
         raise OodlibError(
             f"create: {name} has no parameter {unknown[0]!r}. Known: {', '.join(known) or 'none'}."
         )
-    for field in dataclasses.fields(_REGISTRY[name]):
-        wanted = _TYPES.get(str(field.type), object)
-        value = params.get(field.name, field.default)
-        if not isinstance(value, wanted) or (
-            isinstance(value, bool) and str(field.type).startswith(("int", "float"))
+    for field in fields:
+        kind: Any = field.type
+        value, title = params.get(field.name, field.default), f"create: {name}'s {field.name}"
+        if get_origin(kind) is Literal:
+            one_of(title, value, get_args(kind))
+        elif not isinstance(value, _TYPES.get(kind, object)) or (
+            isinstance(value, bool) and kind in (int, float, int | None)
         ):
             raise OodlibError(
-                f"create: {name}'s {field.name} must be of type {field.type}, got {value!r}."
+                f"{title} must be of type {getattr(kind, '__name__', kind)}, got {value!r}."
             )
     if isinstance(params.get("then"), str):
         create(params["then"])  # an unknown name is refused here, not after a long fit
@@ -232,7 +237,7 @@ def load_detector(path: str | os.PathLike[str]) -> Detector:
         ) from error
 
 
-def _pack(detector: Detector, arrays: dict[str, NDArray], prefix: str) -> dict[str, Any]:
+def _pack(detector: Detector, arrays: dict[str, NDArray[Any]], prefix: str) -> dict[str, Any]:
     params = {f.name: getattr(detector, f.name) for f in dataclasses.fields(detector)}
     record: dict[str, Any] = {"name": detector.info.key, "learned": {}, "nested": {}, "then": None}
     if isinstance(params.get("then"), Detector):
@@ -250,7 +255,7 @@ def _pack(detector: Detector, arrays: dict[str, NDArray], prefix: str) -> dict[s
     return record
 
 
-def _unpack(record: dict[str, Any], arrays: dict[str, NDArray], prefix: str) -> Detector:
+def _unpack(record: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str) -> Detector:
     then = {"then": _unpack(record["then"], {}, "")} if record["then"] else {}
     detector = create(record["name"], **record["params"], **then)
     vars(detector).update(record["learned"])

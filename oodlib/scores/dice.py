@@ -1,17 +1,14 @@
 """DICE: the weights of the head that contribute least are removed."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.arrays import to_numpy
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Info, register
+from oodlib.scores.detector import register
 from oodlib.scores.shaper import Shaper, shaped_bank
 
 
@@ -34,6 +31,12 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
     References
     ----------
     Sun, Li, ECCV 2022, arXiv 2111.09805
+
+    Examples
+    --------
+    >>> dice([[3.0, -1.0], [1.0, 2.0]], [1.0, 2.0], sparsity=50)
+    array([[3., 0.],
+           [0., 2.]])
     """
     weight, mean_features = (to_numpy(a).astype(np.float64) for a in (weight, mean_features))
     if weight.ndim != 2 or mean_features.shape != weight.shape[1:]:
@@ -41,29 +44,22 @@ def dice(weight: Any, mean_features: Any, *, sparsity: float = 70.0) -> NDArray[
             f"dice: weight (C, D) and mean_features (D,) need the same D, got {weight.shape} and "
             f"{mean_features.shape}."
         )
-    if not 0 <= sparsity <= 100:
-        raise OodlibError(f"dice: sparsity must lie in 0 .. 100 (per cent), got {sparsity}.")
+    check_interval("dice: sparsity", sparsity, "[0, 100]")
     if sparsity == 0:
-        return weight
+        return np.asarray(weight)
     contribution = weight * mean_features
     return np.where(contribution > np.percentile(contribution, sparsity), weight, 0)
 
 
 @register(
-    Info(
-        key="dice",
-        title="DICE: Leveraging Sparsification for Out-of-Distribution Detection",
-        authors="Sun, Li",
-        year=2022,
-        arxiv="2111.09805",
-        paper_larger_means="id",
-        needs="features",
-        deviations=(
-            "sparsity 0 removes nothing; the released code removes the smallest contribution",
-        ),
-    )
+    key="dice",
+    title="DICE: Leveraging Sparsification for Out-of-Distribution Detection",
+    authors="Sun, Li",
+    year=2022,
+    arxiv="2111.09805",
+    needs="features",
+    deviations=("sparsity 0 removes nothing; the released code removes the smallest contribution",),
 )
-@dataclass(kw_only=True, eq=False)
 class DICE(Shaper):
     """Detector of ``then`` behind `dice`; ``sparsity``: per cent of the weights to remove."""
 

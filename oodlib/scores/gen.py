@@ -1,19 +1,16 @@
 """GEN: generalised entropy of the largest probabilities."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from oodlib.arrays import by_rows
+from oodlib.arrays import Array, by_rows
 from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.detector import Detector, register
 
 
-def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:
+def gen(logits: Array, *, gamma: float = 0.1, top: int = 100) -> Array:
     r"""Generalised entropy; larger = more OOD.
 
     G = sum of p_c^gamma (1 - p_c)^gamma over the ``top`` largest p_c,   p = softmax(logits)
@@ -30,8 +27,13 @@ def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:
 
     References
     ----------
-    Liu, Lochman, Zach, CVPR 2023. The paper's score is -G, larger = ID.
-    Here 1 - p of the largest p is the sum of the others, in log space: outputs close to certainty do not tie.
+    Liu, Lochman, Zach, CVPR 2023. The paper's score is -G, larger = ID. Here 1 - p of the largest p
+    is the sum of the others, in log space: outputs close to certainty do not tie.
+
+    Examples
+    --------
+    >>> gen(np.log([[9.0, 1.0], [1.0, 1.0]]), gamma=0.5).round(4)
+    array([0.6, 1. ])
     """
     if not 0 < gamma < 1 or top < 1:
         raise OodlibError(
@@ -48,18 +50,14 @@ def gen(logits: Any, *, gamma: float = 0.1, top: int = 100) -> Any:
 
 
 @register(
-    Info(
-        key="gen",
-        title="GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
-        authors="Liu, Lochman, Zach",
-        year=2023,
-        arxiv="",
-        paper_larger_means="id",
-        url="https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_"
-        "Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html",
-    )
+    key="gen",
+    title="GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
+    authors="Liu, Lochman, Zach",
+    year=2023,
+    arxiv="",
+    url="https://openaccess.thecvf.com/content/CVPR2023/html/Liu_GEN_Pushing_the_Limits_of_"
+    "Softmax-Based_Out-of-Distribution_Detection_CVPR_2023_paper.html",
 )
-@dataclass(kw_only=True, eq=False)
 class GEN(Detector):
     """Detector of `gen`."""
 

@@ -1,11 +1,9 @@
 """OOD prototypes of GROOD that need the network again: mixed early maps, and noise.
 
-A network is split at a *named* module by forward hooks: one pass keeps the module's output, the
-next one puts another output in its place. No list of children is replayed, so that functional
-activations, skips and token handling stay.
+A network is split at a *named* module by forward hooks: one pass records the module's output, the
+next one puts another output in its place. No list of children is replayed, so functional
+activations, skips and token handling stay as they are.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 from oodlib.models.hooks import eval_mode, find_head
 from oodlib.scores.moments import stream_means
 
@@ -39,9 +37,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class EarlyPrototypes:
-    """Class means (C, ...) of the output of each named module, and the images that were passed
-    forward for them.
-    """
+    """Class means (C, ...) of the output of each named module, and how many images they took."""
 
     means: Mapping[str, Tensor]
     forwards: int
@@ -49,9 +45,7 @@ class EarlyPrototypes:
 
 @dataclass(frozen=True, eq=False)
 class OodFeatures:
-    """Penultimate features (n, D) whose mean is an OOD prototype, and the images passed forward to
-    get them.
-    """
+    """Penultimate features (n, D) whose mean is an OOD prototype, and the forward passes."""
 
     features: NDArray[np.float32]
     forwards: int
@@ -71,11 +65,10 @@ _EARLY = (
 
 
 def early_layers(model: nn.Module) -> list[str]:
-    """Names of three early modules of a known kind of network, early to late; the last is the usual
-    place to mix.
+    """Names of three early modules, early to late; the last is the usual place to mix.
 
-    ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm), Swin,
-    BiT and ConvNeXt.
+    Known: ResNets (of torchvision, timm, CIFAR), FastConvNet, DenseNetBC, ViT (torchvision, timm),
+    Swin, BiT and ConvNeXt.
 
     Raises
     ------
@@ -94,8 +87,7 @@ def early_layers(model: nn.Module) -> list[str]:
 def split_forward(
     model: nn.Module, layer: str, x: Tensor, replace: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass in evaluation mode that keeps, or replaces, the output of the module called
-    ``layer``.
+    """One pass in evaluation mode that returns, or replaces, the output of a named module.
 
     Parameters
     ----------
@@ -105,14 +97,12 @@ def split_forward(
 
     Returns
     -------
-    output : of the layer, (n, ...)
-    features : (n, D) input of the linear head
-    logits : (n, C)
+    output of the layer (n, ...), input of the linear head (n, D), logits (n, C)
 
     Raises
     ------
-    OodlibError : no such layer, it runs never or more than once, its output is no tensor, a path leads around it, no
-        linear head
+    OodlibError : no such layer, it runs never or more than once, its output is not a tensor, a path
+        leads around it, no linear head
     """
     with eval_mode(model):
         return _split(model, layer, _check_split(model, layer, x[:2]), x, replace)
@@ -126,8 +116,7 @@ def early_prototypes(
     *,
     device: str | torch.device = "cpu",
 ) -> EarlyPrototypes:
-    """Class means of the outputs of named early modules, streamed: memory of C x (size of the
-    maps).
+    """Class means of the outputs of named early modules, streamed: memory C x (size of the maps).
 
     Parameters
     ----------
@@ -137,12 +126,13 @@ def early_prototypes(
 
     Raises
     ------
-    OodlibError : as in `split_forward`; a batch without an image, a label outside 0 .. C-1, a class without a sample
+    OodlibError : as in `split_forward`; a batch without an image, a label outside 0 .. C-1, a class
+        without a sample
     """
     shapes: dict[str, torch.Size] = {}
     forwards = 0
 
-    def maps() -> Iterator[tuple[NDArray, Tensor]]:
+    def maps() -> Iterator[tuple[NDArray[Any], Tensor]]:
         nonlocal forwards
         for x, y in batches:
             _check_batch("early_prototypes", x)
@@ -151,32 +141,23 @@ def early_prototypes(
                 for layer in layers:
                     _check_split(model, layer, x[:2])
             found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-            with (
-                _hooks(model, {layer: _keep(found[layer]) for layer in layers}),
-                torch.inference_mode(),
-            ):
+            hooks = {layer: _record(found[layer]) for layer in layers}
+            with _hooks(model, hooks), torch.inference_mode():
                 model(x)
             shapes.update({layer: found[layer][0].shape[1:] for layer in layers})
             forwards += len(x)
-            yield (
-                np.concatenate(
-                    [found[layer][0].flatten(1).float().cpu().numpy() for layer in layers], 1
-                ),
-                y,
-            )
+            flat = [found[layer][0].flatten(1).float().cpu().numpy() for layer in layers]
+            yield np.concatenate(flat, 1), y
 
     if not layers:
         raise OodlibError("early_prototypes: name at least one layer.")
     model.to(device)
     with eval_mode(model):
         means = torch.from_numpy(stream_means(maps(), num_classes).astype(np.float32))
-    parts = means.split([shapes[layer].numel() for layer in layers], 1)
+    parts = torch.split(means, [shapes[layer].numel() for layer in layers], 1)
+    named = zip(layers, parts, strict=True)
     return EarlyPrototypes(
-        {
-            layer: part.reshape(num_classes, *shapes[layer])
-            for layer, part in zip(layers, parts, strict=True)
-        },
-        forwards,
+        {layer: part.reshape(num_classes, *shapes[layer]) for layer, part in named}, forwards
     )
 
 
@@ -189,8 +170,7 @@ def synthetic_features(
     lam: float = 0.5,
     device: str | torch.device = "cpu",
 ) -> OodFeatures:
-    r"""Penultimate features of training images whose early maps are mixed with the prototype of
-    another class.
+    r"""Penultimate features of training images, mixed early with another class's prototype.
 
     z = lambda f_early(x) + (1 - lambda) P_early[r],   r = class with the second largest logit of x
 
@@ -199,26 +179,27 @@ def synthetic_features(
     layer : name of the early module
     prototypes : (C, ...) class means of its output, `EarlyPrototypes.means[layer]`
     batches : network inputs of training images, of all classes alike (labels are not read)
-    lam : lambda in [0, 1]; 1 is the plain forward pass. The released code has 0.5, its configuration 0.8
+    lam : lambda in [0, 1]; 1 is the plain forward pass. The released code has 0.5, its
+        configuration 0.8
 
     Returns
     -------
-    OodFeatures : two passes an image
+    OodFeatures : two passes per image
 
     Raises
     ------
-    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image; as `split_forward`
+    OodlibError : lambda out of range, prototypes of another shape or number of classes, no image;
+        as `split_forward`
 
     References
     ----------
-    ElAraby, Sahoo, Pequignot, Novello, Paull, TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8 (neither could be
-    read: the formula is that of the authors' code)
+    ElAraby, Sahoo, Pequignot, Novello, Paull, TMLR 2025, arXiv 2312.14427, section 5.2 and Eq. 8
+    (neither could be read: the formula is that of the authors' code)
     """
-    if not 0 <= lam <= 1:
-        raise OodlibError(f"synthetic_features: lam must lie in [0, 1], got {lam}.")
+    check_interval("synthetic_features: lam", lam, "[0, 1]")
     model.to(device)
     prototypes = prototypes.to(device)
-    features: list[NDArray] = []
+    features: list[NDArray[Any]] = []
     head, forwards = "", 0
     with eval_mode(model):
         for x, _ in batches:
@@ -243,12 +224,9 @@ def synthetic_features(
 
 
 def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1] behind a Gaussian blur of 5 x 7 pixels, sigma uniform in (0.2, 5) for
-    each image.
+    """Blurred uniform noise (n, c, h, w) in [0, 1], float32.
 
-    Returns
-    -------
-    (n, c, h, w) float32
+    Gaussian blur of 5 x 7 pixels, sigma uniform in (0.2, 5) for each image.
     """
     c, h, w = shape
     if min(h, w) < 4:
@@ -262,7 +240,7 @@ def noise_images(n: int, shape: tuple[int, int, int], *, generator: torch.Genera
         kernel = (-0.5 * (offsets / sigma).square()).softmax(1).repeat_interleave(c, 0)
         kernel = kernel[:, None, :, None] if axis == 2 else kernel[:, None, None, :]
         margin = (0, 0, size // 2, size // 2) if axis == 2 else (size // 2, size // 2, 0, 0)
-        flat = pad(images, margin, mode="reflect").reshape(1, n * c, *_padded(h, w, margin))
+        flat = pad(images, margin, mode="reflect").flatten(0, 1)[None]
         images = conv2d(flat, kernel, groups=n * c).reshape(n, c, h, w)
     return images
 
@@ -277,18 +255,17 @@ def noise_features(
     std: Sequence[float] | None = None,
     device: str | torch.device = "cpu",
 ) -> OodFeatures:
-    """Penultimate features of blurred noise: of each 100 images the 10 with the smallest logsumexp
-    of the logits.
+    """Penultimate features of blurred noise with a small logsumexp of the logits (10 of each 100).
 
     Parameters
     ----------
     shape : (c, h, w) of the network's inputs
-    n : features to keep
-    mean, std : of the network's input normalisation; the released code feeds the noise without it (None)
+    n : number of features
+    mean, std : of the network's input normalisation; the released code feeds the noise without it
 
     Returns
     -------
-    OodFeatures : ten passes for each feature that is kept
+    OodFeatures : ten passes per feature
 
     Raises
     ------
@@ -298,7 +275,7 @@ def noise_features(
         raise OodlibError("noise_features: give both mean and std, or neither.")
     generator = torch.Generator().manual_seed(seed)
     model.to(device)
-    kept: list[NDArray] = []
+    kept: list[NDArray[Any]] = []
     forwards = 0
     with eval_mode(model), torch.inference_mode():
         head = find_head(model, torch.zeros(2, *shape, device=device))
@@ -322,17 +299,13 @@ def _check_batch(name: str, x: Tensor) -> None:
         raise OodlibError(f"{name}: a batch without an image. Check the loader or the filter.")
 
 
-def _padded(h: int, w: int, margin: tuple[int, int, int, int]) -> tuple[int, int]:
-    return h + margin[2] + margin[3], w + margin[0] + margin[1]
-
-
 @torch.inference_mode()
 def _split(
     model: nn.Module, layer: str, head: str, x: Tensor, replace: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs: list[Tensor] = []
     features: list[Tensor] = []
-    with _hooks(model, {layer: _keep(outputs, replace)}, {head: features}):
+    with _hooks(model, {layer: _record(outputs, replace)}, {head: features}):
         logits = model(x)
     if len(outputs) != 1:
         raise OodlibError(
@@ -343,26 +316,23 @@ def _split(
 
 
 def _check_split(model: nn.Module, layer: str, x: Tensor) -> str:
-    """Name of the head. The layer's output alone must fix the logits: the image before it can then
-    be anything.
-    """
+    """Name of the head, after a check that the layer's output alone determines the logits."""
     head = find_head(model, x)
     output, _, logits = _split(model, layer, head, x, None)
     again = _split(model, layer, head, 1 - x, output)[2]
     if not torch.allclose(again, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise OodlibError(
-            f"split: a path leads around layer {layer!r}, so its output alone does not fix the "
+            f"split: a path leads around layer {layer!r}, so its output does not determine the "
             "logits. Name a whole stage or block instead of a layer inside a residual branch."
         )
     return head
 
 
-def _keep(found: list[Tensor], replace: Tensor | None = None) -> Callable[..., Tensor | None]:
+def _record(found: list[Tensor], replace: Tensor | None = None) -> Callable[..., Tensor | None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
             raise OodlibError(
-                f"split: the layer must return one tensor, got {type(output).__name__}. Name "
-                "another."
+                f"split: layers must return one tensor, got {type(output).__name__}. Name another."
             )
         found.append(output if replace is None else replace)
         return replace
@@ -370,14 +340,14 @@ def _keep(found: list[Tensor], replace: Tensor | None = None) -> Callable[..., T
     return hook
 
 
-def _keep_input(found: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _record_input(found: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     found.append(inputs[0])
 
 
 @contextmanager
 def _hooks(
     model: nn.Module,
-    after: Mapping[str, Callable],
+    after: Mapping[str, Callable[..., Tensor | None]],
     before: Mapping[str, list[Tensor]] | None = None,
 ) -> Iterator[None]:
     """Forward hooks after some modules, and lists that get the input of others."""
@@ -389,7 +359,7 @@ def _hooks(
         )
     handles = [modules[name].register_forward_hook(hook) for name, hook in after.items()]
     handles += [
-        modules[name].register_forward_pre_hook(partial(_keep_input, found))
+        modules[name].register_forward_pre_hook(partial(_record_input, found))
         for name, found in (before or {}).items()
     ]
     try:

@@ -1,22 +1,19 @@
-"""Distance to the k-th nearest training feature, exact in float64 with or without faiss."""
+"""Distance to the k-th nearest training feature, exact in float64."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oodlib.arrays import by_rows, check_k, to_numpy
+from oodlib.arrays import Array, by_rows, check_k, to_numpy
 from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.detector import Detector, register
 from oodlib.scores.neighbours import SPARE, EuclideanSearch
 
 
-def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any:
+def knn(features: Array, bank: Any, *, k: int = 50, normalise: bool = True) -> Array:
     r"""Euclidean distance to the k-th nearest training feature; larger = more OOD.
 
     S = ||x - x_(k)||_2,   x = h / ||h||_2 if ``normalise``
@@ -30,7 +27,7 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
 
     Returns
     -------
-    (N,) float64
+    (N,) float64; neither faiss nor the number of queries at a time changes it
 
     Raises
     ------
@@ -40,11 +37,11 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
     ----------
     Sun, Ming, Zhu, Li, ICML 2022, arXiv 2204.06507. The paper's score is -S, larger = ID.
 
-    Notes
-    -----
-    faiss, where installed, finds k + 16 candidates in float32 (`IndexFlatL2`); their distances are computed again in
-    float64, and a row is searched again in float64 where a float32 error could have hidden a neighbour. The result
-    depends neither on faiss nor on the number of queries at a time.
+    Examples
+    --------
+    >>> bank = np.array([[0.0, 0.0], [3.0, 4.0]])
+    >>> knn(np.array([[0.0, 1.0]]), bank, k=1, normalise=False)
+    array([1.])
     """
     train = to_numpy(bank)
     if train.ndim != 2 or np.shape(features)[1:] != train.shape[1:]:
@@ -70,20 +67,16 @@ def knn(features: Any, bank: Any, *, k: int = 50, normalise: bool = True) -> Any
 
 
 @register(
-    Info(
-        key="knn",
-        title="Out-of-Distribution Detection with Deep Nearest Neighbors",
-        authors="Sun, Ming, Zhu, Li",
-        year=2022,
-        arxiv="2204.06507",
-        paper_larger_means="id",
-        needs="features",
-        deviations=("distances of the candidates are computed again in float64",),
-    )
+    key="knn",
+    title="Out-of-Distribution Detection with Deep Nearest Neighbors",
+    authors="Sun, Ming, Zhu, Li",
+    year=2022,
+    arxiv="2204.06507",
+    needs="features",
+    deviations=("distances of the candidates are computed again in float64",),
 )
-@dataclass(kw_only=True, eq=False)
 class KNN(Detector):
-    """Detector of `knn`; keeps the training features (a memory-mapped bank stays on disk)."""
+    """Detector of `knn`; holds the training features (a memory-mapped bank stays on disk)."""
 
     k: int = 50
     normalise: bool = True

@@ -1,59 +1,62 @@
-r"""Scores of a generative model's gradients and likelihoods; larger = more OOD, infinite input =
-most OOD.
+r"""Scores of a generative model's gradients and likelihoods; larger = more OOD, +inf = most OOD.
 
 f_l = ||d sum_b log p(x_b) / d theta_l||^2 comes from `oodlib.gradients.layer_gradient_norms`; a row
 is an image or a group of B images.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oodlib.arrays import to_numpy
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, check_interval
 
 __all__ = ["LayerwiseDensity", "input_complexity", "naive_norm", "typicality"]
 
-Array = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 
 class LayerwiseDensity:
     r"""Density of log gradient norms: one Gaussian for every parameter tensor, fitted on ID rows.
 
-    u_l = log f_l S = -sum_l log N(u_l; mu_l, sigma_l^2) = sum_l 1/2 [(u_l - mu_l)^2 / sigma_l^2 +
-    log(2 pi sigma_l^2)]
+    u_l = log f_l
+
+    S = -sum_l log N(u_l; mu_l, sigma_l^2)
+      = sum_l 1/2 [(u_l - mu_l)^2 / sigma_l^2 + log(2 pi sigma_l^2)]
 
     Two-sided: a gradient that is too small counts as much as one that is too large.
 
     Parameters
     ----------
-    epsilon : 0, the definition: tensors whose gradient is zero for a fit row, or the same for all, are left out, and a
-        zero met later counts as the smallest fitted value. Above 0, as the released code has it
-        (1e-10): u = log(f + epsilon), sigma^2 + epsilon, every tensor counts; then the unit of the
-        objective matters.
+    epsilon : 0, the definition: tensors whose gradient is zero for a fit row, or the same for all,
+        are left out, and a zero met later counts as the smallest fitted value. Above 0, as in the
+        released code (1e-10): u = log(f + epsilon), sigma^2 + epsilon, every tensor counts; then
+        the unit of the objective matters.
 
     Attributes
     ----------
-    mean_, variance_ : (L,) of u over the fit rows, unbiased; kept_ : (L,) bool; overflowed_ : fit rows left out
-        because a norm was infinite
+    mean_, variance_ : (L,) of u over the fit rows, unbiased
+    kept_ : (L,) bool, the tensors that count
+    overflowed_ : fit rows left out because a norm was infinite
 
     References
     ----------
     Montazeran, Köthe 2025, arXiv 2502.00820; Dauncey et al., TMLR 2024, arXiv 2403.01485
+
+    Examples
+    --------
+    >>> density = LayerwiseDensity().fit([[1.0, 2.0], [2.0, 1.0], [4.0, 4.0]])
+    >>> density.score([[2.0, 2.0], [200.0, 0.02]]).round(1)
+    array([ 1.1, 45.2])
     """
 
     def __init__(self, *, epsilon: float = 0.0):
-        if not 0 <= epsilon < 1:
-            raise OodlibError(f"LayerwiseDensity: epsilon must lie in [0, 1), got {epsilon}.")
+        check_interval("LayerwiseDensity: epsilon", epsilon, "[0, 1)")
         self.epsilon = epsilon
 
-    def fit(self, norms: Any) -> LayerwiseDensity:
-        """norms (N, L) of ID rows, squared L2 norms; at least two rows without overflow. Returns
-        itself.
-        """
+    def fit(self, norms: Any) -> Self:
+        """Fit on norms (N, L) of ID rows, squared L2, at least two without overflow."""
         f = _norms(norms, "LayerwiseDensity.fit")
         finite = np.isfinite(f).all(1)
         self.overflowed_, f = int((~finite).sum()), f[finite]
@@ -76,7 +79,7 @@ class LayerwiseDensity:
             )
         return self
 
-    def log_norms(self, norms: Any) -> Array:
+    def log_norms(self, norms: Any) -> Floats:
         """u (n, L); NaN for tensors that are left out."""
         if not hasattr(self, "mean_"):
             raise OodlibError("LayerwiseDensity: call fit(norms of ID rows) first.")
@@ -86,41 +89,33 @@ class LayerwiseDensity:
                 f"LayerwiseDensity: fitted on {len(self.mean_)} tensors, got norms of "
                 f"{f.shape[1]}. Take both from one network."
             )
+        f = f + self.epsilon if self.epsilon else np.where(f > 0, f, self._floor)
         with np.errstate(divide="ignore"):
-            u = (
-                np.log(f + self.epsilon)
-                if self.epsilon
-                else np.log(np.where(f > 0, f, self._floor))
-            )
+            u: Floats = np.log(f)
         u[:, ~self.kept_] = np.nan
         return u
 
-    def terms(self, norms: Any) -> Array:
-        """What each tensor adds to the score, (n, L); 0 where it is left out, +inf where the norm
-        overflowed.
-        """
+    def terms(self, norms: Any) -> Floats:
+        """Each tensor's part of the score, (n, L): 0 if left out, +inf after an overflow."""
         u = self.log_norms(norms)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            out = 0.5 * (
-                (u - self.mean_) ** 2 / self.variance_ + np.log(2 * np.pi * self.variance_)
-            )
+            deviation = (u - self.mean_) ** 2 / self.variance_
+            out: Floats = 0.5 * (deviation + np.log(2 * np.pi * self.variance_))
         out[:, ~self.kept_] = 0.0
         return out
 
-    def score(self, norms: Any) -> Array:
+    def score(self, norms: Any) -> Floats:
         """S (n,), +inf where a norm overflowed."""
-        return self.terms(norms).sum(1)
+        return np.asarray(self.terms(norms).sum(1))
 
 
-def naive_norm(norms: Any) -> Array:
-    """Log of the squared norm of the whole gradient, log sum_l f_l, (n,); the log keeps the order
-    and the range.
-    """
+def naive_norm(norms: Any) -> Floats:
+    """Log of the squared norm of the whole gradient, log sum_l f_l, (n,)."""
     with np.errstate(divide="ignore"):
-        return np.log(_norms(norms, "naive_norm").sum(1))
+        return np.asarray(np.log(_norms(norms, "naive_norm").sum(1)))
 
 
-def typicality(nll: Any, fit_nll: Any) -> Array:
+def typicality(nll: Any, fit_nll: Any) -> Floats:
     """|nll - mean of fit_nll|, (n,): how far from the typical set.
 
     Nalisnick et al. 2019, arXiv 1906.02994, without the bootstrap, as Dauncey et al. use it.
@@ -130,17 +125,17 @@ def typicality(nll: Any, fit_nll: Any) -> Array:
     fit = fit[np.isfinite(fit)]
     if len(fit) == 0:
         raise OodlibError(
-            "typicality: no finite likelihood to take the mean of. Give ID images of a flow that "
-            "trained stably."
+            "typicality: no finite likelihood to average. Give ID images of a flow that trained "
+            "stably."
         )
-    return np.abs(nll - fit.mean())
+    return np.asarray(np.abs(nll - fit.mean()))
 
 
-def input_complexity(nll_bits: Any, code_bits: Any) -> Array:
-    """-log2 p(x) - L(x), (n,): the likelihood beside a general-purpose code (Serrà et al. 2020,
-    arXiv 1909.11480).
+def input_complexity(nll_bits: Any, code_bits: Any) -> Floats:
+    """-log2 p(x) - L(x), (n,): the likelihood beside a general-purpose code.
 
     nll_bits (n,) and code_bits (n,), both in bits per image (or per group), from `compressed_bits`.
+    Serrà et al. 2020, arXiv 1909.11480.
     """
     nll, code = _vector(nll_bits, "input_complexity"), _vector(code_bits, "input_complexity")
     if len(nll) != len(code) or not np.isfinite(code).all():
@@ -151,7 +146,7 @@ def input_complexity(nll_bits: Any, code_bits: Any) -> Array:
     return nll - code
 
 
-def _norms(norms: Any, name: str) -> Array:
+def _norms(norms: Any, name: str) -> Floats:
     f = np.array(to_numpy(norms), dtype=np.float64)
     if f.ndim != 2 or 0 in f.shape or not (f >= 0).all():  # NaN fails too
         raise OodlibError(
@@ -161,7 +156,7 @@ def _norms(norms: Any, name: str) -> Array:
     return f
 
 
-def _vector(values: Any, name: str) -> Array:
+def _vector(values: Any, name: str) -> Floats:
     v = np.asarray(to_numpy(values), dtype=np.float64)
     if v.ndim != 1 or len(v) == 0 or np.isnan(v).any() or (v == -np.inf).any():
         raise OodlibError(

@@ -1,40 +1,38 @@
-"""Mahalanobis distance to the nearest class mean, and the same relative to one background Gaussian."""
+"""Mahalanobis distance to the nearest class mean, and relative to one background Gaussian."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from oodlib.arrays import by_rows, tensor64
+from oodlib.arrays import Array, by_rows, tensor64
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.detector import Detector, register
 from oodlib.scores.moments import class_moments
+
+__all__ = ["mahalanobis", "relative_mahalanobis", "whitening"]
 
 
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
-    """Matrix A with A A^T the pseudo-inverse of a covariance, so that ||A^T x||^2 is the
-    Mahalanobis form of x.
+    """Matrix A (D, rank) with A A^T the pseudo-inverse of a covariance (D, D).
 
-    Directions whose variance is below ``rtol`` times the largest (dead units) are left out.
+    ||A^T x||^2 is the Mahalanobis form of x. Directions whose variance is below ``rtol`` times the
+    largest (dead units) are left out.
 
-    Parameters
-    ----------
-    covariance : (D, D), symmetric
-
-    Returns
-    -------
-    (D, rank) float64
+    Examples
+    --------
+    >>> abs(whitening([[4.0, 0.0], [0.0, 0.0]]))
+    array([[0.5],
+           [0. ]])
     """
     variances, directions = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
-    keep = variances > rtol * variances[-1]
-    return np.ascontiguousarray(directions[:, keep] / np.sqrt(variances[keep]))
+    large = variances > rtol * variances[-1]
+    return np.ascontiguousarray(directions[:, large] / np.sqrt(variances[large]))
 
 
-def mahalanobis(features: Any, class_means: Any, whitening: Any) -> Any:
+def mahalanobis(features: Array, class_means: Any, whitening: Any) -> Array:
     r"""Squared Mahalanobis distance to the nearest class mean; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)
@@ -51,16 +49,21 @@ def mahalanobis(features: Any, class_means: Any, whitening: Any) -> Any:
 
     References
     ----------
-    Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S, larger = ID.
+    Lee, Lee, Lee, Shin, NeurIPS 2018, arXiv 1807.03888, Eq. 2. The paper's confidence is -S.
+
+    Examples
+    --------
+    >>> class_means = np.array([[0.0, 0.0], [4.0, 0.0]])
+    >>> mahalanobis(np.array([[1.0, 0.0], [4.0, 2.0]]), class_means, np.eye(2))
+    array([1., 4.])
     """
     return by_rows("mahalanobis", _nearest(class_means, whitening), features)
 
 
 def relative_mahalanobis(
-    features: Any, class_means: Any, whitening: Any, mean: Any, total_whitening: Any
-) -> Any:
-    r"""Mahalanobis distance to the nearest class minus that to the whole training set; larger =
-    more OOD.
+    features: Array, class_means: Any, whitening: Any, mean: Any, total_whitening: Any
+) -> Array:
+    r"""Mahalanobis distance to the nearest class minus that to all data; larger = more OOD.
 
     S = min_c (h - mu_c)^T Sigma^+ (h - mu_c)  -  (h - mu)^T Sigma_0^+ (h - mu)
 
@@ -76,19 +79,21 @@ def relative_mahalanobis(
 
     References
     ----------
-    Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. The paper's confidence is -S, larger = ID.
+    Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan 2021, arXiv 2106.09022. Their confidence is -S.
+
+    Examples
+    --------
+    >>> means = np.array([[-2.0, 0.0], [2.0, 0.0]])
+    >>> relative_mahalanobis(np.array([[2.0, 1.0]]), means, np.eye(2), np.zeros(2), np.eye(2) / 2)
+    array([-0.25])
     """
-    nearest, background = (
-        _nearest(class_means, whitening),
-        _nearest(np.asarray(mean)[None], total_whitening),
-    )
+    nearest = _nearest(class_means, whitening)
+    background = _nearest(np.asarray(mean)[None], total_whitening)
     return by_rows("relative_mahalanobis", lambda h: nearest(h) - background(h), features)
 
 
-def _nearest(means: Any, whitening: Any) -> Any:
-    centre = np.asarray(means, dtype=np.float64).mean(
-        0
-    )  # distances ignore shifts; without it they cancel
+def _nearest(means: Any, whitening: Any) -> Callable[[Tensor], Tensor]:
+    centre = np.asarray(means, dtype=np.float64).mean(0)  # without this shift, distances cancel
     a, centre = tensor64(whitening), tensor64(centre)
     targets = (tensor64(means) - centre) @ a
 
@@ -101,21 +106,18 @@ def _nearest(means: Any, whitening: Any) -> Any:
 
 
 @register(
-    Info(
-        key="mahalanobis",
-        title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
-        authors="Lee, Lee, Lee, Shin",
-        year=2018,
-        arxiv="1807.03888",
-        paper_larger_means="id",
-        needs="labels",
-        deviations=(
-            "last features only, no input perturbation, no layer weights learned on outliers",
-            "pseudo-inverse of the covariance, in float64",
-        ),
-    )
+    key="mahalanobis",
+    title="A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial "
+    "Attacks",
+    authors="Lee, Lee, Lee, Shin",
+    year=2018,
+    arxiv="1807.03888",
+    needs="labels",
+    deviations=(
+        "last features only, no input perturbation, no layer weights learned on outliers",
+        "pseudo-inverse of the covariance, in float64",
+    ),
 )
-@dataclass(kw_only=True, eq=False)
 class Mahalanobis(Detector):
     """Detector of `mahalanobis`."""
 
@@ -128,18 +130,14 @@ class Mahalanobis(Detector):
 
 
 @register(
-    Info(
-        key="relative_mahalanobis",
-        title="A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
-        authors="Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan",
-        year=2021,
-        arxiv="2106.09022",
-        paper_larger_means="id",
-        needs="labels",
-        deviations=("pseudo-inverse of the covariances, in float64",),
-    )
+    key="relative_mahalanobis",
+    title="A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection",
+    authors="Ren, Fort, Liu, Roy, Padhy, Lakshminarayanan",
+    year=2021,
+    arxiv="2106.09022",
+    needs="labels",
+    deviations=("pseudo-inverse of the covariances, in float64",),
 )
-@dataclass(kw_only=True, eq=False)
 class RelativeMahalanobis(Detector):
     """Detector of `relative_mahalanobis`."""
 
@@ -152,6 +150,3 @@ class RelativeMahalanobis(Detector):
         return relative_mahalanobis(
             bank.features, self.class_means_, self.whitening_, self.mean_, self.total_whitening_
         )
-
-
-__all__ = ["mahalanobis", "relative_mahalanobis", "whitening"]

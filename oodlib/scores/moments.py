@@ -1,8 +1,4 @@
-"""Class means and covariances of features, streamed: one pass, float64, centred, memory of order D
-x D + C x D.
-"""
-
-from __future__ import annotations
+"""Class means and covariances of features, streamed in one pass: float64, centred."""
 
 import math
 from collections.abc import Iterable
@@ -37,10 +33,9 @@ class Moments:
 
 
 class MomentSums:
-    r"""Moments of features that arrive in batches and need not fit in memory: `add` each, then
-    `moments`.
+    r"""Moments of features that arrive in batches: `add` each, then `moments`; memory D^2 + C D.
 
-    Sums are taken about the mean of the first batch, m, which removes the cancellation of raw
+    Sums are taken about the mean m of the first batch, which avoids the cancellation of raw
     moments: ``total = sum (h-m)(h-m)^T / N - (mean-m)(mean-m)^T`` and ``within = total - sum_c n_c
     (mu_c-mean)(mu_c-mean)^T / N``.
 
@@ -83,18 +78,16 @@ class MomentSums:
         spread = means - centred
         within = total - (spread.T * (self.counts / n)) @ spread
         return Moments(
-            self.shift + centred,
-            self.shift + means,
-            self.counts.copy(),
-            (within + within.T) / 2,
-            (total + total.T) / 2,
+            mean=self.shift + centred,
+            class_means=self.shift + means,
+            counts=self.counts.copy(),
+            covariance=(within + within.T) / 2,
+            total_covariance=(total + total.T) / 2,
         )
 
 
 def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Moments:
-    """`MomentSums` of pairs of features (n, D) and labels (n,) with values in 0 .. C-1; errors as
-    there.
-    """
+    """`MomentSums` of batches of features (n, D) and labels (n,); errors as there."""
     sums = MomentSums(num_classes)
     for features, labels in batches:
         sums.add(features, labels)
@@ -102,11 +95,9 @@ def stream_moments(batches: Iterable[tuple[Any, Any]], num_classes: int) -> Mome
 
 
 def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArray[np.float64]:
-    """Class means (C, d) of features (n, ...) that arrive in batches, flattened to d; memory C x d
-    only.
+    """Class means (C, d) of batches of features (n, ...), flattened to d; memory C x d only.
 
-    Arguments and errors as in `stream_moments`; the order of the samples does not matter (up to
-    rounding).
+    Arguments and errors as in `stream_moments`.
     """
     sums, counts = np.empty((0, 0)), np.zeros(num_classes, dtype=np.int64)
     for batch_features, batch_labels in batches:
@@ -124,21 +115,26 @@ def stream_means(batches: Iterable[tuple[Any, Any]], num_classes: int) -> NDArra
 
 
 def class_moments(features: Any, labels: Any, num_classes: int) -> Moments:
-    """`stream_moments` of arrays or tensors that are available (memory-mapped ones are read in
-    pieces).
+    """`stream_moments` of whole arrays or tensors (memory-mapped ones are read in pieces).
+
+    Examples
+    --------
+    >>> moments = class_moments(np.array([[0.0], [2.0], [9.0]]), np.array([0, 0, 1]), 2)
+    >>> moments.class_means.ravel(), moments.covariance.round(4)
+    (array([1., 9.]), array([[0.6667]]))
     """
     return stream_moments([(features, labels)], num_classes)
 
 
-def _check_labels(name: str, features: NDArray, labels: NDArray, num_classes: int) -> None:
+def _check_labels(name: str, features: NDArray[Any], labels: NDArray[Any], classes: int) -> None:
     if len(features) != len(labels) or len(features) == 0:
         raise OodlibError(
             f"{name}: a batch has {len(features)} features but {len(labels)} labels; as many are "
             "needed, and at least one. Check the loader or the filter before it."
         )
-    if labels.min() < 0 or labels.max() >= num_classes:
+    if labels.min() < 0 or labels.max() >= classes:
         raise OodlibError(
-            f"{name}: labels must lie in 0 .. {num_classes - 1}, got {labels.min()} .. "
+            f"{name}: labels must lie in 0 .. {classes - 1}, got {labels.min()} .. "
             f"{labels.max()}. Leave unlabelled images out."
         )
 

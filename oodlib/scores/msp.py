@@ -1,16 +1,13 @@
 """Maximum softmax probability."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
-from oodlib.arrays import by_rows, check_temperature
+from oodlib.arrays import Array, by_rows, check_temperature
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.detector import Detector, register
 
 
-def msp(logits: Any, *, temperature: float = 1.0) -> Any:
+def msp(logits: Array, *, temperature: float = 1.0) -> Array:
     r"""Negative maximum softmax probability; larger = more OOD.
 
     S = -max_c p_c,   p = softmax(logits / T)
@@ -22,31 +19,29 @@ def msp(logits: Any, *, temperature: float = 1.0) -> Any:
 
     Returns
     -------
-    (N,) float64 in [-1, -1/C]
+    (N,) float64 in [-1, -1/C]; largest logits that lead by more than about 37 T tie at -1
 
     References
     ----------
-    Hendrycks, Gimpel, ICLR 2017, arXiv 1610.02136
+    Hendrycks, Gimpel, ICLR 2017, arXiv 1610.02136. The paper's score is -S, larger = ID.
 
-    Notes
-    -----
-    Two images whose largest logit leads by more than about 37 T tie at -1, even in float64.
+    Examples
+    --------
+    >>> msp(np.log([[3.0, 1.0], [1.0, 1.0]])).round(4)
+    array([-0.75, -0.5 ])
     """
     check_temperature("msp", temperature)
     return by_rows("msp", lambda z: -(z / temperature).softmax(1).amax(1), logits)
 
 
 @register(
-    Info(
-        key="msp",
-        title="A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural Networks",
-        authors="Hendrycks, Gimpel",
-        year=2017,
-        arxiv="1610.02136",
-        paper_larger_means="id",
-    )
+    key="msp",
+    title="A Baseline for Detecting Misclassified and Out-of-Distribution Examples in Neural "
+    "Networks",
+    authors="Hendrycks, Gimpel",
+    year=2017,
+    arxiv="1610.02136",
 )
-@dataclass(kw_only=True, eq=False)
 class MSP(Detector):
     """Detector of `msp`."""
 

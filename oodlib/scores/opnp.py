@@ -1,12 +1,8 @@
-"""OPNP: weights and neurons of the head that are least and most sensitive on ID training images are
-removed.
-"""
-
-from __future__ import annotations
+"""OPNP: the head's least and most sensitive weights and neurons are removed."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,24 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from oodlib import arrays
-from oodlib.arrays import check_rows, check_temperature, tensor64, to_numpy
-from oodlib.errors import OodlibError
+from oodlib.arrays import Array, check_rows, check_temperature, tensor64, to_numpy
+from oodlib.errors import OodlibError, check_interval, one_of
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Info, register
+from oodlib.scores.detector import register
 from oodlib.scores.shaper import Shaper, shaped_bank
 
 Neurons = Literal["outgoing", "activation"]
 Scope = Literal["global", "class"]
-_NEURONS, _SCOPES, _ORDERS = (
-    ("outgoing", "activation"),
-    ("global", "class"),
-    ("one-shot", "sequential"),
-)
 
 
-def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) -> Any:
-    r"""Mean size of the energy's gradient with respect to each weight of the head, without
-    autograd.
+def opnp_sensitivity(features: Array, logits: Any, *, temperature: float = 1.0) -> Array:
+    r"""Mean size of the energy's gradient at each weight of the head, without autograd.
 
     M_ji = (1/m) sum_k |dE/dW_ji (x_k)| = (1/m) sum_k p_kj |h_ki|,   p = softmax(logits / T)
 
@@ -46,7 +36,7 @@ def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) ->
 
     Returns
     -------
-    (C, D) float64, in the unit of the features; torch if ``features`` is torch, else NumPy
+    (C, D) float64, in the unit of the features
 
     Raises
     ------
@@ -54,7 +44,8 @@ def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) ->
 
     References
     ----------
-    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062; the closed form is derived in notebook 02a_opnp
+    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062; the closed form is derived in the
+    notebook on OPNP
 
     Examples
     --------
@@ -66,15 +57,14 @@ def opnp_sensitivity(features: Any, logits: Any, *, temperature: float = 1.0) ->
 
 
 def opnp_neurons(
-    features: Any,
+    features: Array,
     logits: Any,
     weight: Any,
     *,
     definition: Neurons = "outgoing",
     temperature: float = 1.0,
-) -> Any:
-    r"""Sensitivity of each neuron before the head, by either of two definitions; the paper's own
-    could not be read.
+) -> Array:
+    r"""Sensitivity of each neuron before the head, by two definitions; the paper's was not read.
 
     "outgoing": the mean over classes of M, ``mean |h_i| / C``, which depends neither on the weights
     nor on the logits. "activation": ``mean |dE/dh_i| = mean |sum_j p_j W_ji|``, which is not zero
@@ -87,31 +77,40 @@ def opnp_neurons(
 
     Returns
     -------
-    (D,) float64; torch if ``features`` is torch, else NumPy
+    (D,) float64
 
     Raises
     ------
     OodlibError : an unknown definition, or shapes that do not fit
+
+    Examples
+    --------
+    >>> opnp_neurons(np.array([[1.0, -2.0]]), np.log([[3.0, 1.0]]), np.eye(2))
+    array([0.5, 1. ])
     """
-    weight = tensor64(weight)
-    if definition not in _NEURONS:
+    one_of("opnp_neurons: definition", definition, get_args(Neurons))
+    w, size = tensor64(weight), (np.shape(logits)[-1], np.shape(features)[-1])
+    if tuple(w.shape) != size:
         raise OodlibError(
-            f"opnp_neurons: definition must be one of {', '.join(_NEURONS)}, got {definition!r}."
-        )
-    if tuple(weight.shape) != (np.shape(logits)[-1], np.shape(features)[-1]):
-        raise OodlibError(
-            "opnp_neurons: weight must be (C, D) = "
-            f"{(np.shape(logits)[-1], np.shape(features)[-1])}, got {tuple(weight.shape)}. Is it "
+            f"opnp_neurons: weight must be (C, D) = {size}, got {tuple(w.shape)}. Is it "
             "transposed, or of another network?"
         )
-    of_rows = {
-        "outgoing": lambda h, p: h.abs().sum(0) / p.shape[1],
-        "activation": lambda h, p: (p @ weight.to(p.device)).abs().sum(0),
-    }[definition]
+
+    def of_rows(h: Tensor, p: Tensor) -> Tensor:
+        if definition == "outgoing":
+            return h.abs().sum(0) / p.shape[1]
+        return (p @ w.to(p.device)).abs().sum(0)
+
     return _mean("opnp_neurons", features, logits, temperature, of_rows)
 
 
-def _mean(name: str, features: Any, logits: Any, temperature: float, of_rows: Any) -> Any:
+def _mean(
+    name: str,
+    features: Array,
+    logits: Any,
+    temperature: float,
+    of_rows: Callable[[Tensor, Tensor], Tensor],
+) -> Array:
     """Sum of ``of_rows(h, p)`` over blocks of rows in float64, divided once by their number."""
     check_temperature(name, temperature)
     check_rows(name, features, logits)
@@ -131,8 +130,7 @@ def _mean(name: str, features: Any, logits: Any, temperature: float, of_rows: An
 def kept(
     values: Any, *, low: float = 0.0, high: float = 0.0, scope: Scope = "global"
 ) -> NDArray[np.bool_]:
-    """Which entries are left when the ``floor(low n)`` smallest and the ``floor(high n)`` largest
-    are removed.
+    """Which entries are left without the ``floor(low n)`` smallest and ``floor(high n)`` largest.
 
     Counts are exact, whatever the ties: of equal values the first counts as the smaller. Hence a
     higher ratio never brings an entry back, and the two tails never overlap.
@@ -149,13 +147,15 @@ def kept(
 
     Raises
     ------
-    OodlibError : a ratio outside [0, 1), ratios that together remove everything, an unknown scope, NaN
+    OodlibError : a ratio outside [0, 1), ratios that remove everything, an unknown scope, NaN
+
+    Examples
+    --------
+    >>> kept([0.1, 0.4, 0.2, 0.3], low=0.25, high=0.25)
+    array([False, False,  True,  True])
     """
     for name, ratio in {"low": low, "high": high}.items():
-        if not 0 <= ratio < 1:
-            raise OodlibError(
-                f"opnp: {name} must be a share in [0, 1), got {ratio}. Ten per cent is 0.1."
-            )
+        check_interval(f"opnp: {name}", ratio, "[0, 1)", "Ten per cent is 0.1.")
     if low + high >= 1:
         raise OodlibError(
             f"opnp: low + high must be below 1, got {low} + {high}: nothing would be left."
@@ -165,15 +165,13 @@ def kept(
 
 
 def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], int]:
-    """Place of each entry in ascending order, ties in order of index, and how many entries are
-    ranked together.
+    """Place of each entry in ascending order (ties by index), and how many are ranked together.
 
     Raises
     ------
     OodlibError : an unknown scope, NaN
     """
-    if scope not in _SCOPES:
-        raise OodlibError(f"opnp: scope must be one of {', '.join(_SCOPES)}, got {scope!r}.")
+    one_of("opnp: scope", scope, get_args(Scope))
     values = to_numpy(values)
     if np.isnan(values).any():
         raise OodlibError(
@@ -186,9 +184,7 @@ def ranks(values: Any, *, scope: Scope = "global") -> tuple[NDArray[np.int64], i
 
 
 def tail_size(ratio: float, n: int) -> int:
-    """floor(ratio n), and not one less where ``ratio n`` is rounded down: 0.29 * 100 is
-    28.999999999999996.
-    """
+    """floor(ratio n), and not one less where ``ratio n`` is rounded: 0.29 * 100 is 28.99999."""
     return math.floor(ratio * n + 1e-9)
 
 
@@ -203,8 +199,7 @@ def opnp(
     neuron_high: float = 0.0,
     scope: Scope = "global",
 ) -> NDArray[np.float64]:
-    r"""The head's weight without its least and most sensitive entries and neurons: not a score, but
-    the head for one.
+    r"""The head without its least and most sensitive weights and neurons: not a score, but for one.
 
     Parameters
     ----------
@@ -223,7 +218,14 @@ def opnp(
 
     References
     ----------
-    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062: OPP removes weights, ONP neurons, OPNP both
+    Chen, Fu, Liu, Chen, Tao, Ye, NeurIPS 2023, arXiv 2402.10062: OPP removes weights, ONP neurons,
+    OPNP both
+
+    Examples
+    --------
+    >>> opnp([[1.0, 2.0], [3.0, 4.0]], [[0.1, 0.2], [0.3, 0.4]], weight_low=0.25, weight_high=0.25)
+    array([[0., 2.],
+           [3., 0.]])
     """
     weight, sensitivity = to_numpy(weight).astype(np.float64), to_numpy(sensitivity)
     if weight.ndim != 2 or sensitivity.shape != weight.shape:
@@ -252,24 +254,19 @@ def _check_left(mask: NDArray[np.bool_]) -> None:
 
 
 @register(
-    Info(
-        key="opnp",
-        title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
-        authors="Chen, Fu, Liu, Chen, Tao, Ye",
-        year=2023,
-        arxiv="2402.10062",
-        paper_larger_means="ood",
-        needs="features",
-        deviations=(
-            "no code or full text could be read: ratios, scope and neuron formula are ours",
-            "closed form instead of a backward pass per image; equal to rounding",
-        ),
-    )
+    key="opnp",
+    title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+    authors="Chen, Fu, Liu, Chen, Tao, Ye",
+    year=2023,
+    arxiv="2402.10062",
+    needs="features",
+    deviations=(
+        "no code or full text could be read: ratios, scope and neuron formula are ours",
+        "closed form instead of a backward pass per image; equal to rounding",
+    ),
 )
-@dataclass(kw_only=True, eq=False)
 class OPNP(Shaper):
-    """Detector of ``then`` behind the pruned head; what it masks, it learns from ID training
-    images.
+    """Detector of ``then`` behind a head pruned by what ID training images say.
 
     The four ratios are shares of weights and of neurons, removed at the low and the high end of
     their sensitivity. The defaults are the mildest of the suite's grid; choose them with
@@ -278,8 +275,7 @@ class OPNP(Shaper):
     neurons : "outgoing" or "activation", see `opnp_neurons`
     scope : of the weights' ranking, "global" or "class"
     order : "one-shot", both masks from the network as it is; "sequential", neurons first and M
-        again without them,
-        the weights' ratios then counting weights of the neurons that are left
+        again without them, the weights' ratios then counting weights of the neurons that are left
     temperature : of the sensitivities; the score has its own
 
     A chain applies its shapers in the order it names them: ``create("ash", then="opnp")`` shapes
@@ -296,29 +292,18 @@ class OPNP(Shaper):
     temperature: float = 1.0
 
     def _learn(self, bank: FeatureBank) -> None:
-        if self.order not in _ORDERS:
-            raise OodlibError(
-                f"opnp.fit: order must be one of {', '.join(_ORDERS)}, got {self.order!r}."
-            )
-        h, z, options = bank.features, bank.logits, {"temperature": self.temperature}
-        values = opnp_neurons(h, z, bank.head.weight, definition=self.neurons, **options)
+        h, z, temperature = bank.features, bank.logits, self.temperature
+        values = opnp_neurons(
+            h, z, bank.head.weight, definition=self.neurons, temperature=temperature
+        )
         self.neurons_ = kept(values, low=self.neuron_low, high=self.neuron_high)
-        weights = np.ones(bank.head.weight.shape, bool)
+        ratios: Any = {"low": self.weight_low, "high": self.weight_high, "scope": self.scope}
         if self.order == "sequential":
-            pruned = self._without_neurons(bank)
-            weights[:, self.neurons_] = kept(
-                pruned[:, self.neurons_],
-                low=self.weight_low,
-                high=self.weight_high,
-                scope=self.scope,
-            )
+            weights = np.ones(bank.head.weight.shape, bool)
+            left = self._without_neurons(bank)[:, self.neurons_]
+            weights[:, self.neurons_] = kept(left, **ratios)
         else:
-            weights = kept(
-                opnp_sensitivity(h, z, **options),
-                low=self.weight_low,
-                high=self.weight_high,
-                scope=self.scope,
-            )
+            weights = kept(opnp_sensitivity(h, z, temperature=temperature), **ratios)
         self.mask_ = weights & self.neurons_
         _check_left(self.mask_)
 

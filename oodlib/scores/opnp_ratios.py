@@ -1,12 +1,8 @@
-"""Pruning ratios of OPNP: every pair of a grid in one pass over the banks, and the choice on
-validation sets alone.
-"""
-
-from __future__ import annotations
+"""Pruning ratios of OPNP: a whole grid in one pass, and the choice on validation sets alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,25 +11,17 @@ from torch import Tensor
 
 from oodlib import arrays, metrics
 from oodlib.arrays import to_numpy
-from oodlib.errors import OodlibError
+from oodlib.errors import OodlibError, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores import energy
 from oodlib.scores.opnp import Scope, kept, ranks, tail_size
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["HIGH", "LOW", "Choice", "Sweep", "choose", "choose_both", "kept", "sweep"]
 
-LOW = (
-    0.0,
-    0.1,
-    0.2,
-    0.3,
-    0.5,
-    0.7,
-    0.9,
-)  # shares of the low and of the high tail: the suite's grid
+Floats = NDArray[np.float64]
+
+# shares of the low and of the high tail: the suite's grid
+LOW = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 HIGH = (0.0, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
@@ -47,14 +35,12 @@ class Sweep:
     accuracy : (L, H) of the ID images whose label is known; NaN where none is
     """
 
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    scores: dict[str, NDArray[np.float64]]
-    accuracy: NDArray[np.float64]
+    low: Floats
+    high: Floats
+    scores: dict[str, Floats]
+    accuracy: Floats
 
-    def metric(
-        self, function: Callable[..., float] = metrics.auroc
-    ) -> dict[str, NDArray[np.float64]]:
+    def metric(self, function: Callable[..., float] = metrics.auroc) -> dict[str, Floats]:
         """(L, H) of every OOD set, by default AUROC."""
         out = {name: np.full(self.accuracy.shape, np.nan) for name in self.scores if name != "id"}
         for i, j in np.argwhere(~np.isnan(self.scores["id"][:, :, 0])):
@@ -90,8 +76,8 @@ def sweep(
 
     Raises
     ------
-    OodlibError : no set called "id", a bank of another network or without a row, shapes that do not fit, ratios
-        outside [0, 1)
+    OodlibError : no set called "id", a bank of another network or without a row, shapes that do not
+        fit, ratios outside [0, 1)
     """
     if "id" not in banks:
         raise OodlibError(
@@ -99,11 +85,13 @@ def sweep(
         )
     head, labels = banks["id"].head, banks["id"].labels
     sensitivity = to_numpy(sensitivity)
-    if sensitivity.shape not in (head.weight.shape, head.weight.shape[1:]):
-        raise OodlibError(
-            f"sweep: sensitivity must be (C, D) = {head.weight.shape} or (D,), got "
-            f"{sensitivity.shape}."
-        )
+    for what, values in {"sensitivity": sensitivity, "keep": keep}.items():
+        shapes = (head.weight.shape, head.weight.shape[1:])
+        if values is not None and np.shape(values) not in shapes:
+            raise OodlibError(
+                f"sweep: {what} must be (C, D) = {head.weight.shape} or (D,), got "
+                f"{np.shape(values)}."
+            )
     for name, bank in banks.items():
         if bank.head.digest != head.digest or len(bank) == 0:
             what = "is empty" if len(bank) == 0 else "has another head than the ID set"
@@ -111,10 +99,6 @@ def sweep(
                 f"sweep: the bank of {name} {what}. All banks come from one network and hold "
                 "images."
             )
-    if keep is not None and np.shape(keep) not in (head.weight.shape, head.weight.shape[1:]):
-        raise OodlibError(
-            f"sweep: keep must be (C, D) = {head.weight.shape} or (D,), got {np.shape(keep)}."
-        )
     weight = np.array(head.weight if keep is None else head.weight * keep, dtype=np.float32)
     if not all(0 <= ratio < 1 for ratio in (*low, *high)):
         raise OodlibError(
@@ -185,8 +169,7 @@ class Choice:
 def choose(
     found: Sweep, prefix: str = "weight", *, tolerance: float = 0.01, ceiling: float = 0.995
 ) -> Choice:
-    """The pair with the best mean AUROC whose ID accuracy is at most ``tolerance`` below that of
-    the unpruned network.
+    """The pair with the best mean AUROC that costs at most ``tolerance`` of ID accuracy.
 
     Ties go to less pruning. Sets that the unpruned network separates better than ``ceiling`` cannot
     rank ratios and are dropped, unless that would leave none.
@@ -200,8 +183,7 @@ def choose(
     ------
     OodlibError : no OOD set, no labels, ratio 0 is missing, another prefix
     """
-    if prefix not in ("weight", "neuron"):
-        raise OodlibError(f'choose: prefix must be "weight" or "neuron", got {prefix!r}.')
+    one_of("choose: prefix", prefix, ("weight", "neuron"))
     if 0 not in found.low or 0 not in found.high:
         raise OodlibError(
             "choose: both grids need the ratio 0: the unpruned network is what the others are "
@@ -221,31 +203,41 @@ def choose(
     dropped = {name: float(a[none]) for name, a in every.items() if a[none] > ceiling}
     if len(dropped) == len(every):
         dropped = {}
-    used = {name: a for name, a in every.items() if name not in dropped}
-    mean = np.mean(list(used.values()), axis=0)
+    mean = _mean(every, dropped)
     unpruned = float(mean[none]), float(found.accuracy[none])
-    index = _best(
-        mean, found.accuracy, unpruned[1] - tolerance, np.add.outer(found.low, found.high)
-    )
-    ratios = {
-        f"{prefix}_low": float(found.low[index[0]]),
-        f"{prefix}_high": float(found.high[index[1]]),
-    }
+    choice = _best(found, every, prefix, tolerance, unpruned, dropped)
+    assert choice is not None  # the unpruned network itself is allowed
+    return choice
+
+
+def _mean(every: dict[str, Floats], dropped: Mapping[str, float]) -> Floats:
+    return np.asarray(np.mean([a for name, a in every.items() if name not in dropped], axis=0))
+
+
+def _best(
+    found: Sweep,
+    every: dict[str, Floats],
+    prefix: str,
+    tolerance: float,
+    unpruned: tuple[float, float],
+    dropped: dict[str, float],
+) -> Choice | None:
+    """The best pair of the sweep, or None where every pair costs more than ``tolerance``."""
+    mean, amount = _mean(every, dropped), np.add.outer(found.low, found.high)
+    enough = found.accuracy >= unpruned[1] - tolerance - 1e-12
+    if not enough.any():
+        return None
+    allowed: list[list[int]] = np.argwhere(~np.isnan(mean) & enough).tolist()
+    i, j = min(allowed, key=lambda k: (-mean[*k], amount[*k], k[1]))
     return Choice(
-        ratios=ratios,
-        index=index,
-        auroc=float(mean[index]),
-        accuracy=float(found.accuracy[index]),
+        ratios={f"{prefix}_low": float(found.low[i]), f"{prefix}_high": float(found.high[j])},
+        index=(i, j),
+        auroc=float(mean[i, j]),
+        accuracy=float(found.accuracy[i, j]),
         unpruned=unpruned,
-        by_set={name: float(a[index]) for name, a in every.items()},
+        by_set={name: float(a[i, j]) for name, a in every.items()},
         dropped=dropped,
     )
-
-
-def _best(auroc: NDArray, accuracy: NDArray, floor: float, amount: NDArray) -> tuple[int, int]:
-    allowed = ~np.isnan(auroc) & (accuracy >= floor - 1e-12)
-    candidates = [tuple(index) for index in np.argwhere(allowed).tolist()]
-    return min(candidates, key=lambda k: (-auroc[k], amount[k], k[1]))  # type: ignore[return-value]
 
 
 def choose_both(
@@ -261,8 +253,7 @@ def choose_both(
     score: Callable[[Tensor], Tensor] = energy,
     tolerance: float = 0.01,
 ) -> Choice:
-    """Ratios of both: the two single choices and their neighbours on the grid (up to 81 points), by
-    the same rule.
+    """Ratios of both: the single choices and their grid neighbours (up to 81), by the same rule.
 
     Parameters
     ----------
@@ -273,7 +264,7 @@ def choose_both(
         key: _neighbours(high if key.endswith("high") else low, value)
         for key, value in {**weight.ratios, **neuron.ratios}.items()
     }
-    best: Choice | None = None
+    candidates: list[Choice] = []
     for neuron_low in near["neuron_low"]:
         for neuron_high in near["neuron_high"]:
             if neuron_low + neuron_high >= 1:
@@ -287,46 +278,17 @@ def choose_both(
                 keep=kept(neurons, low=neuron_low, high=neuron_high),
                 score=score,
             )
-            every = found.metric()
-            mean = np.mean([a for name, a in every.items() if name not in weight.dropped], axis=0)
-            amount = np.add.outer(found.low, found.high)
-            floor = weight.unpruned[1] - tolerance
-            if not (found.accuracy >= floor - 1e-12).any():
-                continue
-            i, j = _best(mean, found.accuracy, floor, amount)
-            ratios = {
-                "weight_low": float(found.low[i]),
-                "weight_high": float(found.high[j]),
-                "neuron_low": neuron_low,
-                "neuron_high": neuron_high,
-            }
-            choice = Choice(
-                ratios=ratios,
-                index=None,
-                auroc=float(mean[i, j]),
-                accuracy=float(found.accuracy[i, j]),
-                unpruned=weight.unpruned,
-                by_set={name: float(a[i, j]) for name, a in every.items()},
-                dropped=weight.dropped,
+            choice = _best(
+                found, found.metric(), "weight", tolerance, weight.unpruned, weight.dropped
             )
-            if best is None or (choice.auroc, -sum(ratios.values())) > (
-                best.auroc,
-                -sum(best.ratios.values()),
-            ):
-                best = choice
-    if best is None:  # both together cost more accuracy than either alone
-        single = max(weight, neuron, key=lambda c: c.auroc)
-        ratios = dict.fromkeys(near, 0.0) | single.ratios
-        return Choice(
-            ratios=ratios,
-            index=None,
-            auroc=single.auroc,
-            accuracy=single.accuracy,
-            unpruned=single.unpruned,
-            by_set=single.by_set,
-            dropped=single.dropped,
-        )
-    return best
+            if choice is not None:
+                ratios = choice.ratios | {"neuron_low": neuron_low, "neuron_high": neuron_high}
+                candidates.append(replace(choice, ratios=ratios, index=None))
+    if candidates:
+        return max(candidates, key=lambda c: (c.auroc, -sum(c.ratios.values())))
+    # both together cost more accuracy than either alone
+    single = max(weight, neuron, key=lambda c: c.auroc)
+    return replace(single, ratios=dict.fromkeys(near, 0.0) | single.ratios, index=None)
 
 
 def _neighbours(grid: Sequence[float], value: float) -> list[float]:

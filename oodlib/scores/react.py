@@ -1,67 +1,47 @@
 """ReAct: features clipped from above."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
-from oodlib.arrays import by_rows
-from oodlib.errors import OodlibError
+from oodlib.arrays import Array, by_rows
+from oodlib.errors import check_interval
 from oodlib.features.feature_bank import FeatureBank
-from oodlib.scores.detector import Info, register
+from oodlib.scores.detector import register
 from oodlib.scores.shaper import Shaper, shaped_bank
 
 _VALUES = 2**27  # activations that the percentile is taken over, at most
 
 
-def react(features: Any, threshold: float) -> Any:
-    r"""Features clipped from above, ``min(h, c)``: not a score, but the features for one.
-
-    Parameters
-    ----------
-    features : (N, D)
-    threshold : c
-
-    Returns
-    -------
-    (N, D) float64
+def react(features: Array, threshold: float) -> Array:
+    r"""Features (N, D) clipped from above, ``min(h, threshold)``: not a score, but input for one.
 
     References
     ----------
     Sun, Guo, Li, NeurIPS 2021, arXiv 2111.12797
+
+    Examples
+    --------
+    >>> react(np.array([[0.5, 3.0]]), 1.0)
+    array([[0.5, 1. ]])
     """
     return by_rows("react", lambda h: h.clamp(max=threshold), features)
 
 
 @register(
-    Info(
-        key="react",
-        title="ReAct: Out-of-distribution Detection With Rectified Activations",
-        authors="Sun, Guo, Li",
-        year=2021,
-        arxiv="2111.12797",
-        paper_larger_means="id",
-        needs="features",
-    )
+    key="react",
+    title="ReAct: Out-of-distribution Detection With Rectified Activations",
+    authors="Sun, Guo, Li",
+    year=2021,
+    arxiv="2111.12797",
+    needs="features",
 )
-@dataclass(kw_only=True, eq=False)
 class ReAct(Shaper):
-    """Detector of ``then`` behind `react`; ``percentile``: of all ID training activations,
-    in per cent, whose value is the threshold.
-    """
+    """Detector of ``then`` behind `react`, clipped at a percentile of all training activations."""
 
     percentile: float = 90.0
 
     def _learn(self, bank: FeatureBank) -> None:
-        if not 0 <= self.percentile <= 100:
-            raise OodlibError(
-                f"react.fit: percentile must lie in 0 .. 100 (per cent), got {self.percentile}."
-            )
-        step = -(
-            -bank.features.size // _VALUES
-        )  # evenly spaced rows of banks that are larger than that
+        check_interval("react.fit: percentile", self.percentile, "[0, 100]")
+        step = -(-bank.features.size // _VALUES)  # evenly spaced rows of larger banks
         self.threshold_ = float(np.percentile(bank.features[::step], self.percentile))
 
     def _shape(self, bank: FeatureBank) -> FeatureBank:

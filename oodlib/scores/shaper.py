@@ -1,8 +1,4 @@
-"""What react, ash and dice share: they turn a bank into a shaped bank and hand it to another
-detector.
-"""
-
-from __future__ import annotations
+"""What react, ash, dice and opnp share: they hand a shaped bank to another detector."""
 
 import copy
 from dataclasses import dataclass
@@ -18,9 +14,9 @@ from oodlib.scores.detector import Detector, create
 class Shaper(Detector):
     """A detector that changes features or head and scores the result with ``then``.
 
-    In a chain each shaper learns from the bank as it was, as its authors do alone; the detector at
-    the end is fitted on the shaped bank. A new shaper defines ``_shape(bank) -> FeatureBank`` and,
-    where it learns, ``_learn(bank)``.
+    In a chain each shaper learns from the unshaped bank, as its authors do; the detector at the end
+    is fitted on the shaped bank. A new shaper defines ``_shape(bank) -> FeatureBank`` and, where it
+    learns, ``_learn(bank)``.
     """
 
     then: str | Detector = "energy"
@@ -38,39 +34,29 @@ class Shaper(Detector):
     def _fit_chain(self, bank: FeatureBank, shaped: FeatureBank) -> None:
         """``shaped`` is the bank as the shapers before this one leave it."""
         self._learn(bank)
-        self.then_ = self._detector()
+        self.then_ = then = self._detector()
         self.num_features_, self.num_classes_ = bank.features.shape[1], bank.head.num_classes
-        if isinstance(self.then_, Shaper):
-            self.then_._fit_chain(
-                bank, self._shape(shaped) if self.then_._end_needs_fit else shaped
-            )
+        if isinstance(then, Shaper):
+            then._fit_chain(bank, self._shape(shaped) if then._end_needs_fit else shaped)
         else:
-            self.then_.fit(self._shape(shaped) if self.then_.needs_fit else bank)
+            then.fit(self._shape(shaped) if then.needs_fit else bank)
 
     @property
     def _end_needs_fit(self) -> bool:
-        """Whether the detector at the end learns; where it does not, no copy of the whole bank is
-        shaped for it.
-        """
+        """Whether the detector at the end learns, so that the whole bank must be shaped for it."""
         then = self._detector()
         return then._end_needs_fit if isinstance(then, Shaper) else then.needs_fit
 
     def shape(self, bank: FeatureBank) -> FeatureBank:
-        """The bank as the detector at the end of the chain sees it, once fitted: features, logits
-        and head.
-        """
+        """The bank (features, logits, head) as the last detector of a fitted chain sees it."""
         shaped = self._shape(bank)
         then = getattr(self, "then_", None) or self._detector()
         return then.shape(shaped) if isinstance(then, Shaper) else shaped
 
     def _score(self, bank: FeatureBank) -> Any:
         then = getattr(self, "then_", None) or self._detector()
-        return np.concatenate(
-            [
-                then.score(self._shape(bank.subset(slice(i, i + 8192))))
-                for i in range(0, len(bank), 8192)
-            ]
-        )
+        parts = (bank.subset(slice(i, i + 8192)) for i in range(0, len(bank), 8192))
+        return np.concatenate([then.score(self._shape(part)) for part in parts])
 
     def _learn(self, bank: FeatureBank) -> None:
         """Learn values named ``..._``; by default nothing."""
@@ -80,8 +66,6 @@ class Shaper(Detector):
 
 
 def shaped_bank(bank: FeatureBank, features: Any, mask: Any = None) -> FeatureBank:
-    """The bank with other features, or with the weights outside ``mask`` (C, D) removed, and the
-    logits that follow.
-    """
+    """The bank with other features, a head without the weights outside ``mask``, and its logits."""
     head = bank.head if mask is None else bank.head.masked(mask)
     return FeatureBank(features, head(features), bank.labels, head, meta=bank.meta)

@@ -1,23 +1,18 @@
-"""Virtual-logit matching: what of the feature the training data's principal space leaves over,
-beside the energy.
-"""
+"""Virtual-logit matching: the feature outside the principal space, beside the energy."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oodlib.arrays import by_rows, tensor64
+from oodlib.arrays import Array, by_rows, tensor64
 from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank, Head
-from oodlib.scores.detector import Detector, Info, register
+from oodlib.scores.detector import Detector, register
 
 
-def vim(features: Any, logits: Any, *, origin: Any, residual: Any, alpha: float) -> Any:
-    r"""Virtual logit minus log-sum-exp of the real ones; larger = more OOD.
+def vim(features: Array, logits: Any, *, origin: Any, residual: Any, alpha: float) -> Array:
+    r"""Virtual logit minus log-sum-exp of the real ones; larger = more OOD, as in the paper.
 
     S = alpha ||R^T (h - o)||_2 - log sum_c exp z_c
 
@@ -35,6 +30,12 @@ def vim(features: Any, logits: Any, *, origin: Any, residual: Any, alpha: float)
     References
     ----------
     Wang, Li, Feng, Zhang, CVPR 2022, arXiv 2203.10807
+
+    Examples
+    --------
+    >>> h, z = np.array([[5.0, 2.0]]), np.log([[3.0, 1.0]])
+    >>> vim(h, z, origin=[0.0, 0.0], residual=[[0.0], [1.0]], alpha=0.5).round(4)
+    array([-0.3863])
     """
     o, r = tensor64(origin), tensor64(residual)
     return by_rows(
@@ -47,13 +48,12 @@ def vim(features: Any, logits: Any, *, origin: Any, residual: Any, alpha: float)
 
 def vim_origin(head: Head) -> NDArray[np.float64]:
     """(D,): o = -W^+ b, the feature whose logits are nearest to zero."""
-    return -np.linalg.pinv(np.asarray(head.weight, dtype=np.float64)) @ np.asarray(
-        head.bias, dtype=np.float64
-    )
+    weight, bias = (np.asarray(a, dtype=np.float64) for a in (head.weight, head.bias))
+    return -np.linalg.pinv(weight) @ bias
 
 
 def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray[np.float64]:
-    """Orthonormal basis (D, D - dim) of what the ``dim`` principal directions leave over.
+    """Orthonormal basis (D, D - dim) of the space without the ``dim`` principal directions.
 
     second : (D, D), second moment of the training features about the origin, in any scale
     dim : see `ViM`
@@ -71,9 +71,8 @@ def vim_residual(second: NDArray[np.float64], dim: int | None = None) -> NDArray
 
 def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
     """Mean largest logit / mean residual norm of training features (N, D) with logits (N, C)."""
-    norms = by_rows(
-        "vim.fit", lambda h: ((h - tensor64(origin)) @ tensor64(residual)).norm(dim=1), features
-    )
+    o, r = tensor64(origin), tensor64(residual)
+    norms = by_rows("vim.fit", lambda h: ((h - o) @ r).norm(dim=1), features)
     if not norms.mean() > 0:
         size, left = np.shape(residual)
         raise OodlibError(
@@ -84,23 +83,20 @@ def vim_alpha(features: Any, logits: Any, origin: Any, residual: Any) -> float:
 
 
 @register(
-    Info(
-        key="vim",
-        title="ViM: Out-Of-Distribution with Virtual-logit Matching",
-        authors="Wang, Li, Feng, Zhang",
-        year=2022,
-        arxiv="2203.10807",
-        paper_larger_means="ood",
-        needs="features",
-        deviations=(
-            "below 768 features half of them are principal (512 would leave little or nothing)",
-        ),
-    )
+    key="vim",
+    title="ViM: Out-Of-Distribution with Virtual-logit Matching",
+    authors="Wang, Li, Feng, Zhang",
+    year=2022,
+    arxiv="2203.10807",
+    needs="features",
+    deviations=(
+        "below 768 features half of them are principal (512 would leave little or nothing)",
+    ),
 )
-@dataclass(kw_only=True, eq=False)
 class ViM(Detector):
-    """Detector of `vim`; ``dim``, the size of the principal space: None takes
-    1000 from 2048 features on, 512 from 768 on, else D // 2.
+    """Detector of `vim`.
+
+    dim : of the principal space; None is 1000 for 2048 features or more, 512 for 768, else D // 2
     """
 
     dim: int | None = None
@@ -116,10 +112,5 @@ class ViM(Detector):
         self.alpha_ = vim_alpha(bank.features, bank.logits, self.origin_, self.residual_)
 
     def _score(self, bank: FeatureBank) -> Any:
-        return vim(
-            bank.features,
-            bank.logits,
-            origin=self.origin_,
-            residual=self.residual_,
-            alpha=self.alpha_,
-        )
+        learned: Any = {"origin": self.origin_, "residual": self.residual_, "alpha": self.alpha_}
+        return vim(bank.features, bank.logits, **learned)

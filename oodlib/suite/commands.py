@@ -31,6 +31,7 @@ __all__ = [
     "reproduce",
     "student",
     "test",
+    "test_quick",
     "verify",
 ]
 
@@ -41,14 +42,14 @@ def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
         seed=given.seed,
         device=given.device,
         extra=dict(given.parameter or []),
-        jobs=max(1, given.jobs),
+        jobs=given.jobs,
         force=given.force,
         output=output,
     )
 
 
 def reproduce(given: argparse.Namespace) -> int:
-    """Run every notebook of the profile that is not up to date; then the report and the verdicts."""
+    """Run what is not up to date in the profile; then print the report's path and the verdicts."""
     options = _options(given)
     plans, skipped = make_plans(None, options)
     if not plans:
@@ -162,13 +163,29 @@ def clean(given: argparse.Namespace) -> int:
 
 
 def test(given: argparse.Namespace) -> int:
-    """Run pytest."""
-    return _python("pytest", *given.rest)
+    """Run pytest on all cores, one thread each."""
+    return _python(
+        "pytest",
+        *("-n", "logical", "--dist", "worksteal"),
+        *given.rest,
+        environment={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+
+
+def test_quick(given: argparse.Namespace) -> int:
+    """Run the tests that are not marked slow."""
+    given.rest = ["-m", "not slow", *given.rest]
+    return test(given)
 
 
 def lint(given: argparse.Namespace) -> int:
-    """Run ruff."""
-    return _python("ruff", "check", ".", *given.rest)
+    """Check the code with ruff, its format, and the types with mypy; runs all three."""
+    results = [
+        _python("ruff", "check", ".", *given.rest),
+        _python("ruff", "format", "--check", "."),
+        _python("mypy"),
+    ]
+    return max(results)
 
 
 def lab(given: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ copies hold the core (everything not tagged ``appendix``), the solution copy hol
 
 from __future__ import annotations
 
-import ast
 import copy
 import json
 import re
@@ -24,9 +23,7 @@ __all__ = [
     "exercise_of",
     "make_course",
     "open_exercise",
-    "signatures",
     "solution_copy",
-    "solutions",
     "student_copy",
 ]
 
@@ -79,11 +76,6 @@ def open_exercise(text: str, exercise: str) -> str:
     return "\n".join(lines)
 
 
-def solutions(text: str, where: str = "cell") -> list[str]:
-    """The texts of the solution regions, in order."""
-    return ["\n".join(part[1:]) for inside, part in _split(text, where) if inside]
-
-
 def _without_marks(text: str, where: str) -> str:
     return "\n".join(
         line for inside, part in _split(text, where) for line in (part[1:] if inside else part)
@@ -109,10 +101,9 @@ def code_copy(notebook: dict[str, Any]) -> dict[str, Any]:
     for cell in made["cells"]:
         if cell["cell_type"] == "markdown":
             headings = [line for line in _source(cell).split("\n") if re.match(r"#{1,6} ", line)]
-            if not headings:
-                continue
             cell["source"] = "\n".join(headings)
-        cells.append(cell)
+        if cell["source"]:
+            cells.append(cell)
     return {**made, "cells": cells}
 
 
@@ -134,17 +125,6 @@ def _copy(notebook: dict[str, Any], keep: Any, change: Any) -> dict[str, Any]:
     return made
 
 
-def signatures(text: str) -> list[str]:
-    """Function and class headers of a cell, for the comparison of the copies."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            found.append(f"def {node.name}({ast.unparse(node.args)})")
-        elif isinstance(node, ast.ClassDef):
-            found.append(f"class {node.name}")
-    return sorted(found)
-
-
 _COPIES = {"student": student_copy, "solution": solution_copy, "code": code_copy}
 
 
@@ -152,7 +132,7 @@ def make_course(target: Path, sources: list[Path] | None = None) -> list[str]:
     """Write ``target``/{student,solution,code}/<notebook>.ipynb; returns a line per notebook
     (exercises, cells).
     """
-    told = []
+    summary = []
     for path in sources if sources is not None else list_notebooks():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         for name, make in _COPIES.items():
@@ -165,5 +145,5 @@ def make_course(target: Path, sources: list[Path] | None = None) -> list[str]:
                 json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n",
             )
         exercises = {exercise_of(cell) for cell in notebook["cells"]} - {None}
-        told.append(f"{path.stem}: {len(exercises)} exercises, {len(notebook['cells'])} cells")
-    return told
+        summary.append(f"{path.stem}: {len(exercises)} exercises, {len(notebook['cells'])} cells")
+    return summary

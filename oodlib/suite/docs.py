@@ -25,16 +25,15 @@ def build_docs(target: Path) -> Path:
     import pdoc
 
     package = sys.modules["oodlib"]
-    for (
-        name
-    ) in package.__all__:  # the package loads its names on first use; pdoc sees loaded ones only
+    for name in package.__all__:  # loaded on first use, and pdoc sees loaded names only
         setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="numpy", search=True, show_source=True)
     with warnings.catch_warnings():
+        # a module named like its function, and annotations inherited from another module
         for harmless in (
-            "The module specification .* has already been added",  # a module named like its function
+            "The module specification .* has already been added",
             "Error parsing type annotation",
-        ):  # inherited from another module
+        ):
             warnings.filterwarnings("ignore", harmless, UserWarning)
         pdoc.pdoc(*module_names(), output_directory=target)
     return target / "index.html"

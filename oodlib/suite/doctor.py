@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -30,16 +31,12 @@ def check_env() -> list[str]:
         locked = _against_lock()
     except OodlibError as error:
         return [*problems, str(error)]
+    repair = "pip install -r requirements.lock"
     for name, (wanted, found) in locked.items():
         if found is None:
-            problems.append(
-                f"{name} {wanted} is in the lock but not installed. pip install -r "
-                "requirements.lock"
-            )
+            problems.append(f"{name} {wanted} is in the lock but not installed. {repair}")
         elif found.split("+")[0] != wanted:
-            problems.append(
-                f"{name} is {found}, the lock has {wanted}. pip install -r requirements.lock"
-            )
+            problems.append(f"{name} is {found}, the lock has {wanted}. {repair}")
     return problems
 
 
@@ -85,10 +82,8 @@ def _against_lock() -> dict[str, tuple[str, str | None]]:
         if re.match(r"[A-Za-z0-9]", line):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate():
-                found[requirement.name] = (
-                    str(requirement.specifier).removeprefix("=="),
-                    _version(requirement.name),
-                )
+                wanted = str(requirement.specifier).removeprefix("==")
+                found[requirement.name] = (wanted, _version(requirement.name))
     return found
 
 
@@ -99,20 +94,14 @@ def describe() -> tuple[str, list[str]]:
     problems = check_env()
     memory = psutil.virtual_memory()
     total, free = memory.total / 2**30, memory.available / 2**30
+    versions = [f"{name} {_version(name)}" for name in ("torchvision", "timm")]
     rows = [
         ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
-        (
-            "torch",
-            f"{_version('torch')}, torchvision {_version('torchvision')}, timm {_version('timm')}",
-        ),
+        ("torch", ", ".join([str(_version("torch")), *versions])),
         ("devices", ", ".join(_devices())),
         ("machine", f"{os.cpu_count()} cores, {total:.0f} GB memory ({free:.0f} free)"),
     ]
-    try:
-        root()
-    except OodlibError:  # the code alone: it is among the problems
-        pass
-    else:
+    with contextlib.suppress(OodlibError):  # the code alone: it is among the problems
         rows += _repository_rows(total)
     lines = [f"{name:<12}{text}" for name, text in rows]
     lines += ["", *([f"PROBLEM     {text}" for text in problems] or ["No problem found."])]
@@ -123,18 +112,13 @@ def _repository_rows(memory: float) -> list[tuple[str, str]]:
     """The rows of the screen that read files of the repository."""
     disk = shutil.disk_usage(root()).free / 2**30
     locked = _against_lock()
-    same = sum(
-        found is not None and found.split("+")[0] == wanted for wanted, found in locked.values()
-    )
+    same = sum(str(found).split("+")[0] == wanted for wanted, found in locked.values())
     present, missing = _image_sets()
+    mirror = os.environ.get("OODLIB_MIRROR")
     return [
         ("disk", f"{disk:.0f} GB free"),
         ("packages", f"{same} of {len(locked)} as in the lock"),
-        (
-            "mirror",
-            os.environ.get("OODLIB_MIRROR")
-            or "none (OODLIB_MIRROR is not set: sets are downloaded)",
-        ),
+        ("mirror", mirror or "none (OODLIB_MIRROR is not set: sets are downloaded)"),
         ("image sets", _list(present) + (f"; missing: {', '.join(missing)}" if missing else "")),
         ("weights", _list(_weights())),
         *_profiles(missing, memory).items(),
@@ -152,46 +136,40 @@ def _devices() -> list[str]:
         return ["unknown (torch does not import)"]
     found = ["cpu"]
     if torch.cuda.is_available():
-        found += [
-            f"cuda:{at} {torch.cuda.get_device_name(at)}" for at in range(torch.cuda.device_count())
-        ]
+        for at in range(torch.cuda.device_count()):
+            found.append(f"cuda:{at} {torch.cuda.get_device_name(at)}")
     if torch.backends.mps.is_available():
         found.append("mps")
     return found
 
 
 def _image_sets() -> tuple[list[str], list[str]]:
-    """Names of the real sets that are prepared or in the mirror ("name/split"), and of those that
-    are not.
-    """
+    """The real sets ("name/split") that are prepared or in the mirror, and those that are not."""
     from oodlib.data.public.prepare import prepared_info
     from oodlib.data.public.registry import SETS
 
-    mirror = os.environ.get("OODLIB_MIRROR")
     present: list[str] = []
     missing: list[str] = []
     for name, info in SETS.items():
         for split in info.splits:
-            here = prepared_info(name, split) is not None or (
-                mirror and _in_mirror(info, split, Path(mirror))
-            )
+            here = prepared_info(name, split) is not None or _in_mirror(info, split)
             (present if here else missing).append(f"{name}/{split}")
     return present, missing
 
 
-def _in_mirror(info: SetInfo, split: str, mirror: Path) -> bool:
+def _in_mirror(info: SetInfo, split: str) -> bool:
     """Whether a mirror holds files of this split, by their names alone."""
-    entry = info.split(split)
-    shards = any(
-        any((mirror / name).glob(f"{entry.mirror or split}-*.parquet")) for name in info.folders
-    )
-    folders = [mirror / name / sub for name in info.folders for sub in ("", "raw")]
-    raw = any(
-        (folder / file).is_file()
-        for folder in folders
-        for file in (*(entry.idx or ())[:1], *entry.zips)
-    )
-    return bool(shards or raw or (info.archive and (mirror / Path(info.archive[0]).name).is_file()))
+    if not os.environ.get("OODLIB_MIRROR"):
+        return False
+    mirror, entry = Path(os.environ["OODLIB_MIRROR"]), info.split(split)
+    shards = f"{entry.mirror or split}-*.parquet"
+    raw = (*(entry.idx or ())[:1], *entry.zips)
+    for folder in (mirror / name for name in info.folders):
+        if any(folder.glob(shards)):
+            return True
+        if any((folder / sub / file).is_file() for sub in ("", "raw") for file in raw):
+            return True
+    return bool(info.archive and (mirror / Path(info.archive[0]).name).is_file())
 
 
 def _weights() -> list[str]:

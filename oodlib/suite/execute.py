@@ -1,12 +1,10 @@
-"""One notebook through papermill, with a progress line per cell and a failure that shows the cell."""
+"""One notebook through papermill, and a failure that shows the cell."""
 
 from __future__ import annotations
 
-import logging
-import os
 import re
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,85 +40,44 @@ class _Client(PapermillNotebookClient):
 
 
 class _Engine(NBClientEngine):
-    """papermill's engine with an environment for the kernel and a progress line."""
+    """papermill's engine with an environment and a folder for the kernel, and news of each cell."""
 
     @classmethod
     def execute_managed_notebook(
-        cls,
-        nb_man: Any,
-        kernel_name: str,
-        *,
-        environment: dict[str, str],
-        progress: _Progress,
-        **options: Any,
+        cls, nb_man: Any, kernel_name: str, *, kernel: dict[str, Any], on_cell: Any, **_: Any
     ) -> None:
         cell_start = nb_man.cell_start
-        progress.cells = len(nb_man.nb.cells)  # papermill has added the cell with the parameters
 
-        def start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
-            progress.cell(cell_index or 0)
+        def start(cell: Any, cell_index: int = 0, **more: Any) -> None:
+            on_cell(cell_index, len(nb_man.nb.cells))
             cell_start(cell, cell_index, **more)
 
         nb_man.cell_start = start
-        client = _Client(
-            nb_man,
-            kernel_name=kernel_name,
-            timeout=None,
-            log_output=False,
-            extra_arguments=["--IPKernelApp.log_level=50"],
-        )  # cells tell their own errors
-        try:
-            client.execute(env=environment)
-        except (
-            KeyboardInterrupt
-        ):  # nobody waits for the cell any more, and asyncio would print its traceback
-            logging.getLogger("asyncio").disabled = True
-            raise
-
-
-class _Progress:
-    """``01a_gradnorm  cell 12/40  0:35``: one line that is redrawn in a terminal, a line every 10 s
-    in a log.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name, self.cells, self.started, self.shown = name, 0, time.monotonic(), -1e9
-        self.terminal = sys.stdout.isatty()
-
-    def elapsed(self) -> str:
-        seconds = int(time.monotonic() - self.started)
-        return f"{seconds // 60}:{seconds % 60:02d}"
-
-    def cell(self, index: int) -> None:
-        text = f"{self.name}  cell {index + 1}/{self.cells}  {self.elapsed()}"
-        if self.terminal:
-            print(f"\r{text}   ", end="", flush=True)
-        elif time.monotonic() - self.shown > 10:
-            print(text, flush=True)
-            self.shown = time.monotonic()
-
-    def end(self, word: str) -> None:
-        print(
-            f"{chr(13) if self.terminal else ''}{self.name}  {word}  {self.elapsed()}          ".rstrip(),
-            flush=True,
-        )
+        quiet = ["--IPKernelApp.log_level=50"]  # cells report their own errors
+        client = _Client(nb_man, kernel_name=kernel_name, timeout=None, extra_arguments=quiet)
+        client.execute(**kernel)
 
 
 def execute(
-    source: Path, target: Path, parameters: dict[str, Any], environment: dict[str, str]
+    source: Path,
+    target: Path,
+    parameters: dict[str, Any],
+    environment: dict[str, str],
+    on_cell: Callable[[int, int], None] = lambda index, cells: None,
 ) -> None:
     """Run ``source`` in a fresh kernel of this interpreter and write it, with its outputs, to
     ``target``.
 
     The kernel starts in the notebook's folder, as in JupyterLab. One that does not start (two
-    kernels drew the same port) is started once more; no other error is tried again.
+    kernels drew the same port) is started once more; no other error is tried again. Before each
+    cell ``on_cell`` is called with its index and the number of cells. Several threads may call this
+    at once: the working directory of this process does not change.
 
     Raises
     ------
-    NotebookFailure : a cell raised, the kernel died or did not start, or the notebook could not be run at all
+    NotebookFailure : a cell raised, the kernel died or did not start, or the notebook could not run
     """
     papermill_engines.register("oodlib", _Engine)
-    progress = _Progress(source.stem)
     for attempt in (1, 2):
         try:
             papermill.execute_notebook(
@@ -131,31 +88,28 @@ def execute(
                 language="python",
                 engine_name="oodlib",
                 progress_bar=False,
-                cwd=str(source.parent),
-                autosave_cell_every=0,
-                environment=environment,
-                progress=progress,
+                request_save_on_cell_execute=False,
+                kernel={"env": environment, "cwd": str(source.parent)},
+                on_cell=on_cell,
             )
+            return
         except PapermillExecutionError as error:
-            progress.end("FAILED")
             raise NotebookFailure(_explain(source.stem, error), _read(target, source)) from error
         except Exception as error:
             if attempt == 1 and isinstance(error, KernelNotStarted):
                 continue
-            progress.end("FAILED")
             message = f"{source.name} stopped ({type(error).__name__}: {error})."
             if isinstance(error, DeadKernelError):
-                message += " Nearly always it ran out of memory: close other programs, or run a smaller profile."
+                message += (
+                    " Most likely it ran out of memory: close other programs, use --jobs 1, or "
+                    "run a smaller profile."
+                )
             raise NotebookFailure(message, _read(target, source)) from error
-        else:
-            progress.end("done")
-            return
 
 
 def _read(target: Path, source: Path) -> str:
-    return (target if target.exists() and os.path.getsize(target) else source).read_text(
-        encoding="utf-8"
-    )
+    path = target if target.exists() and target.stat().st_size else source
+    return path.read_text(encoding="utf-8")
 
 
 def _explain(name: str, error: PapermillExecutionError) -> str:

@@ -97,8 +97,11 @@ def find_notebooks(name: str) -> list[Path]:
     found = found or [path for path in paths if name in _words(path.stem)]
     if len({_number(path.stem) for path in found}) != 1:
         known = ", ".join(path.stem for path in paths) or "none"
-        called = ", ".join(path.stem for path in found) or "no notebook"
-        raise OodlibError(f"{name!r} names {called} in notebooks/, not one. Known: {known}.")
+        called = ", ".join(path.stem for path in found) or "none"
+        raise OodlibError(
+            f"{name!r} must name one notebook or both halves of one; it names {called}. "
+            f"Known: {known}."
+        )
     return found
 
 

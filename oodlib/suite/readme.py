@@ -7,9 +7,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import yaml
+
 from oodlib.claims.judge import VERDICTS, show
+from oodlib.claims.run import markdown_table
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.suite.report import Entry, verdict_rows
@@ -19,54 +24,8 @@ __all__ = ["PAGES", "page_text", "update_pages"]
 
 NOTHING = "No reference results are committed yet."
 UNTESTED = "not testable here"
-
-# One finding per paper: title, section of docs/verdicts.md, sentence. A field is `profile/claim` of
-# that paper. `less` and `more` print the size of a difference and refuse one of the other sign, so
-# that no number contradicts its sentence; `{profile:verdict}` counts claims.
-FINDINGS = (
-    (
-        "GradNorm",
-        "gradnorm",
-        "at its own temperature of 1 it is {benchmark/C8:less} points behind the better of MSP and "
-        "Energy on a CIFAR-10 ResNet-20; a temperature chosen on validation data is worth "
-        "{benchmark/C6:more} points, the mean over {benchmark/C6:networks}.",
-    ),
-    (
-        "OPNP",
-        "opnp",
-        "in our reading (its code is not public), pruning costs the Energy score "
-        "{benchmark/C1-energy:less} points, the mean over {benchmark/C1-energy:networks}.",
-    ),
-    (
-        "GROOD",
-        "grood",
-        "with the OOD prototype that its text describes it is {benchmark/C1-synthetic:less} points "
-        "behind the best of seven baselines, the mean over {benchmark/C1-synthetic:networks}.",
-    ),
-    (
-        "ViT training study",
-        "vit_study",
-        "open: {benchmark:inconclusive} claims stay inconclusive, most because our small ViTs are "
-        "not accurate enough. In published tables, not a run of ours, pretraining on ImageNet-21k "
-        "lowers the FPR95 of Mahalanobis on NINCO by {benchmark/P1:more} points (mean and interval "
-        "over {benchmark/P1:n} pairs of models).",
-    ),
-    (
-        "Immature Glow",
-        "immature_glow",
-        "a flow's likelihood can find OOD images more normal than its own, down to an AUROC of "
-        "{benchmark/C1:value} %. Layer-wise gradient norms beat the typicality test by "
-        "{benchmark/C2:more} points, the mean over {benchmark/C2:networks}, and lose to it by "
-        "{laptop/C2:less} on the laptop's small flows. Whether training may stop early stays open: "
-        "only the flow {benchmark/C3:networks} could judge that.",
-    ),
-    (
-        "Scoreboard",
-        "scoreboard",
-        "at their defaults all three detectors trail the best one of an earlier year: GradNorm by "
-        "{benchmark/S1:less} points, OPNP by {benchmark/S2:less}, GROOD by {benchmark/S3:less}, "
-        "the mean over {benchmark/S1:networks}.",
-    ),
+FINDINGS: list[dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8")
 )
 
 
@@ -84,7 +43,7 @@ def update_pages() -> list[str]:
 
 
 def page_text(page: str, text: str) -> str:
-    """``text`` of a page with every block ``<!-- name:begin --> ... <!-- name:end -->`` made anew.
+    """``text`` of a page with each block ``<!-- name:begin --> ... <!-- name:end -->`` regenerated.
 
     Raises
     ------
@@ -102,12 +61,9 @@ def page_text(page: str, text: str) -> str:
     return text
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    return markdown_table(pd.DataFrame(rows, columns=list(head))).strip()
 
 
 def network_names(text: str, weights: Iterable[str]) -> list[str]:
@@ -145,27 +101,30 @@ def _references() -> list[Entry]:
     ]
 
 
-def _weights(entry: Entry) -> list[str]:
-    return list(entry.load("provenance.json", {}).get("weights", {}))
-
-
-def _runs() -> list[dict[str, Any]]:
-    """Provenance of every committed run; one run whose results stand in two folders counts once."""
-    found = {}
+def _costs() -> list[dict[str, Any]]:
+    """The provenance of every committed run, with minutes and GiB; a run whose results lie in two
+    folders counts once.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in _references():
         if facts := entry.load("provenance.json", {}):
             facts = {"notebook": entry.notebook, **facts, "profile": entry.profile}
-            found.setdefault((facts["notebook"], entry.profile), facts)
+            costs = {
+                "minutes": facts["wall_seconds"] / 60,
+                "memory": facts["peak_memory_mib"] / 1024,
+            }
+            found.setdefault((facts["notebook"], entry.profile), facts | costs)
     return list(found.values())
 
 
 def _cost() -> str:
     parts = []
     for profile in PROFILES:
-        runs = [facts for facts in _runs() if facts["profile"] == profile]
-        if runs:
-            minutes = sum(facts["wall_seconds"] for facts in runs) / 60
-            memory = max(facts["peak_memory_mib"] for facts in runs) / 1024
+        if runs := [facts for facts in _costs() if facts["profile"] == profile]:
+            minutes, memory = (
+                sum(facts["minutes"] for facts in runs),
+                max(facts["memory"] for facts in runs),
+            )
             parts.append(f"`{profile}` {minutes:.0f} minutes and {memory:.1f} GiB")
     return f"Time and peak memory of the committed runs: {', '.join(parts)}." if parts else NOTHING
 
@@ -175,7 +134,7 @@ class _Cell:
     """A claim's record, printed by ``less``, ``more``, ``value``, ``networks`` or ``n``."""
 
     record: Mapping[str, Any]
-    weights: list[str]
+    weights: Iterable[str]
 
     def __format__(self, what: str) -> str:
         record, unit = self.record, self.record["unit"]
@@ -187,7 +146,7 @@ class _Cell:
         if record["measured"] is None or sign * record["measured"] <= 0:
             raise OodlibError(
                 f"A finding of README.md says that {record['id']} is {what} than zero, but it is "
-                f"{record['measured']}. Rewrite its sentence in FINDINGS."
+                f"{record['measured']}. Rewrite its sentence in oodlib/suite/findings.yaml."
             )
         low, high = sorted(sign * record[end] for end in ("low", "high"))
         return f"{show(sign * record['measured'], unit)} [{show(low, unit)}, {show(high, unit)}]"
@@ -208,22 +167,24 @@ def _findings() -> str:
     if not entries:
         return NOTHING
     lines = []
-    for title, paper, sentence in FINDINGS:
+    for finding in FINDINGS:
+        title, paper = finding["title"], finding["paper"]
         fields: dict[str, _Cell | _Count] = {}
         for entry in entries:
+            weights = entry.load("provenance.json", {}).get("weights", {})
             found = [r for r in entry.load("claims.json", []) if r["id"].startswith(f"{paper}/")]
             if found:
                 fields[entry.profile] = _Count(Counter(record["verdict"] for record in found))
             for record in found:
-                fields[f"{entry.profile}/{record['id'].partition('/')[2]}"] = _Cell(
-                    record, _weights(entry)
-                )
+                claim = record["id"].partition("/")[2]
+                fields[f"{entry.profile}/{claim}"] = _Cell(record, weights)
         try:
-            text = sentence.format_map(fields)
+            text = finding["sentence"].format_map(fields)
         except KeyError as error:
             raise OodlibError(
                 f"The finding {title!r} of README.md needs the result {error}, which "
-                "figures/reference does not hold. Rewrite its sentence in FINDINGS."
+                "figures/reference does not hold. Rewrite its sentence in "
+                "oodlib/suite/findings.yaml."
             ) from error
         lines += textwrap.wrap(
             f"- **[{title}](docs/verdicts.md#{paper})**: {text}",
@@ -235,166 +196,107 @@ def _findings() -> str:
     return "\n".join(lines)
 
 
+Rows = dict[str, dict[str, str]]  # profile -> row
+
+
 def _verdicts() -> str:
     entries = _references()
     if not entries:
         return NOTHING
     profiles = [name for name in PROFILES if any(entry.profile == name for entry in entries)]
-    rows: dict[str, dict[str, dict[str, str]]] = {}  # claim -> profile -> row
+
+    # the row of each claim in each profile, and the claims of each paper
+    claims: dict[str, Rows] = {}
     for entry in entries:
-        weights = _weights(entry)
+        weights = entry.load("provenance.json", {}).get("weights", {})
         records = {record["id"]: record for record in entry.load("claims.json", [])}
         for row in verdict_rows([entry]):
             record = records[row["claim"]]
-            rows.setdefault(row["claim"], {})[entry.profile] = {
-                **row,
-                "network": network_cell(record["network"], weights),
-                "why": record["reason"],
-            }
-    papers: dict[str, list[str]] = {}
-    for claim in rows:
-        papers.setdefault(claim.partition("/")[0], []).append(claim)
+            network = network_cell(record["network"], weights)
+            extended = {**row, "network": network, "why": record["reason"]}
+            claims.setdefault(row["claim"], {})[entry.profile] = extended
+    papers: dict[str, dict[str, Rows]] = {}
+    for name, rows in claims.items():
+        paper, _, short = name.partition("/")
+        papers.setdefault(paper, {})[short] = rows
 
-    def counts(claims: list[str], profile: str) -> str:
-        words = Counter(
-            rows[claim][profile]["verdict"] for claim in claims if profile in rows[claim]
-        )
-        return "<br>".join(f"{words[word]} {word}" for word in VERDICTS if words[word]) or "–"
+    # how many claims have which verdict
+    overview = []
+    for paper, found in papers.items():
+        cells = []
+        for profile in profiles:
+            words = Counter(rows[profile]["verdict"] for rows in found.values() if profile in rows)
+            cells.append("<br>".join(f"{words[w]} {w}" for w in VERDICTS if words[w]) or "–")
+        overview.append([f"[{paper}](#{paper})", *cells])
+    texts = [table(["claims of", *profiles], overview)]
 
-    texts = [
-        table(
-            ["claims of", *profiles],
-            [
-                [f"[{paper}](#{paper})", *(counts(claims, profile) for profile in profiles)]
-                for paper, claims in papers.items()
-            ],
-        )
-    ]
-    for paper, claims in papers.items():
-        tested = [
-            claim
-            for claim in claims
-            if any(row["verdict"] != UNTESTED for row in rows[claim].values())
-        ]
-        texts += [
-            f"## {paper}",
-            table(
-                ["claim", "statement [read in]", "holds if", *profiles],
-                [
-                    [
-                        _short(claim),
-                        _statement(rows[claim]),
-                        next(iter(rows[claim].values()))["holds if"],
-                        *(_verdict(rows[claim].get(profile)) for profile in profiles),
-                    ]
-                    for claim in tested
-                ],
-            ),
-        ]
-        if rest := [claim for claim in claims if claim not in tested]:
-            body = table(
-                ["claim", "statement [read in]", "why"],
-                [
-                    [_short(claim), _statement(rows[claim]), [*rows[claim].values()][-1]["why"]]
-                    for claim in rest
-                ],
-            )
+    # each paper's claims, those that nothing could test folded
+    for paper, found in papers.items():
+        tested, rest = [], []
+        for short, rows in found.items():
+            first, last = next(iter(rows.values())), [*rows.values()][-1]
+            published = f"<br>Published: {first['published']}" if first["published"] else ""
+            begin = [short, f"{first['statement']} [{first['read in']}]{published}"]
+            if all(row["verdict"] == UNTESTED for row in rows.values()):
+                rest.append([*begin, last["why"]])
+            else:
+                cells = [_verdict(rows.get(profile)) for profile in profiles]
+                tested.append([*begin, first["holds if"], *cells])
+        head = ["claim", "statement [read in]", "holds if", *profiles]
+        texts += [f"## {paper}", table(head, tested)]
+        if rest:
+            body = table(["claim", "statement [read in]", "why"], rest)
             title = f"{len(rest)} that no committed run can test"
             texts.append(f"<details><summary>{title}</summary>\n\n{body}\n\n</details>")
     return "\n\n".join(texts)
 
 
-def _short(claim: str) -> str:
-    return claim.partition("/")[2]
-
-
-def _statement(row: Mapping[str, Mapping[str, str]]) -> str:
-    facts = next(iter(row.values()))
-    published = f"<br>Published: {facts['published']}" if facts["published"] else ""
-    return f"{facts['statement']} [{facts['read in']}]{published}"
-
-
 def _verdict(row: Mapping[str, str] | None) -> str:
     if row is None or row["verdict"] == UNTESTED:
         return "–"
-    return "<br>".join(
-        part for part in (f"**{row['verdict']}**", row["measured"], row["network"]) if part
-    )
+    return "<br>".join(filter(None, (f"**{row['verdict']}**", row["measured"], row["network"])))
 
 
 def _compute() -> str:
-    runs = []
-    for facts in _runs():
-        names = list(facts["weights"])
-        runs.append(
-            [
-                facts["notebook"],
-                facts["profile"],
-                facts["seed"],
-                facts["device"],
-                facts["platform"],
-                f"{facts['wall_seconds'] / 60:.1f}",
-                f"{facts['peak_memory_mib'] / 1024:.1f}",
-                ", ".join(names)
-                if len(names) < 9
-                else f"{len(names)}, named in its provenance.json",
-            ]
-        )
-    nets = []
-    for path in sorted((root() / "data" / "checkpoints").glob("*_s*[0-9].json")):
+    runs = [
+        [
+            *(facts[key] for key in ("notebook", "profile", "seed", "device", "platform")),
+            f"{facts['minutes']:.1f}",
+            f"{facts['memory']:.1f}",
+            ", ".join(facts["weights"])
+            if len(facts["weights"]) < 9
+            else f"{len(facts['weights'])}, named in its provenance.json",
+        ]
+        for facts in _costs()
+    ]
+    checkpoints = root() / "data" / "checkpoints"
+    networks = []
+    for path in sorted(checkpoints.glob("*_s*[0-9].json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         minutes = sum(epoch["seconds"] for epoch in facts["history"]) / 60
-        nets.append(
-            [
-                facts["name"],
-                facts["seed"],
-                f"{100 * facts['accuracy']:.2f} % of {facts['n_test']}",
-                f"{minutes:.1f} ({facts['device']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)})",
-            ]
-        )
+        threads = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+        accuracy = f"{100 * facts['accuracy']:.2f} % of {facts['n_test']}"
+        cost = f"{minutes:.1f} ({facts['device']}, {threads})"
+        networks.append([facts["name"], facts["seed"], accuracy, cost])
     flows = []
-    for path in sorted((root() / "data" / "checkpoints").glob("*_s*[0-9]/run.json")):
+    for path in sorted(checkpoints.glob("*_s*[0-9]/run.json")):
         facts = json.loads(path.read_text(encoding="utf-8"))
         last = facts["history"][-1]
-        flows.append(
-            [
-                facts["flow"],
-                facts["seed"],
-                f"{last['step']} ({last['epoch']:.1f} epochs)",
-                f"{last['validation_bpd']:.2f}",
-                f"{last['seconds'] / 60:.1f}",
-            ]
-        )
+        steps = f"{last['step']} ({last['epoch']:.1f} epochs)"
+        costs = [f"{last['validation_bpd']:.2f}", f"{last['seconds'] / 60:.1f}"]
+        flows.append([facts["flow"], facts["seed"], steps, *costs])
+
+    where = ["notebook", "profile", "seed", "device", "platform"]
+    run_head = [*where, "minutes", "peak memory (GiB)", "networks"]
+    network_head = ["network", "training seed", "test accuracy", "minutes of training"]
+    flow_head = ["flow", "training seed", "steps", "validation bits/dim", "minutes of training"]
     parts = (
-        (
-            "Reference runs",
-            [
-                "notebook",
-                "profile",
-                "seed",
-                "device",
-                "platform",
-                "minutes",
-                "peak memory (GiB)",
-                "networks",
-            ],
-            runs,
-        ),
-        (
-            "Shipped classifiers",
-            ["network", "training seed", "test accuracy", "minutes of training"],
-            nets,
-        ),
-        (
-            "Shipped flows",
-            ["flow", "training seed", "steps", "validation bits/dim", "minutes of training"],
-            flows,
-        ),
+        ("Reference runs", run_head, runs),
+        ("Shipped classifiers", network_head, networks),
+        ("Shipped flows", flow_head, flows),
     )
-    return (
-        "\n\n".join(f"## {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows)
-        or NOTHING
-    )
+    texts = [f"## {title}\n\n{table(head, rows)}" for title, head, rows in parts if rows]
+    return "\n\n".join(texts) or NOTHING
 
 
 def _methods() -> str:
@@ -405,93 +307,76 @@ def _methods() -> str:
         "features": "training features",
         "labels": "training features and labels",
     }
-    return table(
-        ["name", "paper", "learns from", "where ours differs"],
+    rows = [
         [
-            [
-                f"`{key}`",
-                f"{info.authors}: [{info.title}]({info.link}), {info.year}",
-                learns[info.needs],
-                "<br>".join(info.deviations),
-            ]
-            for key, info in names().items()
-        ],
-    )
+            f"`{key}`",
+            f"{info.authors}: [{info.title}]({info.link}), {info.year}",
+            learns[info.needs],
+            "<br>".join(info.deviations),
+        ]
+        for key, info in names().items()
+    ]
+    return table(["name", "paper", "learns from", "where ours differs"], rows)
 
 
 def _builtin() -> str:
     from oodlib.data.builtin.sets import EMBEDDED
 
-    named = [
-        info for info in EMBEDDED.values() if info.title != "synthetic unit test"
-    ]  # `unit_tests` holds all 17
-    return table(
-        ["set", "role", "what it shows", "train / val / test images", "terms"],
+    rows = [
         [
-            [
-                f"`{info.name}`",
-                info.kind.replace("_", " "),
-                info.title,
-                " / ".join(str(info.default_n[split]) for split in ("train", "val", "test")),
-                info.licence + (f"<br>{info.citation}" if info.citation else ""),
-            ]
-            for info in named
-        ],
-    )
+            f"`{info.name}`",
+            info.kind.replace("_", " "),
+            info.title,
+            " / ".join(str(info.default_n[split]) for split in ("train", "val", "test")),
+            info.licence + (f"<br>{info.citation}" if info.citation else ""),
+        ]
+        for info in EMBEDDED.values()
+        if info.title != "synthetic unit test"  # `unit_tests` holds all 17
+    ]
+    return table(["set", "role", "what it shows", "train / val / test images", "terms"], rows)
 
 
 def _public() -> str:
     from oodlib.data.public.registry import SETS
 
-    def source(info: Any) -> str:
+    rows = []
+    for info in SETS.values():
+        source = "mirror only"
         if info.torchvision:
-            return f"mirror or torchvision's `{info.torchvision}`"
-        archived = info.archive or any(split.archive for split in info.splits.values())
-        return "mirror or its archive" if archived else "mirror only"
-
-    return table(
-        ["set", "images", "prepared as", "from", "terms", "reference", "notes"],
-        [
+            source = f"mirror or torchvision's `{info.torchvision}`"
+        elif info.archive or any(split.archive for split in info.splits.values()):
+            source = "mirror or its archive"
+        smaller = f"a smaller copy is accepted as `{info.name}-incomplete`" if info.partial else ""
+        rows.append(
             [
                 f"`{info.name}`<br>{info.title}",
                 "<br>".join(f"{name}: {split.count}" for name, split in info.splits.items()),
                 "x".join(map(str, info.size)),
-                source(info),
+                source,
                 info.terms,
                 info.citation,
-                "; ".join(
-                    part
-                    for part in (
-                        info.note,
-                        "a smaller copy is accepted as `" + info.name + "-incomplete`"
-                        if info.partial
-                        else "",
-                    )
-                    if part
-                ),
+                "; ".join(filter(None, (info.note, smaller))),
             ]
-            for info in SETS.values()
-        ],
-    )
+        )
+    return table(["set", "images", "prepared as", "from", "terms", "reference", "notes"], rows)
 
 
 def _imagenet() -> str:
     from oodlib.data.imagenet import PAPER_SETS
 
-    return table(
-        ["set", "role", "source", "terms", "folder below the data root", "images"],
+    rows = [
         [
-            [
-                f"`{info.name}`<br>{info.title}",
-                info.role,
-                info.source,
-                info.terms,
-                f"`{info.tree}`",
-                "<br>".join(f"{who}: {count}" for who, count in info.counts.items()),
-            ]
-            for info in PAPER_SETS.values()
-        ],
-    )
+            f"`{info.name}`<br>{info.title}",
+            info.role,
+            info.source,
+            info.terms,
+            f"`{info.tree}`",
+            "<br>".join(f"{who}: {count}" for who, count in info.counts.items()),
+        ]
+        for info in PAPER_SETS.values()
+    ]
+    head = ["set", "role", "source", "terms", "folder below the data root", "images"]
+    return table(head, rows)
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {  # page -> block -> what writes it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
 from dataclasses import dataclass
@@ -17,17 +16,6 @@ from oodlib.workspace import PROFILES, STAMP, check_profile, root
 
 __all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
 
-_CSS = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 3rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #e3e3e3; padding: .3rem .6rem; text-align: left; vertical-align: top; }
-th { background: #f5f5f5; } td.right { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; } figcaption { color: #444; font-size: .92rem; }
-.reproduced, .holds { color: #00603f; font-weight: 600; } .not, .absent { color: #a33c00; font-weight: 600; }
-.inconclusive { color: #6b5900; } .untestable { color: #777; } code { font-size: .85em; }
-"""
 _CLASS = {
     "reproduced": "reproduced",
     "not reproduced": "not",
@@ -41,7 +29,7 @@ _HEAD = ("claim", "statement", "profile", "verdict", "measured", "published", "r
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of one notebook: its folder, what it holds, and whether it is a committed reference."""
+    """One run of one notebook: its folder, and whether it is a committed reference."""
 
     notebook: str
     profile: str
@@ -80,10 +68,8 @@ def verdict_rows(entries: list[Entry]) -> list[dict[str, str]]:
         for record in entry.load("claims.json", []):
             unit = record["unit"]
             measured = show(record["measured"], unit)
-            if (
-                record["verdict"] == "not testable here"
-            ):  # a number that judges nothing stays in results.csv
-                measured = ""
+            if record["verdict"] == "not testable here":
+                measured = ""  # a number that judges nothing stays in results.csv
             elif record["low"] is not None and record["low"] != record["high"]:
                 measured += f" [{show(record['low'], unit)}, {show(record['high'], unit)}]"
             rows.append(
@@ -116,18 +102,12 @@ def _claim_order(claim: str) -> tuple[Any, ...]:
 
 def verdict_lines(entries: list[Entry]) -> list[str]:
     """The verdicts as aligned text: claim, verdict, measured [low, high], published value."""
-    head = {
-        "claim": "claim",
-        "verdict": "verdict",
-        "measured": "measured [low, high]",
-        "published": "published",
-    }
-    rows = [
-        head,
-        *[{key: row[key].partition(" (")[0] for key in head} for row in verdict_rows(entries)],
-    ]
-    width = {key: max(len(row[key]) for row in rows) for key in head}
-    return ["  ".join(row[key].ljust(width[key]) for key in head).rstrip() for row in rows]
+    rows = [("claim", "verdict", "measured [low, high]", "published")]
+    for row in verdict_rows(entries):
+        published = row["published"].partition(" (")[0]
+        rows.append((row["claim"], row["verdict"], row["measured"], published))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def build_report(profile: str, output: Path | None = None) -> Path:
@@ -152,105 +132,68 @@ def build_report(profile: str, output: Path | None = None) -> Path:
 
 def _intro(profile: str) -> str:
     return (
-        f'Runs of the {profile} profile. "Reproduced" and "not reproduced" are kept for identities and for the '
-        "paper's own data, network and protocol; elsewhere the verdict is about the trend. "
-        "Per-cent values where the statistic is a rate. An empty published cell means that the "
-        "number could not be read in the source."
+        f'Runs of the {profile} profile. "Reproduced" and "not reproduced" are kept for identities '
+        "and for the paper's own data, network and protocol; elsewhere the verdict is about the "
+        "trend. Per-cent values where the statistic is a rate. An empty published cell means that "
+        "the number could not be read in the source."
     )
+
+
+def _provenance(entry: Entry) -> str:
+    return json.dumps(entry.load("provenance.json", {}), indent=1, sort_keys=True)
 
 
 def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
-    parts = [f"# Report: {profile}", _intro(profile), "## Verdicts", _markdown_rows(rows)]
+    import pandas as pd
+
+    from oodlib.claims.run import markdown_table
+
+    verdicts = markdown_table(pd.DataFrame(rows, columns=list(_HEAD)))
+    parts = [f"# Report: {profile}", _intro(profile), "## Verdicts", verdicts.strip()]
     for entry in entries:
         parts.append(f"## {entry.notebook}")
         for item in entry.load("contents.json", []):
+            name, caption = item["name"], item["caption"]
             if item["kind"] == "figure":
-                parts.append(
-                    f"![{item['name']}]({entry.notebook}/{item['name']}.png)\n\n{item['caption']}"
-                )
+                parts.append(f"![{name}]({entry.notebook}/{name}.png)\n\n{caption}")
             else:
-                table = (entry.folder / f"{item['name']}.md").read_text(encoding="utf-8")
-                parts.append(f"**{item['caption'] or item['name']}**\n\n{table.strip()}")
-        parts.append(
-            "Provenance\n\n```json\n"
-            + json.dumps(entry.load("provenance.json", {}), indent=1, sort_keys=True)
-            + "\n```"
-        )
+                table = (entry.folder / f"{name}.md").read_text(encoding="utf-8")
+                parts.append(f"**{caption or name}**\n\n{table.strip()}")
+        parts.append(f"Provenance\n\n```json\n{_provenance(entry)}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_rows(rows: list[dict[str, str]]) -> str:
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    lines += [
-        "| " + " | ".join(row[key].replace("|", "\\|") for key in _HEAD) + " |" for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def _html(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
-    escape = html.escape
-    body = [f"<h1>Report: {profile}</h1><p>{escape(_intro(profile))}</p>", "<nav><ul>"]
-    body += [f'<li><a href="#{entry.notebook}">{entry.notebook}</a></li>' for entry in entries]
-    body += ["</ul></nav>", "<h2>Verdicts</h2>", "<table><thead><tr>"]
-    body += [f"<th>{key}</th>" for key in _HEAD]
-    body.append("</tr></thead><tbody>")
-    for row in rows:
-        cells = []
-        for key in _HEAD:
-            style = f' class="{_CLASS[row[key]]}"' if key == "verdict" else ""
-            cells.append(f"<td{style}>{escape(row[key])}</td>")
-        body.append("<tr>" + "".join(cells) + "</tr>")
-    body.append("</tbody></table>")
-    for entry in entries:
-        body.append(f'<h2 id="{entry.notebook}">{entry.notebook}</h2>')
-        for item in entry.load("contents.json", []):
-            caption = escape(item["caption"])
-            if item["kind"] == "figure":
-                data = base64.b64encode(
-                    (entry.folder / f"{item['name']}.png").read_bytes()
-                ).decode()
-                body.append(
-                    f'<figure><img alt="{caption or item["name"]}" src="data:image/png;base64,{data}">'
-                    f"<figcaption>{caption}</figcaption></figure>"
-                )
-            else:
-                table = _html_table(
-                    (entry.folder / f"{item['name']}.md").read_text(encoding="utf-8")
-                )
-                body.append(
-                    f"<figure><figcaption><b>{caption or item['name']}</b></figcaption>{table}</figure>"
-                )
-        provenance = json.dumps(entry.load("provenance.json", {}), indent=1, sort_keys=True)
-        body.append(
-            f"<details><summary>Provenance</summary><pre><code>{escape(provenance)}</code></pre></details>"
-        )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Report: {profile}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_CSS}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    from jinja2 import Template
+
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    runs = [
+        {
+            "name": entry.notebook,
+            "contents": [_content(entry, item) for item in entry.load("contents.json", [])],
+            "provenance": _provenance(entry),
+        }
+        for entry in entries
+    ]
+    return Template(template, autoescape=True, keep_trailing_newline=True).render(
+        profile=profile,
+        intro=_intro(profile),
+        head=_HEAD,
+        verdicts=[[row[key] for key in _HEAD] for row in rows],
+        runs=runs,
+        css=_CLASS,
     )
 
 
-def _html_table(markdown: str) -> str:
-    """HTML of a table that ``Run.table`` wrote."""
-    lines = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in markdown.strip().splitlines()]
-    right = [cell.strip().endswith(":") for cell in lines[1]]
-    out = [
-        "<table><thead><tr>",
-        *[f"<th>{_cell(cell)}</th>" for cell in lines[0]],
-        "</tr></thead><tbody>",
+def _content(entry: Entry, item: dict[str, str]) -> dict[str, Any]:
+    """What the template shows of a figure, or of a table that ``Run.table`` wrote."""
+    path = entry.folder / item["name"]
+    if item["kind"] == "figure":
+        return {**item, "png": base64.b64encode(path.with_suffix(".png").read_bytes()).decode()}
+    lines = path.with_suffix(".md").read_text(encoding="utf-8").strip().splitlines()
+    head, marks, *rows = [
+        [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        for line in lines
     ]
-    for line in lines[2:]:
-        out.append(
-            "<tr>"
-            + "".join(
-                f"<td{' class=right' if flag else ''}>{_cell(cell)}</td>"
-                for cell, flag in zip(line, right, strict=True)
-            )
-            + "</tr>"
-        )
-    return "".join([*out, "</tbody></table>"])
-
-
-def _cell(text: str) -> str:
-    return html.escape(text.strip().replace("\\|", "|"))
+    right = [at for at, mark in enumerate(marks) if mark.endswith(":")]
+    return {**item, "head": head, "rows": rows, "right": right}

@@ -8,24 +8,26 @@ rename, or not at all. papermill and torch are imported only where something has
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from filelock import FileLock, Timeout
 
-from oodlib.files import atomic_folder, remove_parts, sha256, write_text
+from oodlib.files import atomic_folder, key_of, locked, remove_parts, sha256, write_text
 from oodlib.suite.notebooks import Notebook, check_names, list_notebooks, load_profile
 from oodlib.workspace import STAMP, code_closure, imported_modules, root
+
+if TYPE_CHECKING:
+    from oodlib.suite.progress import Progress
 
 __all__ = ["Options", "Plan", "is_done", "make_plans", "run_all", "run_one"]
 
@@ -42,7 +44,7 @@ class Options:
     seed: int | None = None
     device: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
-    jobs: int = 1
+    jobs: int | None = None  # notebooks at a time; None: as many as cores and memory allow
     force: bool = False
     output: Path | None = None  # instead of figures/
 
@@ -71,13 +73,10 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
     wanted = load_profile(options.profile, notebooks)
     extra = {key: yaml.safe_load(value) for key, value in options.extra.items()}
     if extra and notebooks:
-        lacking = [
-            name
-            for name in extra
-            if not any(name in notebook.parameters() for notebook in notebooks)
-        ]
-        for notebook in notebooks if lacking else []:
-            check_names(notebook, extra, where="-p")
+        known = {name for notebook in notebooks for name in notebook.parameters()}
+        if not set(extra) <= known:
+            for notebook in notebooks:
+                check_names(notebook, extra, where="-p")
     data = _data_hash()
     plans, skipped = [], {}
     for notebook in notebooks:
@@ -85,15 +84,9 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
         if isinstance(values, str):
             skipped[notebook.name] = values
             continue
-        given = {**extra, "seed": options.seed, "device": options.device}
-        values = {
-            **values,
-            **{
-                name: value
-                for name, value in given.items()
-                if value is not None and name in notebook.parameters()
-            },
-        }
+        for name, value in {**extra, "seed": options.seed, "device": options.device}.items():
+            if value is not None and name in notebook.parameters():
+                values[name] = value
         folder = (options.output or root() / "figures") / options.profile / notebook.name
         plans.append(Plan(notebook, values, folder, _key(notebook, values, options, data)))
     return plans, skipped
@@ -102,30 +95,24 @@ def make_plans(names: list[Path] | None, options: Options) -> tuple[list[Plan], 
 def _key(notebook: Notebook, values: dict[str, Any], options: Options, data: dict[str, str]) -> str:
     """Hash over everything that can change the run's result."""
     modules = code_closure(*imported_modules("\n".join(notebook.code())))
-    judge = {
-        path: re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-        for path in (root() / "data" / "claims").glob("*.yaml")
-    }
-    own = {
-        f"claims/{path.name}"
-        for path, found in judge.items()
-        if found and found[1] == notebook.name
-    }
-    others = (
-        {f"claims/{path.name}" for path in judge} - own if own else set()
-    )  # without own claims: may read all
+    # a notebook with claims of its own reads those; one without may read all
+    judged_by = {}
+    for path in (root() / "data" / "claims").glob("*.yaml"):
+        found = re.search(r"^notebook:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        judged_by[f"claims/{path.name}"] = found[1] if found else ""
+    if notebook.name in judged_by.values():
+        data = {k: v for k, v in data.items() if judged_by.get(k, notebook.name) == notebook.name}
+    real = options.profile in ("benchmark", "paper")
     content = {
         "cells": notebook.cells,
         "parameters": values,
         "device": options.device,
         "seed": options.seed,
         "modules": {name: sha256(path) for name, path in modules.items()},
-        "data": {name: value for name, value in data.items() if name not in others},
-        "mirror": os.environ.get("OODLIB_MIRROR", "")
-        if options.profile in ("benchmark", "paper")
-        else "",
+        "data": data,
+        "mirror": os.environ.get("OODLIB_MIRROR", "") if real else "",
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return key_of(content, length=64)
 
 
 def _data_hash() -> dict[str, str]:
@@ -151,84 +138,132 @@ def is_done(plan: Plan) -> bool:
 
 
 def run_all(plans: list[Plan], options: Options) -> list[str]:
-    """Run what is not done, ``options.jobs`` at a time; returns the names of the notebooks that
-    failed.
+    """Run what is not done, several at a time and the longest first; returns the names of the
+    notebooks that failed. A failure does not stop the others, an interrupt stops all kernels.
+
+    Where several notebooks are planned each has one thread, however many of them are left to run,
+    so that results repeat; a single one has all cores.
     """
     todo = [plan for plan in plans if options.force or not is_done(plan)]
     for plan in plans:
         if plan not in todo:
             print(f"{plan.notebook.name}  up to date", flush=True)
-    if options.jobs == 1 or len(todo) <= 1:
-        return [plan.notebook.name for plan in todo if not run_one(plan, options)]
-    children: list[subprocess.Popen[bytes]] = []
-    pool = ThreadPoolExecutor(
-        options.jobs
-    )  # one process a notebook, so that each has its own environment
+    if not todo:
+        return []
+    from oodlib.suite.progress import Progress
+
+    facts = _reference_facts(options.profile)
+    expected = {name: record["wall_seconds"] for name, record in facts.items()}
+    todo.sort(key=lambda plan: -expected.get(plan.notebook.name, 0))
+    own = {name: expected[name] for name in facts if facts[name].get("notebook", name) == name}
+    progress = Progress({} if options.profile == "smoke" else own)
+    threads = 1 if len(plans) > 1 else _cores()
+    stop = threading.Event()
     try:
-        good = list(pool.map(lambda plan: _run_process(plan, options, children), todo))
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in children:
-            child.terminate()
-        raise
-    return [plan.notebook.name for plan, fine in zip(todo, good, strict=True) if not fine]
+        with ThreadPoolExecutor(options.jobs or _jobs(todo, facts)) as pool:
+            futures = {
+                plan.notebook.name: pool.submit(run_one, plan, options, progress, stop, threads)
+                for plan in todo
+            }
+            try:
+                while wait(futures.values(), timeout=1).not_done:
+                    progress.tick()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                _stop_children()
+                raise
+    finally:
+        progress.close()
+    return [name for name in sorted(futures) if not futures[name].result()]
 
 
-def _run_process(plan: Plan, options: Options, children: list[subprocess.Popen[bytes]]) -> bool:
-    command = [
-        sys.executable,
-        "-m",
-        "oodlib",
-        "notebook",
-        plan.notebook.name,
-        "--profile",
-        options.profile,
-    ]
-    command += ["--seed", str(options.seed)] if options.seed is not None else []
-    command += ["--device", options.device] if options.device else []
-    command += ["--force"] if options.force else []
-    command += ["--output", str(options.output)] if options.output else []
-    for name, value in options.extra.items():
-        if name in plan.notebook.parameters():
-            command += ["-p", name, value]
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    child = subprocess.Popen(
-        command, env={"OMP_NUM_THREADS": threads, **os.environ, "OODLIB_ROOT": str(root())}
+def _reference_facts(profile: str) -> dict[str, dict[str, Any]]:
+    """The provenance of the committed runs of a profile, by notebook; for smoke those of laptop."""
+    base = root() / "figures" / "reference" / {"smoke": "laptop"}.get(profile, profile)
+    return {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in base.glob("*/provenance.json")
+    }
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _jobs(plans: list[Plan], facts: dict[str, dict[str, Any]]) -> int:
+    """As many notebooks as there are cores, if the largest of them fit into the free memory at
+    once; one where no committed run says what a notebook needs.
+    """
+    import psutil
+
+    if not facts:
+        return 1
+    free = psutil.virtual_memory().available / 2**20
+    usual = max(record["peak_memory_mib"] for record in facts.values())
+    needs = sorted(
+        (facts.get(plan.notebook.name, {}).get("peak_memory_mib", usual) for plan in plans),
+        reverse=True,
     )
-    children.append(child)
-    return child.wait() == 0
+    return max(1, sum(total <= free for total in accumulate(needs[: _cores()])))
 
 
-def run_one(plan: Plan, options: Options) -> bool:
+def _stop_children() -> None:
+    """Interrupt all kernels, so that they tidy up; kill those that are still there after 3 s."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            child.send_signal(signal.SIGINT)
+    for child in psutil.wait_procs(children, timeout=3)[1]:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+def run_one(
+    plan: Plan, options: Options, progress: Progress, stop: threading.Event, threads: int = 1
+) -> bool:
     """Run one notebook into its folder; False, with the cell and its traceback on stderr, where it
-    fails.
+    fails. Raises KeyboardInterrupt once ``stop`` is set.
     """
     from oodlib.suite.execute import NotebookFailure, execute
 
     name = plan.notebook.name
-    with _lock(plan.folder):
+
+    def on_cell(index: int, cells: int) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        progress.cell(name, index, cells)
+
+    with _lock(plan.folder, progress, stop):
         remove_parts(plan.folder)
         if is_done(plan) and not options.force:  # another process finished it while this one waited
             return True
+        progress.start(name)
         try:
             with atomic_folder(plan.folder) as folder:
-                execute(
-                    plan.notebook.path,
-                    folder / f"{name}.ipynb",
-                    plan.parameters,
-                    _environment(folder, options),
-                )
+                copy = folder / f"{name}.ipynb"
+                environment = _environment(folder, options, threads)
+                execute(plan.notebook.path, copy, plan.parameters, environment, on_cell)
                 write_text(folder / STAMP, plan.key + "\n")
         except NotebookFailure as failure:
+            if stop.is_set():
+                raise KeyboardInterrupt from None
+            progress.end(name, "FAILED")
             kept = root() / "build" / "failed" / options.profile / f"{name}.ipynb"
             write_text(kept, failure.executed)
             kept_as = f"The executed notebook is kept as {kept.relative_to(root())}."
-            print(f"{failure}\n{kept_as}", file=sys.stderr, flush=True)
+            progress.write(f"{failure}\n{kept_as}", error=True)
             return False
+        progress.end(name, "done")
     return True
 
 
-def _environment(folder: Path, options: Options) -> dict[str, str]:
+def _environment(folder: Path, options: Options, threads: int = 1) -> dict[str, str]:
     """Environment of a kernel: output folder, threads, no network through the hub, fixed hash seed
     and dates.
     """
@@ -241,7 +276,7 @@ def _environment(folder: Path, options: Options) -> dict[str, str]:
     # on a busy machine
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
-        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        "OMP_NUM_THREADS": str(threads),
         **os.environ,
         **places,
         "OODLIB_OUTPUT": str(folder.resolve()),
@@ -254,17 +289,16 @@ def _environment(folder: Path, options: Options) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time run one notebook; the system frees the lock of a process that dies."""
+def _lock(folder: Path, progress: Progress, stop: threading.Event) -> Iterator[None]:
+    """Let one process at a time run a notebook; the lock of a process that dies is free."""
     path = root() / "build" / "locks" / f"{folder.parent.name}-{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        print(f"{folder.name}  waiting for another run of it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    waiting = False
+    while not stop.is_set():
+        with locked(path, timeout=1 if waiting else 0) as held:
+            if held:
+                yield
+                return
+        if not waiting:
+            progress.write(f"{folder.name}  waiting for another run of it")
+        waiting = True
+    raise KeyboardInterrupt

@@ -4,12 +4,12 @@ them.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from oodlib.claims.run import RESULT_KEY
@@ -60,52 +60,53 @@ def compare_runs(profile: str, fresh: Path, names: list[str]) -> list[str]:
 def compare(reference: Path, fresh: Path, tolerances: dict[str, float]) -> list[str]:
     """Differences between two run folders, row for row; one sentence each.
 
-    Told are: another number of rows, missing or extra rows, a key that stands in several rows on
-    either side, values apart by more than the metric's tolerance, and other verdicts. Intervals are
-    not compared. ``tolerances`` maps a metric to an absolute tolerance, with a ``default``.
+    Reported are: another number of rows, missing or extra rows, a key in several rows on either
+    side, values or ends of intervals apart by more than the metric's tolerance, and other verdicts.
+    ``tolerances`` maps a metric to an absolute tolerance, with a ``default``.
     """
     old, new = _rows(reference / "results.csv"), _rows(fresh / "results.csv")
-    counts = [sum(map(len, rows.values())) for rows in (new, old)]
-    found = [] if counts[0] == counts[1] else [f"{counts[0]} rows, reference {counts[1]}"]
+    found = [] if len(new) == len(old) else [f"{len(new)} rows, reference {len(old)}"]
     for where, rows in (("the reference", old), ("the run", new)):
+        counts = rows.groupby(list(RESULT_KEY), sort=False).size()
         found += [
-            f"{len(values)} rows of {where} have one key: {_name(key)}"
-            for key, values in rows.items()
-            if len(values) > 1
+            f"{count} rows of {where} have one key: {_name(key)}"
+            for key, count in counts[counts > 1].items()
         ]
-    found += [f"row missing: {_name(key)}" for key in old if key not in new]
-    found += [f"row not in the reference: {_name(key)}" for key in new if key not in old]
-    for key in [key for key in old if key in new]:
-        allowed = float(tolerances.get(key[RESULT_KEY.index("metric")], tolerances["default"]))
-        for before, after in zip(
-            old[key], new[key], strict=False
-        ):  # another number of them is told above
-            if not abs(after - before) <= allowed:
-                found.append(
-                    f"{_name(key)}: {after:.4f}, reference {before:.4f}, tolerance {allowed:g}"
-                )
+
+    # the n-th row of a key is compared with the n-th one; another number of them is reported above
+    columns = [*RESULT_KEY, "copy"]
+    both = old.merge(new, "left", columns, suffixes=("", " now"), indicator=True)
+    extra = new.merge(old[columns], "left", columns, indicator=True)
+    for text, table in (("missing", both), ("not in the reference", extra)):
+        first = table[(table["_merge"] == "left_only") & (table["copy"] == 0)]
+        found += [f"row {text}: {_name(key)}" for key in first[list(RESULT_KEY)].to_numpy()]
+    for _, row in both[both["_merge"] == "both"].iterrows():
+        allowed = float(tolerances.get(row["metric"], tolerances["default"]))
+        for column in ("value", "low", "high"):
+            before, after = row[column], row[f"{column} now"]
+            no_interval = column != "value" and pd.isna(before) and pd.isna(after)
+            if no_interval or abs(after - before) <= allowed:
+                continue
+            name = _name([*row[list(RESULT_KEY)], column if column != "value" else ""])
+            found.append(f"{name}: {after:.4f}, reference {before:.4f}, tolerance {allowed:g}")
+
     verdicts, now = _verdicts(reference), _verdicts(fresh)
-    for claim in sorted({*verdicts, *now}):
-        if verdicts.get(claim) != now.get(claim):
-            found.append(
-                f"verdict of {claim}: {now.get(claim, 'none')}, reference "
-                f"{verdicts.get(claim, 'none')}"
-            )
-    return found
+    return found + [
+        f"verdict of {claim}: {now.get(claim, 'none')}, reference {verdicts.get(claim, 'none')}"
+        for claim in sorted({*verdicts, *now})
+        if verdicts.get(claim) != now.get(claim)
+    ]
 
 
-def _rows(path: Path) -> dict[tuple[str, ...], list[float]]:
-    """The values under each key, in the order of the file."""
-    found: dict[tuple[str, ...], list[float]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(tuple(row[column] for column in RESULT_KEY), []).append(
-                float(row["value"])
-            )
-    return found
+def _rows(path: Path) -> pd.DataFrame:
+    """The rows of a results.csv as text, three numbers, and a count of the rows of one key."""
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for column in ("value", "low", "high"):
+        rows[column] = rows[column].replace("", "nan").astype(float)
+    return rows.assign(copy=rows.groupby(list(RESULT_KEY)).cumcount())
 
 
-def _name(key: tuple[str, ...]) -> str:
+def _name(key: Any) -> str:
     return " ".join(part for part in key if part)
 
 

@@ -1,6 +1,4 @@
-"""A user's own network, feature files and labels: what is accepted, what it gives, and every
-refusal.
-"""
+"""A user's network, feature files and labels: what is accepted, its results, every refusal."""
 
 import csv
 import importlib
@@ -153,9 +151,7 @@ def make():
 
 @pytest.fixture
 def with_siblings(own, tmp_path):
-    """A user's file that imports what lies beside it; other files there bear names of Python's
-    modules.
-    """
+    """A user's file with imports from beside it, where files have names of Python's modules."""
 
     def make(transform="Crop()"):
         own.write_text(WITH_SIBLINGS.format(transform=transform))

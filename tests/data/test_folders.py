@@ -22,9 +22,7 @@ def to_tensor(picture):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two classes of three images below images_largescale/imagenet_1k/val; grey value = position in
-    the list.
-    """
+    """Two classes of three images in imagenet_1k/val; grey value = position in the list."""
     root = tmp_path / "images_largescale" / "imagenet_1k" / "val"
     for i in range(6):
         path = root / f"n0{i // 3}" / f"image {i}.png"

@@ -1,6 +1,4 @@
-"""Splits of the ImageNet models on a miniature tree: labels of OOD classes, unit tests at native
-size, loaders.
-"""
+"""Splits of the ImageNet models on a miniature tree: labels, native unit tests, loaders."""
 
 import shutil
 
@@ -11,16 +9,14 @@ from helpers import refuses
 
 from oodlib.data import ImageSet
 from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
-from oodlib.data.folders import ImageList
+from oodlib.data.folders import ImageList, image_loader
 from oodlib.data.imagenet import (
     NATIVE,
     SPLITS,
     UnitTests,
-    imagenet_loaders,
     imagenet_split,
     ood_classes,
     open_paper_set,
-    unit_test_loader,
 )
 
 OOD = ("ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")
@@ -42,11 +38,12 @@ def ids(tree):
 
 @pytest.fixture(scope="module")
 def loaders(tree):
-    return imagenet_loaders(tree, small, n={"unit_tests": 1, "fit": 5}, workers=0, batch_size=7)
+    numbers = {"unit_tests": 1, "fit": 5}
+    splits = {split: imagenet_split(split, tree, small, n=numbers.get(split)) for split in SPLITS}
+    return {split: image_loader(s, workers=0, batch_size=7) for split, s in splits.items()}
 
 
 def test_every_split_has_a_loader(loaders):
-    assert tuple(loaders) == SPLITS
     for split, loader in loaders.items():
         x, y = next(iter(loader))
         assert x.shape[1:] == (3, 8, 8) and len(x) == len(y) == min(7, len(loader.dataset)), split
@@ -105,15 +102,13 @@ def test_unknown_split_and_missing_images(tree, tmp_path):
 
 
 def test_unit_tests_are_all_17_at_native_size(ids):
-    loader = unit_test_loader(original, ids, n=1, batch_size=17, workers=0)
+    loader = image_loader(UnitTests(ids, transform=original, n=1), batch_size=17, workers=0)
     x, y = next(iter(loader))
     assert x.shape == (17, *NATIVE, 3) and y.tolist() == list(range(17))
 
 
 def test_unit_tests_are_those_of_the_other_pools(ids):
-    """Each row is the picture that `unit_test` draws; shuffled ones from the validation image that
-    the row names.
-    """
+    """Each row is what `unit_test` draws, from the validation image that the row names."""
     drawn = UnitTests(ids, n=3, canvas=(24, 32))
     sources = np.stack([np.asarray(ImageList.picture(drawn, i)) for i in range(3)]).transpose(
         0, 3, 1, 2

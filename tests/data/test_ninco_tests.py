@@ -107,9 +107,7 @@ def test_low_freq_scales():
 
 
 def test_low_freq_blur_wraps_and_follows_the_canvas():
-    """Neighbours across the border are as alike as inside, and structures keep their share of the
-    picture.
-    """
+    """Neighbours are as alike across the border as inside; structures scale with the picture."""
     for shape in ((48, 48), (96, 96)):
         images = canvas("low_freq", n=60, shape=shape).astype(float)
         inside = np.abs(images[:, 1:] - images[:, :-1]).mean()
@@ -135,9 +133,7 @@ def test_blobs_are_black_or_bright():
 
 
 def test_contrast_after_shrinking_is_that_of_the_note(latin):
-    """Standard deviations after the shrink, native / 48 -> 32: uni .155 / .157, Rademacher .254 /
-    .258.
-    """
+    """Deviations native / 48 -> 32: uni .155 / .157, Rademacher .254 / .258."""
     assert abs(unit_test("uni", n=50).images.std() / 255 - 0.157) < 0.003
     assert abs(unit_test("Rademacher", n=50).images.std() / 255 - 0.258) < 0.005
 

@@ -1,4 +1,4 @@
-"""Preparation of real sets from small made files; the real mirror only where OODLIB_MIRROR is set."""
+"""Preparation of public sets from small files; the mirror only where OODLIB_MIRROR is set."""
 
 import dataclasses
 import gzip
@@ -482,7 +482,7 @@ def test_wrong_count(toy, monkeypatch):
 
 def test_empty_set(toy, monkeypatch):
     write_parquet(toy, [], [])
-    with refuses("toy/test", "no image"):
+    with refuses("toy/test: 12 images were expected", "holds 0"):
         load("toy", "test")
 
 
@@ -507,7 +507,7 @@ def test_failed_download_says_why(toy, monkeypatch):
         raise OSError("no route to host")
 
     toy.unlink()
-    monkeypatch.setattr(prepare_module, "from_torchvision", fail)
+    monkeypatch.setattr(readers, "from_torchvision", fail)
     with refuses("toy/test is not available", "no route to host"):
         load("toy", "test")
 
@@ -594,8 +594,7 @@ def test_parallel_decoding_keeps_labels_with_their_images(toy, monkeypatch):
     assert (loaded.images[:, 0, 0, 0] == loaded.labels).all()
 
 
-# --- pooled
-# ------------------------------------------------------------------------------------------------------
+# Pooled images
 
 
 @pytest.mark.parametrize("side", [16, 28, 32, 48, 64])

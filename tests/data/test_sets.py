@@ -1,19 +1,21 @@
-"""The embedded corpus: real glyphs, look-alikes removed, disjoint splits, the same bytes for the
-same seed.
-"""
+"""The built-in sets: real glyphs, no look-alikes, disjoint splits, the same bytes per seed."""
 
 import json
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import PIL.features
 import pytest
+import scipy
+import sklearn
 
-from oodlib.data import EMBEDDED, assert_disjoint, embedded, same_fonts
+from oodlib.data import EMBEDDED, assert_disjoint, embedded
 from oodlib.data.builtin.alphabets import (
-    CONFUSABLE,
     LATIN,
     LOOKALIKE,
     OOD_SCRIPTS,
+    SCRIPTS,
     alphabet,
     removed,
     similarity,
@@ -21,7 +23,6 @@ from oodlib.data.builtin.alphabets import (
 from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_glyph
 from oodlib.data.builtin.ninco_tests import UNIT_TESTS
 from oodlib.data.builtin.render import MIN_CONTRAST, _colours, luminance, raw_stream
-from oodlib.data.builtin.sets import check_bytes, embedded_fingerprints, library_versions
 from oodlib.data.builtin.textures import TEXTURES
 from oodlib.errors import OodlibError
 
@@ -30,18 +31,34 @@ DRAWN = [name for name in EMBEDDED if name not in UNIT_TESTS]
 BASIC_LATIN = tuple(map(ord, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"))
 
 
-def test_bytes_are_those_stored():
-    check_bytes(MANIFEST)
-
-
-def test_changed_bytes_name_the_set_and_the_library(tmp_path):
-    stored = {
-        "versions": {**library_versions(), "freetype": "0.0"},
-        "sets": {**embedded_fingerprints(), "latin/plain": "0"},
+def library_versions():
+    """What the bytes of the built-in sets depend on."""
+    return {
+        "pillow": PIL.__version__,
+        "freetype": str(PIL.features.version("freetype2")),
+        "matplotlib": matplotlib.__version__,
+        "scikit-learn": sklearn.__version__,
+        "scipy": scipy.__version__,
+        "numpy": np.__version__,
     }
-    (tmp_path / "embedded.json").write_text(json.dumps(stored))
-    with pytest.raises(OodlibError, match=r"latin/plain.*freetype .*stored: 0\.0"):
-        check_bytes(tmp_path / "embedded.json")
+
+
+def fingerprints():
+    """SHA-256 of a small sample (34 test images, seed 0) of every set in both styles."""
+    return {
+        f"{name}/{style}": embedded(name, n=34, style=style).fingerprint
+        for name in EMBEDDED
+        for style in ("colour", "plain")
+        if style == "colour" or name not in UNIT_TESTS
+    }
+
+
+def test_bytes_are_those_stored():
+    """Differing bytes with the stored versions mean that the code changed."""
+    stored, now = json.loads(MANIFEST.read_text()), library_versions()
+    changed = {k: (stored["versions"].get(k), v) for k, v in now.items()}
+    changed = {k: pair for k, pair in changed.items() if pair[0] != pair[1]}
+    assert fingerprints() == stored["sets"], f"libraries, stored and now: {changed or 'the same'}"
 
 
 @pytest.mark.parametrize("name", ["latin", *OOD_SCRIPTS, "arabic", "unicode"])
@@ -72,7 +89,9 @@ def test_no_look_alike_of_a_latin_letter_is_left(name):
         left = tuple(c for c in alphabet(name) if has_real_glyph(font, c))
         if left:
             assert similarity(font, left, BASIC_LATIN).max() < LOOKALIKE
-    assert not {pair[0] for pair in CONFUSABLE[name].split()} & set(map(chr, alphabet(name)))
+    assert not {pair[0] for pair in SCRIPTS[name].confusable.split()} & set(
+        map(chr, alphabet(name))
+    )
 
 
 def test_the_rendering_rule_finds_the_obvious_ones_by_itself():
@@ -158,15 +177,6 @@ def test_glyph_meta_is_true():
         images.class_names[label] == chr(c)
         for label, c in zip(images.labels, images.meta["codepoint"], strict=True)
     )
-
-
-def test_same_fonts_keeps_only_shared_typefaces():
-    latin, hebrew = embedded("latin", n=500), embedded("hebrew", n=200)
-    kept = same_fonts(latin, hebrew)
-    assert set(kept.meta["font"]) == set(hebrew.meta["font"]) < set(latin.meta["font"])
-    assert len(kept) == np.isin(latin.meta["font"], hebrew.meta["font"]).sum()
-    with pytest.raises(OodlibError, match="textures has no meta 'font'"):
-        same_fonts(latin, embedded("textures", n=12))
 
 
 @pytest.mark.parametrize("style", ["plain", "colour"])

@@ -239,7 +239,8 @@ def test_edited_code_or_another_timm_gives_a_new_bank(
 
 def test_an_edited_class_of_the_users_gives_a_new_bank(tmp_path, images):
     code = (
-        "import torch\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "import torch\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
         "        self.head = torch.nn.Linear(3, 2)\n    def forward(self, x):\n"
         "        return self.head(x.{}((2, 3)))\n"
     )

@@ -1,4 +1,4 @@
-"""Per-layer GradNorm: equal to a loop of backward passes, and on the last layer to the closed form."""
+"""Per-layer GradNorm equals a loop of backward passes, and the closed form on the last layer."""
 
 import math
 

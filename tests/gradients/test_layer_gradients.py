@@ -77,7 +77,6 @@ def ways(monkeypatch):
 
 
 # --- flows
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -161,7 +160,6 @@ def test_chunks_do_not_matter(glow):
 
 
 # --- any other module
-# --------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -350,11 +348,13 @@ def test_the_loop_is_the_last_resort_and_says_so(monkeypatch):
         (Twice, "vmap of the whole model; not layer by layer: Linear is called twice"),
         (
             Tied,
-            "vmap of the whole model; not layer by layer: Linear shares a weight with another layer",
+            "vmap of the whole model; not layer by layer: Linear shares a weight with another "
+            "layer",
         ),
         (
             Direct,
-            "vmap of the whole model; not layer by layer: differs from plain autograd by more than 0.1 %",
+            "vmap of the whole model; not layer by layer: differs from plain autograd by more "
+            "than 0.1 %",
         ),
     ],
 )
@@ -394,7 +394,6 @@ def test_half_a_per_cent_is_a_disagreement(net, monkeypatch):
 
 
 # --- overflow
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:layer_gradient_norms")  # all three slots hold the one way
@@ -445,7 +444,6 @@ def test_an_infinite_gradient_is_infinite_for_its_tensor_alone():
 
 
 # --- manners
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_the_model_is_left_as_it_was(net):

@@ -9,7 +9,7 @@ from oodlib.models.small_vit import small_vit
 
 @pytest.fixture
 def cards(monkeypatch):
-    """Generators that stand for those of two CUDA devices, of which the second is the current one."""
+    """Generators that stand for those of two CUDA devices, the second being the current one."""
     generators = tuple(torch.Generator().manual_seed(number) for number in (1, 2))
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "default_generators", generators)

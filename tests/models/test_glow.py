@@ -48,7 +48,6 @@ def paper_size() -> Glow:
 
 
 # --- the flow
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,7 +158,6 @@ def test_couplings_and_priors_start_as_constants():
 
 
 # --- size, weights, files
-# ----------------------------------------------------------------------------------------
 
 
 def test_the_papers_size(paper_size):
@@ -224,7 +222,6 @@ def test_saved_and_loaded_is_the_same_model(tmp_path):
 
 
 # --- initialisation
-# ----------------------------------------------------------------------------------------------
 
 
 def test_actnorm_outputs_are_standardised():
@@ -285,7 +282,6 @@ def test_a_constant_image_among_others_is_scored():
 
 
 # --- pixels
-# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [8, 5])
@@ -329,7 +325,6 @@ def test_samples_follow_the_generator_and_have_the_models_likelihood():
 
 
 # --- per-sample transforms, overflow, refusals
-# -------------------------------------------------------------------
 
 
 def test_per_sample_gradients_by_torch_func():

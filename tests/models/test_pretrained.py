@@ -1,6 +1,4 @@
-"""Public checkpoints, OpenOOD's ResNet-18 and timm models with a user's weights; made files, random
-weights.
-"""
+"""Public checkpoints, OpenOOD's ResNet-18 and timm models with a user's weights; toy files."""
 
 import hashlib
 import os
@@ -37,7 +35,7 @@ def last_module(model):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """A registered checkpoint of a small ResNet, saved as akamaster's files are, and its network."""
+    """A registered checkpoint of a small ResNet, saved like akamaster's files, and its network."""
     torch.manual_seed(0)
     model = ResNetA(1)
     path = tmp_path / "mirror" / "weights" / "toy.th"
@@ -57,7 +55,6 @@ def toy(monkeypatch, tmp_path):
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         address=path.as_uri(),
         licence="none",
-        stored_accuracy=None,
         measured_accuracy=(0.1, 1),
         id_set="cifar10",
         file="toy.th",

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from oodlib import OodlibError
+from oodlib import files as files_module
 from oodlib.files import sha256
 from oodlib.models.glow import Glow, quantise
 from oodlib.models.training import flow as flow_training
+from oodlib.models.training import loop
 from oodlib.models.training.augment import hash_seed
 from oodlib.models.training.flow import FlowRecipe, mean_bits_per_dim, snapshot_path, train_flow
-from oodlib.models.training.state import load_state
+from oodlib.models.training.loop import load_state
 
 STEPS = (0, 4, 13)  # 10 steps are an epoch
 RECIPE = {
@@ -116,7 +118,6 @@ def finished(whole, tmp_path):
 
 
 # --- what is computed
-# --------------------------------------------------------------------------------------------
 
 
 def test_it_learns(tmp_path):
@@ -257,7 +258,6 @@ def test_seed_decides_the_result_and_the_global_generator_is_left_alone(whole, t
 
 
 # --- resume
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_run_trains_nothing_and_gives_the_same(whole, finished):
@@ -290,13 +290,15 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["save_file", "save_state", "write_json"])
+@pytest.mark.parametrize(
+    "place", [(flow_training, "save_file"), (loop, "save_state"), (files_module, "write_json")]
+)
 def test_an_interruption_while_a_snapshot_is_written_does_no_harm(
     whole, tmp_path, monkeypatch, place
 ):
     run(tmp_path, snapshots=STEPS[:2])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flow_training, place, interrupt)
+        patch.setattr(*place, interrupt)
         run(tmp_path)
     _, history = run(tmp_path)
     assert weights(tmp_path) == weights(whole[0]) and untimed(history) == untimed(whole[2])
@@ -304,7 +306,7 @@ def test_an_interruption_while_a_snapshot_is_written_does_no_harm(
 
 def test_a_run_stopped_before_its_first_state_starts_again(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flow_training, "save_state", interrupt)
+        patch.setattr(loop, "save_state", interrupt)
         run(tmp_path)
     assert sorted(weights(tmp_path)) == ["step_0000000.safetensors"]
     run(tmp_path)
@@ -313,7 +315,7 @@ def test_a_run_stopped_before_its_first_state_starts_again(whole, tmp_path, monk
 
 def run_until_killed(folder: str, step: int) -> None:
     """What the process below does."""
-    flow_training.SAVE_EVERY = -1.0  # a state before every step
+    loop.SAVE_EVERY = -1.0  # a state before every step
     with before_each_step(
         lambda number, _: os.kill(os.getpid(), signal.SIGKILL) if number == step else None
     ):
@@ -365,13 +367,12 @@ def test_the_state_of_another_run_is_refused(finished, change):
 @pytest.mark.parametrize("snapshots", [(0, 5), (0, 5, 13), (0, 4, 20), (0, 13), (0, 4, 10, 13)])
 def test_other_snapshots_than_those_kept_are_refused(finished, snapshots):
     with pytest.raises(
-        OodlibError, match=r"run 13 steps and saved \[0, 4.*Ask for those kept and later ones"
+        OodlibError, match=r"run 13 steps and saved \[0, 4.*Ask for those saved and later ones"
     ):
         run(finished, snapshots=snapshots)
 
 
 # --- overflow
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -384,13 +385,15 @@ def test_other_snapshots_than_those_kept_are_refused(finished, snapshots):
 def test_an_overflow_stops_the_run_and_keeps_what_was_good(
     tmp_path, monkeypatch, snapshots, message
 ):
-    monkeypatch.setattr(flow_training, "SAVE_EVERY", -1.0)
-    with pytest.raises(OodlibError, match=rf"{message}.*Lower lr.*step_0000000\.safetensors"):
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    with pytest.raises(
+        OodlibError, match=rf"{message}.*Lower lr.*last good weights are those after step 0"
+    ):
         run(tmp_path, snapshots=snapshots, lr=1e3, warmup=0, clip=NO_CLIP)
     assert sorted(files(tmp_path)) == ["resume.pt", "step_0000000.json", "step_0000000.safetensors"]
     for state in (
         load_file(snapshot_path(tmp_path, 0)),
-        load_state(tmp_path / "resume.pt")["model"],
+        load_state(tmp_path / "resume.pt")["parts"]["model"],
     ):
         model = network()
         model.load_state_dict(state)
@@ -405,7 +408,6 @@ def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
 
 
 # --- bad input
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

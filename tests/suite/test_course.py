@@ -1,6 +1,8 @@
 """Course copies: students see no solution, solutions paste back, and nothing else changes."""
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,24 @@ def exercises(notebook: dict[str, Any]) -> dict[str, str]:
     return {name: source(cell) for cell in notebook["cells"] if (name := course.exercise_of(cell))}
 
 
+def solutions(text: str) -> list[str]:
+    """The texts of the solution regions, in order."""
+    regions = re.findall(r"# BEGIN SOLUTION\n(.*?)\n *# END SOLUTION", text, re.DOTALL)
+    assert len(regions) == text.count("BEGIN SOLUTION")
+    return regions
+
+
+def signatures(text: str) -> list[str]:
+    """The headers of functions and classes in a cell."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            found.append(f"def {node.name}({ast.unparse(node.args)})")
+        elif isinstance(node, ast.ClassDef):
+            found.append(f"class {node.name}")
+    return sorted(found)
+
+
 def run_cells(notebook: dict[str, Any]) -> list[Exception]:
     space: dict[str, Any] = {}
     errors = []
@@ -93,7 +113,7 @@ def test_no_solution_leaks(notebook: dict[str, Any]) -> None:
         assert "BEGIN SOLUTION" not in text and "END SOLUTION" not in text
         for name, cell in exercises(notebook).items():
             opened = exercises(make(notebook)).get(name)
-            for solution in course.solutions(cell):
+            for solution in solutions(cell):
                 assert opened is None or solution.strip() not in opened
                 if len(solution.strip()) > 40:  # shorter ones may well occur elsewhere
                     assert json.dumps(solution.strip(), ensure_ascii=False)[1:-1] not in text
@@ -108,7 +128,7 @@ def test_solutions_pasted_back_give_the_solved_copy(notebook: dict[str, Any]) ->
     for name, text in exercises(notebook).items():
         if name not in student:  # an exercise of the appendix
             continue
-        lines, answers = [], course.solutions(text)
+        lines, answers = [], solutions(text)
         for line in student[name].split("\n"):
             lines.append(
                 answers.pop(0) if line.strip() == f'raise NotImplementedError("{name}")' else line
@@ -123,8 +143,8 @@ def test_signatures_are_equal(notebook: dict[str, Any]) -> None:
         exercises(course.student_copy(notebook)),
     )
     for name, text in student.items():
-        outer = course.signatures(text)
-        assert set(outer) <= set(course.signatures(solved[name]))
+        outer = signatures(text)
+        assert set(outer) <= set(signatures(solved[name]))
         assert (
             f'NotImplementedError("{name}")' in text
             or "BEGIN SOLUTION" not in exercises(notebook)[name]

@@ -223,7 +223,7 @@ UNTESTED = {
 
 
 def toy_root(root: Path, *claims: dict[str, object]) -> Path:
-    """A project with two reference runs of one notebook, and pages whose generated text is stale."""
+    """A project with two reference runs of one notebook, and pages with stale generated text."""
     for name, blocks in readme.PAGES.items():
         (root / name).parent.mkdir(exist_ok=True)
         stale = [f"<!-- {x}:begin -->\nstale\n<!-- {x}:end -->\nprose\n" for x in blocks]
@@ -247,11 +247,15 @@ def toy_root(root: Path, *claims: dict[str, object]) -> Path:
     return root
 
 
+def finding(sentence: str) -> dict[str, str]:
+    return {"title": "Toy", "paper": "toy", "sentence": sentence}
+
+
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OODLIB_ROOT", str(tmp_path))
     sentence = "gains {laptop/C1:more} ({laptop:trend holds}) on {laptop/C1:networks}"
-    monkeypatch.setattr(readme, "FINDINGS", (("Toy", "toy", sentence),))
+    monkeypatch.setattr(readme, "FINDINGS", [finding(sentence)])
     return toy_root(tmp_path, CLAIM, UNTESTED)
 
 
@@ -287,7 +291,7 @@ def test_a_finding_is_written_from_the_results(toy: Path) -> None:
 def test_a_finding_that_the_results_contradict_is_refused(
     toy: Path, monkeypatch: pytest.MonkeyPatch, sentence: str, match: str
 ) -> None:
-    monkeypatch.setattr(readme, "FINDINGS", (("Toy", "toy", sentence),))
+    monkeypatch.setattr(readme, "FINDINGS", [finding(sentence)])
     with pytest.raises(OodlibError, match=match):
         readme.update_pages()
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from oodlib.claims import load_claims
 from oodlib.data import embedded
+from oodlib.files import locked
 from oodlib.studies.vits.pool_table import PoolRow, write_pool
 from oodlib.suite.course import student_copy
 from oodlib.suite.notebooks import find_notebooks, list_notebooks
@@ -30,29 +31,49 @@ MAX_CORE_CELLS, MAX_METHOD_CELLS, MAX_FIGURES = 32, 25, 8
 MAX_LINES = 52  # 15 when the notebooks are rewritten
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root of its own for what runs write: same notebooks, data and package, other figures."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("notebooks", "data", "oodlib", "requirements.lock", "pyproject.toml"):
-        (folder / name).symlink_to(root() / name)
+    """A root for what runs write, one for all test processes: what one has extracted or trained no
+    other repeats. Same notebooks, data and package, other figures.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "project"
+    with locked(folder.with_suffix(".lock")):
+        for name in ("notebooks", "data", "oodlib", "requirements.lock", "pyproject.toml"):
+            folder.mkdir(exist_ok=True)
+            if not (folder / name).exists():
+                (folder / name).symlink_to(root() / name)
     return folder
 
 
 @pytest.mark.slow
-def test_every_notebook_runs_headless_in_the_smoke_profile(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_runs_headless_in_the_smoke_profile(
+    path: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = run(path.stem, project, monkeypatch, profile="smoke")
+    assert {"results.csv", "claims.json", "provenance.json"} <= {p.name for p in folder.iterdir()}
+
+
+def run(
+    name: str, project: Path, monkeypatch: pytest.MonkeyPatch, *, profile: str, **extra: str
+) -> Path:
+    """Run a notebook or both halves of one below ``project``, with other parameters in a folder of
+    their own; returns the folder of the last.
+    """
     monkeypatch.setenv("OODLIB_ROOT", str(project))
-    options = Options(
-        profile="smoke", seed=0, device="cpu", extra={}, jobs=1, force=False, output=None
-    )
-    plans, _ = make_plans(None, options)
+    output = project / "figures" / "other" if extra else None
+    options = Options(profile=profile, seed=0, device="cpu", extra=extra, output=output)
+    plans, _ = make_plans(find_notebooks(name), options)
     assert run_all(plans, options) == []
-    for plan in plans:
-        assert {"results.csv", "claims.json", "provenance.json"} <= {
-            p.name for p in plan.folder.iterdir()
-        }
+    return plans[-1].folder
+
+
+def reproduced(folder: Path) -> set[str]:
+    claims = json.loads((folder / "claims.json").read_text())
+    return {claim["id"] for claim in claims if claim["verdict"] == "reproduced"}
 
 
 # papers of the paper profile, and which of their verdicts a random network may earn: identities
@@ -62,11 +83,6 @@ PAPER = {
     "grood": {"grood/I1", "grood/I2"},
     "scoreboard": set(),
 }
-
-
-def reproduced(folder: Path) -> set[str]:
-    claims = json.loads((folder / "claims.json").read_text())
-    return {claim["id"] for claim in claims if claim["verdict"] == "reproduced"}
 
 
 @pytest.mark.slow
@@ -81,7 +97,6 @@ def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(
         "test_resnet.r160_in1k", num_classes=int(classes.get("num_classes", 1000))
     )
     torch.save(network.state_dict(), tmp_path / "random.pth")
-    monkeypatch.setenv("OODLIB_ROOT", str(project))
     extra = {
         "networks": "[test_resnet.r160_in1k]",
         "data_root": str(tree),
@@ -90,31 +105,22 @@ def test_the_paper_profile_runs_on_a_miniature_imagenet_tree(
         "n_boot": "20",
         **classes,
     }
-    options = Options(
-        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
-    )
-    plans, _ = make_plans(find_notebooks(name), options)
-    assert run_all(plans, options) == []
-    assert reproduced(plans[-1].folder) == PAPER[name]
+    folder = run(name, project, monkeypatch, profile="paper", **extra)
+    assert reproduced(folder) == PAPER[name]
 
 
 @pytest.mark.slow
 def test_the_paper_profile_of_flows_runs_and_small_flows_reproduce_only_identities(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OODLIB_ROOT", str(project))
     extra = {
         "networks": "[latin_glow:0, textures_glow:0]",
         "n_boot": "10",
         "n_layers": "30",
         "n_samples": "30",
     }
-    options = Options(
-        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
-    )
-    plans, _ = make_plans(find_notebooks("immature"), options)
-    assert run_all(plans, options) == []
-    assert reproduced(plans[-1].folder) == {"immature_glow/C10"}
+    folder = run("immature", project, monkeypatch, profile="paper", **extra)
+    assert reproduced(folder) == {"immature_glow/C10"}
 
 
 @pytest.mark.slow
@@ -145,7 +151,6 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(
         torch.manual_seed(seed)
         save_file(timm.create_model(row.network).state_dict(), tmp_path / row.weights)
     write_pool(tmp_path / "two.csv", pool)
-    monkeypatch.setenv("OODLIB_ROOT", str(project))
     extra = {
         "networks": f"[{tmp_path / 'two.csv'}]",
         "data_root": str(data),
@@ -153,12 +158,8 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(
         "n_boot": "20",
         "sweep": str(tmp_path / "sweep"),
     }
-    options = Options(
-        profile="paper", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
-    )
-    plans, _ = make_plans(find_notebooks("vit"), options)
-    assert run_all(plans, options) == []
-    claims = json.loads((plans[-1].folder / "claims.json").read_text())
+    folder = run("vit", project, monkeypatch, profile="paper", **extra)
+    claims = json.loads((folder / "claims.json").read_text())
     assert not [c["id"] for c in claims if c["verdict"].endswith("reproduced")]
     assert (tmp_path / "sweep" / "net-in21k" / "scores.json").exists()
 
@@ -167,18 +168,11 @@ def test_the_paper_profile_of_the_vit_study_runs_on_made_weights(
 def test_your_own_model_needs_no_more_than_unknown_images(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OODLIB_ROOT", str(project))
     for i, image in enumerate(embedded("greek", n=12).images):
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
     extra = {"model": "latin_fast", "unknown_folder": str(tmp_path)}
-    options = Options(
-        profile="smoke", seed=0, device="cpu", extra=extra, jobs=1, force=False, output=None
-    )
-    plans, _ = make_plans(find_notebooks("07"), options)
-    assert run_all(plans, options) == []
-    assert (plans[0].folder / "extremes.png").exists() and not (
-        plans[0].folder / "class_order.md"
-    ).exists()
+    folder = run("07", project, monkeypatch, profile="smoke", **extra)
+    assert (folder / "extremes.png").exists() and not (folder / "class_order.md").exists()
 
 
 @pytest.mark.slow

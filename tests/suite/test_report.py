@@ -22,11 +22,12 @@ CLAIMS = """
 paper: toy
 notebook: 01_toy
 claims:
-- {id: C1, statement: "A < B & C", source: abs, statistic: AUROC, kind: trend, direction: above, margin: 0.5,
-   unit: percent, counted: images, smallest_n: 10, profiles: [laptop], paper_setting: [],
-   published: {value: 0.9, source: abstract}}
-- {id: C2, statement: only there, source: 2nd, statistic: AUROC, kind: trend, direction: above, margin: 0.5,
-   unit: percent, counted: images, smallest_n: 10, profiles: [paper], paper_setting: [paper], published: null}
+- {id: C1, statement: "A < B & C", source: abs, statistic: AUROC, kind: trend, direction: above,
+   margin: 0.5, unit: percent, counted: images, smallest_n: 10, profiles: [laptop],
+   paper_setting: [], published: {value: 0.9, source: abstract}}
+- {id: C2, statement: only there, source: 2nd, statistic: AUROC, kind: trend, direction: above,
+   margin: 0.5, unit: percent, counted: images, smallest_n: 10, profiles: [paper],
+   paper_setting: [paper], published: null}
 """
 
 

@@ -3,20 +3,24 @@ is refused.
 """
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
-from filelock import FileLock, Timeout
 from nbformat.v4 import new_code_cell, new_notebook
 
 from oodlib import workspace
 from oodlib.errors import OodlibError
+from oodlib.files import locked
 from oodlib.suite import runner
 from oodlib.suite.notebooks import Notebook, find_notebooks, list_notebooks, load_profile
+from oodlib.suite.progress import Progress
 from oodlib.suite.runner import Options, is_done, make_plans, run_all
 from oodlib.workspace import PROFILES, STAMP
 
@@ -97,27 +101,99 @@ def test_a_run_that_a_killed_process_took_away_is_put_back(root: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM handler there")
-def test_an_interrupted_run_leaves_no_trace(root: Path) -> None:
-    write_notebook(
-        root,
-        "03_slow",
-        "import os, pathlib\npathlib.Path(os.environ['OODLIB_ROOT'], 'on').touch()",
-        "import time\ntime.sleep(60)",
-    )
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_stops_all_kernels_and_leaves_no_trace(
+    root: Path, sent: signal.Signals
+) -> None:
+    for name in ("03_slow", "04_deaf"):  # the second takes no notice of an interrupt
+        write_notebook(
+            root,
+            name,
+            "import os, pathlib, signal, time",
+            "signal.signal(signal.SIGINT, signal.SIG_IGN)" if name == "04_deaf" else "",
+            f"pathlib.Path(os.environ['OODLIB_ROOT'], '{name}').write_text(str(os.getpid()))\n"
+            "time.sleep(60)",
+        )
+    command = ["notebook", "slow", "deaf", "--profile", "smoke", "--jobs", "2"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "oodlib", "notebook", "slow", "--profile", "smoke"],
+        [sys.executable, "-m", "oodlib", *command],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
+    files = [root / name for name in ("03_slow", "04_deaf")]
     deadline = time.monotonic() + 60
-    while not (root / "on").exists() and time.monotonic() < deadline:
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(sent)
     _, shown = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "Traceback" not in shown
+    assert shown == "Interrupted. Nothing half-done was kept; the same command resumes.\n"
     assert list((root / "figures" / "smoke").iterdir()) == []
+    assert not (root / "build" / "failed").exists()
+    assert not [file for file in files if psutil.pid_exists(int(file.read_text()))]
+
+
+def reference(root: Path, name: str, seconds: float, mebibytes: float = 10) -> None:
+    folder = root / "figures" / "reference" / "laptop" / name
+    folder.mkdir(parents=True)
+    facts = {"wall_seconds": seconds, "peak_memory_mib": mebibytes}
+    (folder / "provenance.json").write_text(json.dumps(facts))
+
+
+def test_the_longest_notebook_starts_first_and_all_have_one_thread(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    write_notebook(root, "02_long", "import os\nassert os.environ['OMP_NUM_THREADS'] == '1'")
+    reference(root, "01_good", 5)
+    reference(root, "02_long", 70)
+    options = Options(jobs=1)
+    assert run_all(make_plans(None, options)[0], options) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["02_long", "done"], ["01_good", "done"]]
+    assert lines[0].endswith(" of about 1:10")
+
+
+def test_a_terminal_shows_a_live_line_for_each_notebook(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = Progress({"01_a": 65.0})
+    for name in ("01_a", "02_b"):
+        progress.start(name)
+    progress.cell("01_a", 3, 10)
+    progress.tick()
+    progress.end("01_a", "done")
+    progress.close()
+    shown = capsys.readouterr().out
+    assert re.search(r"01_a +\|█+ +\| cell 4/10  00:00 of about 1:05", shown)
+    assert re.search(r"02_b +\| +\| cell 0/1  00:00", shown)
+    assert "01_a  done  0:00 of about 1:05\n" in shown
+
+
+def test_as_many_notebooks_as_cores_and_memory_allow(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2, 5):
+        write_notebook(root, f"0{number}_more", "1")
+    plans = make_plans(None, Options())[0]
+    monkeypatch.setattr(runner, "_cores", lambda: 3)
+    assert runner._jobs(plans, {}) == 1  # nothing says what they need
+    assert runner._jobs(plans, {"01_good": {"peak_memory_mib": 1}}) == 3
+    facts = {"01_good": {"peak_memory_mib": 1}, "02_more": {"peak_memory_mib": 10**9}}
+    assert runner._jobs(plans, facts) == 1
+
+
+def test_a_notebook_runs_in_its_folder_and_this_process_stays_where_it_is(root: Path) -> None:
+    here = Path.cwd()
+    test = f"from pathlib import Path\nassert Path.cwd() == Path({str(root / 'notebooks')!r})"
+    for name in ("02_a", "03_b"):
+        write_notebook(root, name, test)
+    options = Options(profile="smoke", jobs=3)
+    assert run_all(make_plans(None, options)[0], options) == []
+    assert Path.cwd() == here
 
 
 def test_a_relative_root_is_that_of_the_kernel_too(
@@ -224,25 +300,24 @@ def test_parameters_agree_with_papermill(root: Path) -> None:
     assert list(Notebook.read(path).parameters()) == list(papermill.inspect_notebook(str(path)))
 
 
-def test_a_lock_of_a_killed_process_is_free(root: Path) -> None:
-    folder = root / "figures" / "smoke" / "01_good"
+def test_a_lock_of_a_killed_process_is_free(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "build" / "locks" / "smoke-01_good.lock"
     hold = (
-        "from oodlib.suite.runner import _lock; from pathlib import Path\nwith "
-        f"_lock(Path({str(folder)!r})): print('held', flush=True); input()"
+        "from oodlib.files import locked\n"
+        f"with locked({str(path)!r}): print('held', flush=True); input()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout and child.stdout.readline() == "held\n"
-    with (
-        pytest.raises(Timeout),
-        FileLock(root / "build" / "locks" / "smoke-01_good.lock", timeout=0),
-    ):
-        pass
-    child.kill()
+    with locked(path, timeout=0) as mine:
+        assert not mine
+    threading.Timer(0.5, child.kill).start()
+    options = Options(profile="smoke")
+    assert run_all(make_plans(None, options)[0], options) == []
+    assert "01_good  waiting for another run of it" in capsys.readouterr().out
     child.wait()
-    with runner._lock(folder):
-        pass
+    assert (root / "figures" / "smoke" / "01_good" / STAMP).exists()
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -88,6 +88,21 @@ def test_a_value_that_is_no_number_is_a_difference(root: Path) -> None:
     assert differences(root) == ["01_toy: net 3 a b auroc: nan, reference 0.7500, tolerance 0.02"]
 
 
+def test_ends_of_intervals_are_compared_too(root: Path) -> None:
+    folder = root / "figures" / "laptop" / "01_toy"
+    row = "net,3,a,b,,,,aupr,,0.5,{low},{high},,\n"
+    with (folder / "results.csv").open("a") as file:
+        file.write(row.format(low=0.4, high=0.6))
+    update_reference("laptop")
+    write_run(root)
+    with (folder / "results.csv").open("a") as file:
+        file.write(row.format(low=0.45, high=""))
+    assert differences(root) == [
+        "01_toy: net 3 a b aupr low: 0.4500, reference 0.4000, tolerance 0.02",
+        "01_toy: net 3 a b aupr high: nan, reference 0.6000, tolerance 0.02",
+    ]
+
+
 def test_a_key_in_two_rows_is_a_difference_on_either_side(root: Path) -> None:
     folder = root / "figures" / "laptop" / "01_toy"
     update_reference("laptop")

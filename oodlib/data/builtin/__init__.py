@@ -1,3 +1,1 @@
-"""Images drawn on the spot, without any download: letters of many scripts, digits, textures, unit
-tests.
-"""
+"""Images drawn without any download: letters of many scripts, digits, textures, unit tests."""

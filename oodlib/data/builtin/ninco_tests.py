@@ -1,5 +1,4 @@
-r"""The 17 synthetic OOD "unit tests" of NINCO (Bitterwolf, Mueller, Hein, arXiv 2306.00826), drawn
-anew with a seed.
+"""The 17 synthetic OOD "unit tests" of NINCO (arXiv 2306.00826), drawn anew with a seed.
 
 **Scale.** A picture is drawn on a canvas with the original's parameters and then shrunk, because
 noise drawn directly at 32 pixels has 1.9 times the original's contrast. Original: canvas about 375
@@ -17,6 +16,7 @@ Values are clipped to [0, 1], multiplied by 255 and truncated. Gaussian blurs wr
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["NEEDS_ID_IMAGES", "UNIT_TESTS", "draw", "unit_test"]
 
 Float = NDArray[np.float64]
-Maker = Callable[[np.random.Generator, int, int, "Float | None"], Float]
 
 PIXEL_PERM_SIGMA = (1, 1.5, 2, 3, 4, 6, 8)
 LOW_FREQ_SIGMA = (10, 15, 25, 40, 60, 85)
@@ -41,8 +40,38 @@ GAUSSIAN_SIGMA = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5)
 STRIPES = (4, 5, 7, 10, 15, 20)
 
 
-def _pick(rng: np.random.Generator, values: tuple[float, ...]) -> float:
-    return values[int(rng.random() * len(values))]
+@dataclass(frozen=True)
+class Canvas:
+    """Where one picture is drawn: random numbers, height, width, and an image to shuffle."""
+
+    rng: np.random.Generator
+    h: int
+    w: int
+    source: Float | None
+
+    def uniform(self) -> Float:
+        return self.rng.random((self.h, self.w, 3))
+
+    def pick(self, values: tuple[float, ...]) -> float:
+        return values[int(self.rng.random() * len(values))]
+
+    def fill(self, colour: Float | float) -> Float:
+        return np.broadcast_to(np.asarray(colour, dtype=np.float64), (self.h, self.w, 3))
+
+    def bands(self, colours: Float, *, across: bool) -> Float:
+        """Stripes of floor(length / n) pixels, one per colour; the rest takes the last colour."""
+        length = self.w if across else self.h
+        index = np.minimum(np.arange(length) // (length // len(colours)), len(colours) - 1)
+        line = colours[index]  # (length, 3)
+        return self.fill(line[None] if across else line[:, None])
+
+    def stripes(self, *, across: bool) -> Float:
+        n = self.pick(tuple(n for n in STRIPES if min(self.h, self.w) // n >= 3))
+        return self.bands(self.rng.random((int(n), 3)), across=across)
+
+    def smooth(self) -> Float:
+        noise = self.uniform()
+        return _blur(noise, self.pick(LOW_FREQ_SIGMA) * min(self.h, self.w) / 375)
 
 
 def _blur(image: Float, sigma: float) -> Float:
@@ -51,123 +80,65 @@ def _blur(image: Float, sigma: float) -> Float:
     return gaussian_filter(image, sigma=(sigma, sigma, 0), mode="wrap", truncate=4.0)
 
 
-def _constant(colour: Float | float, h: int, w: int) -> Float:
-    return np.broadcast_to(np.asarray(colour, dtype=np.float64), (h, w, 3))
+def _gaussian(canvas: Canvas) -> Float:
+    sigma = canvas.pick(GAUSSIAN_SIGMA)
+    return 0.5 + sigma * canvas.rng.standard_normal((canvas.h, canvas.w, 3))
 
 
-def _uni(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return rng.random((h, w, 3))
+def _pixel_perm(canvas: Canvas) -> Float:
+    assert canvas.source is not None  # unit_test has checked it
+    order = np.argsort(canvas.rng.random(canvas.h * canvas.w), kind="stable")
+    return canvas.source.reshape(-1, 3)[order].reshape(canvas.h, canvas.w, 3)
 
 
-def _gaussian(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return 0.5 + _pick(rng, GAUSSIAN_SIGMA) * rng.standard_normal((h, w, 3))
+def _low_freq_pixel_perm(canvas: Canvas) -> Float:
+    shuffled = _pixel_perm(canvas)
+    return _blur(shuffled, canvas.pick(PIXEL_PERM_SIGMA))
 
 
-def _rademacher(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return (rng.random((h, w, 3)) < 0.5).astype(np.float64)
+def _tricolour(canvas: Canvas, *, primary: bool = False) -> Float:
+    colours = canvas.rng.random((3, 3))
+    if primary:
+        colours = (colours < 0.5).astype(np.float64)
+    return canvas.bands(colours, across=canvas.rng.random() < 0.5)
 
 
-def _pixel_perm(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    assert source is not None  # unit_test has checked it
-    order = np.argsort(rng.random(h * w), kind="stable")
-    return source.reshape(h * w, 3)[order].reshape(h, w, 3)
-
-
-def _low_freq_pixel_perm(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _blur(_pixel_perm(rng, h, w, source), _pick(rng, PIXEL_PERM_SIGMA))
-
-
-def _white(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _constant(1, h, w)
-
-
-def _black(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _constant(0, h, w)
-
-
-def _grey(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _constant(rng.random(), h, w)
-
-
-def _monochrome(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _constant(rng.random(3), h, w)
-
-
-def _bands(colours: Float, h: int, w: int, *, across: bool) -> Float:
-    """Stripes of floor(length / n) pixels, one per colour; what remains takes the last colour."""
-    length = w if across else h
-    index = np.minimum(np.arange(length) // (length // len(colours)), len(colours) - 1)
-    line = colours[index]  # (length, 3)
-    return np.broadcast_to(line[None] if across else line[:, None], (h, w, 3))
-
-
-def _tricolour(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _bands(rng.random((3, 3)), h, w, across=rng.random() < 0.5)
-
-
-def _tricolour_primary(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _bands((rng.random((3, 3)) < 0.5).astype(np.float64), h, w, across=rng.random() < 0.5)
-
-
-def _stripes(rng: np.random.Generator, h: int, w: int, *, across: bool) -> Float:
-    n = _pick(rng, tuple(n for n in STRIPES if min(h, w) // n >= 3))
-    return _bands(rng.random((int(n), 3)), h, w, across=across)
-
-
-def _horizontal_stripes(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _stripes(rng, h, w, across=False)
-
-
-def _vertical_stripes(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    return _stripes(rng, h, w, across=True)
-
-
-def _smooth(rng: np.random.Generator, h: int, w: int) -> Float:
-    return _blur(rng.random((h, w, 3)), _pick(rng, LOW_FREQ_SIGMA) * min(h, w) / 375)
-
-
-def _low_freq(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    x = _smooth(rng, h, w)
-    return (x - x.min()) / (x.max() - x.min())
-
-
-def _low_freq_channelfullscale(
-    rng: np.random.Generator, h: int, w: int, source: Float | None
-) -> Float:
-    x = _smooth(rng, h, w)
-    low, high = x.min((0, 1)), x.max((0, 1))
+def _low_freq(canvas: Canvas, axes: tuple[int, ...] | None = None) -> Float:
+    x = canvas.smooth()
+    low, high = x.min(axes), x.max(axes)
     return (x - low) / (high - low)
 
 
-def _low_freq_colorrange(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    x = _smooth(rng, h, w)
+def _low_freq_colorrange(canvas: Canvas) -> Float:
+    x = canvas.smooth()
     x = x - np.quantile(x, 0.025, axis=(0, 1))
     x = x / np.quantile(x, 0.975, axis=(0, 1))
-    centre, deviation = rng.random(3), 0.1 + 0.2 * rng.random()
+    centre, deviation = canvas.rng.random(3), 0.1 + 0.2 * canvas.rng.random()
     return 2 * deviation * x + centre  # spans centre .. centre + 2 deviation, as the original does
 
 
-def _blobs(rng: np.random.Generator, h: int, w: int, source: Float | None) -> Float:
-    x = _blur((rng.random((h, w, 3)) < 0.7).astype(np.float64), _pick(rng, BLOB_SIGMA))
+def _blobs(canvas: Canvas) -> Float:
+    dots = (canvas.uniform() < 0.7).astype(np.float64)
+    x = _blur(dots, canvas.pick(BLOB_SIGMA))
     return np.where(x < 0.75, 0.0, x)
 
 
-_MAKERS: dict[str, Maker] = {
-    "uni": _uni,
+_MAKERS: dict[str, Callable[[Canvas], Float]] = {
+    "uni": Canvas.uniform,
     "Gaussian": _gaussian,
-    "Rademacher": _rademacher,
+    "Rademacher": lambda canvas: (canvas.uniform() < 0.5).astype(np.float64),
     "pixel_perm": _pixel_perm,
     "low_freq_pixel_perm": _low_freq_pixel_perm,
-    "white": _white,
-    "black": _black,
-    "grey": _grey,
-    "monochrome": _monochrome,
+    "white": lambda canvas: canvas.fill(1),
+    "black": lambda canvas: canvas.fill(0),
+    "grey": lambda canvas: canvas.fill(canvas.rng.random()),
+    "monochrome": lambda canvas: canvas.fill(canvas.rng.random(3)),
     "tricolour": _tricolour,
-    "tricolour_primary": _tricolour_primary,
-    "horizontal_stripes": _horizontal_stripes,
-    "vertical_stripes": _vertical_stripes,
+    "tricolour_primary": lambda canvas: _tricolour(canvas, primary=True),
+    "horizontal_stripes": lambda canvas: canvas.stripes(across=False),
+    "vertical_stripes": lambda canvas: canvas.stripes(across=True),
     "low_freq": _low_freq,
-    "low_freq_channelfullscale": _low_freq_channelfullscale,
+    "low_freq_channelfullscale": lambda canvas: _low_freq(canvas, (0, 1)),
     "low_freq_colorrange": _low_freq_colorrange,
     "blobs": _blobs,
 }
@@ -184,21 +155,16 @@ def draw(
     split: str = "test",
     source: Image.Image | None = None,
 ) -> NDArray[np.uint8]:
-    """Picture ``index`` of a test as it is drawn, (h, w, 3); ``source`` is the image for
-    ``NEEDS_ID_IMAGES``.
-    """
+    """Picture ``index`` of a test as drawn, (h, w, 3); ``NEEDS_ID_IMAGES`` shuffle ``source``."""
     from PIL import Image
 
     h, w = canvas
-    rng = np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence((seed, crc32(f"{name}/{split}".encode()), index)))
-    )
-    pixels = (
-        None
-        if source is None
-        else np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
-    )
-    return (np.clip(_MAKERS[name](rng, h, w, pixels), 0, 1) * 255).astype(np.uint8)
+    key = (seed, crc32(f"{name}/{split}".encode()), index)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+    pixels = None
+    if source is not None:
+        pixels = np.asarray(source.resize((w, h), Image.Resampling.BICUBIC)) / 255
+    return (np.clip(_MAKERS[name](Canvas(rng, h, w, pixels)), 0, 1) * 255).astype(np.uint8)
 
 
 def unit_test(
@@ -219,16 +185,18 @@ def unit_test(
     n : how many pictures (the original: 400); the first n of a longer set with the same seed
     size : side of the pictures in pixels; None keeps the canvas as it is
     canvas : (height, width) in pixels; by default 1.5 times ``size``, square
-    id_images : in-distribution test images for ``NEEDS_ID_IMAGES``; picture i shuffles the pixels of image i, resized
-        (bicubic) to the canvas, so hand them over in random order
+    id_images : in-distribution test images for ``NEEDS_ID_IMAGES``, in random order; picture i
+        shuffles the pixels of image i, resized (bicubic) to the canvas
 
     Raises
     ------
-    OodlibError : unknown name, no size and no canvas, a canvas under 12 pixels, no or too few ``id_images``
+    OodlibError : unknown name, no size and no canvas, a canvas under 12 pixels, no or too few
+        ``id_images``
 
     References
     ----------
-    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (generators read in the authors' code, MIT licence)
+    Bitterwolf, Mueller, Hein, ICML 2023, arXiv 2306.00826 (generators read in the authors' code,
+    MIT licence)
     """
     from PIL import Image
 
@@ -257,11 +225,8 @@ def unit_test(
     for i in range(n):
         source = None
         if shuffles and id_images is not None:
-            source = Image.fromarray(
-                np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
-                .transpose(1, 2, 0)
-                .copy()
-            )
+            rgb = np.broadcast_to(id_images.images[i], (3, *id_images.images.shape[2:]))
+            source = Image.fromarray(rgb.transpose(1, 2, 0).copy())
         drawn = draw(name, i, canvas, seed=seed, split=split, source=source)
         if drawn.shape[:2] != shape:
             drawn = np.asarray(Image.fromarray(drawn).resize(shape[::-1], Image.Resampling.BICUBIC))

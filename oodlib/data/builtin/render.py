@@ -24,30 +24,27 @@ COLOUR_COLUMNS = 10
 
 
 def raw_stream(shape: tuple[int, int], key: tuple[int, ...]) -> NDArray[np.uint64]:
-    """Raw 64-bit numbers, row after row: the rows of a shorter stream are the first rows of a
-    longer one.
-    """
+    """Raw 64-bit numbers; the rows of a shorter stream are the first rows of a longer one."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(shape)
 
 
 def below(raw: NDArray[np.uint64], limit: int | NDArray[np.int64]) -> NDArray[np.int64]:
     """Whole numbers in [0, limit) from raw 64-bit numbers, exactly."""
-    return (((raw >> np.uint64(32)) * np.asarray(limit, dtype=np.uint64)) >> np.uint64(32)).astype(
-        np.int64
-    )
+    half = np.uint64(32)
+    scaled = (raw >> half) * np.asarray(limit, dtype=np.uint64)
+    return (scaled >> half).astype(np.int64)
 
 
 def _stroke(masks: NDArray[np.uint8], weight: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Blend each mask with its dilation (weight > 0) or erosion (weight < 0) by side/64 pixels;
-    weight in 1/256.
-    """
-    grown = np.where(weight[:, None, None] < 0, 255 - masks, masks)
+    """Blend masks with their dilation (weight > 0, in 1/256) or erosion (< 0) by side/64 pixels."""
+    thin, amount = weight[:, None, None] < 0, np.abs(weight)[:, None, None].astype(np.int32)
+    grown = np.where(thin, 255 - masks, masks)
     start = grown.astype(np.int32)
     for _ in range(masks.shape[-1] // 64):
         for axis in (1, 2):
             grown = np.maximum(np.maximum(grown, np.roll(grown, 1, axis)), np.roll(grown, -1, axis))
-    thick = start + ((grown - start) * np.abs(weight)[:, None, None].astype(np.int32) >> 8)
-    return np.where(weight[:, None, None] < 0, 255 - thick, thick).astype(np.uint8)
+    thick = start + ((grown - start) * amount >> 8)
+    return np.where(thin, 255 - thick, thick).astype(np.uint8)
 
 
 def warp(masks: NDArray[np.uint8], raw: NDArray[np.uint64], size: int) -> NDArray[np.int32]:
@@ -74,49 +71,34 @@ def warp(masks: NDArray[np.uint8], raw: NDArray[np.uint64], size: int) -> NDArra
     shift_x, shift_y = ((below(raw[:, c], 1201) - 600) / 10000 * 2 * size for c in (3, 4))
     step = INK * side / (extent * 2 * size)  # mask pixels per sample
     cos, sin = np.cos(angle) * step, np.sin(angle) * step
-    grid = (2 * np.arange(2 * size) - (2 * size - 1)).astype(
-        np.int64
-    )  # half samples from the centre
+    # half samples from the centre
+    grid = (2 * np.arange(2 * size) - (2 * size - 1)).astype(np.int64)
 
-    def fixed(
-        value: NDArray[np.float64],
-    ) -> NDArray[np.int64]:  # 16 fractional bits: no trace of the float's last bit
+    def fixed(value: NDArray[np.float64]) -> NDArray[np.int64]:
+        """16 fractional bits: no trace of the float's last bit."""
         return np.rint(value * 65536).astype(np.int64)[:, None, None]
 
-    centre = (side - 1) / 2
-    limit = ((side - 1) << 16) - 1
+    # where each sample lies in the mask
+    centre, limit = (side - 1) / 2, ((side - 1) << 16) - 1
     gx, gy = grid[None, None, :], grid[None, :, None]
-    x = np.clip(
-        fixed(cos / 2) * gx + fixed(sin / 2) * gy + fixed(centre - cos * shift_x - sin * shift_y),
-        0,
-        limit,
-    )
-    y = np.clip(
-        fixed(cos / 2) * gy - fixed(sin / 2) * gx + fixed(centre + sin * shift_x - cos * shift_y),
-        0,
-        limit,
-    )
+    a, b = fixed(cos / 2), fixed(sin / 2)
+    x = a * gx + b * gy + fixed(centre - cos * shift_x - sin * shift_y)
+    y = a * gy - b * gx + fixed(centre + sin * shift_x - cos * shift_y)
+    x, y = np.clip(x, 0, limit), np.clip(y, 0, limit)
+    # bilinear samples
     index = (y >> 16) * side + (x >> 16) + (np.arange(n) * side * side)[:, None, None]
     fx, fy = ((x >> 8) & 255).astype(np.int32), ((y >> 8) & 255).astype(np.int32)
     flat = masks.ravel()
-    corner = [flat.take(index + offset).astype(np.int32) for offset in (0, 1, side, side + 1)]
-    top, bottom = (
-        corner[0] * 256 + (corner[1] - corner[0]) * fx,
-        corner[2] * 256 + (corner[3] - corner[2]) * fx,
-    )
+    nw, ne, sw, se = (flat.take(index + by).astype(np.int32) for by in (0, 1, side, side + 1))
+    top, bottom = nw * 256 + (ne - nw) * fx, sw * 256 + (se - sw) * fx
     samples = (top * 256 + (bottom - top) * fy + 32768) >> 16
     return halve(samples)
 
 
 def halve(samples: NDArray[np.int32]) -> NDArray[np.int32]:
     """(n, 2s, 2s) -> (n, s, s): rounded means of 2x2 samples."""
-    total = (
-        samples[:, ::2, ::2]
-        + samples[:, 1::2, ::2]
-        + samples[:, ::2, 1::2]
-        + samples[:, 1::2, 1::2]
-    )
-    return (total + 2) >> 2
+    rows = samples[:, ::2] + samples[:, 1::2]
+    return (rows[..., ::2] + rows[..., 1::2] + 2) >> 2
 
 
 def luminance(colour: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -138,9 +120,8 @@ def _colours(raw: NDArray[np.uint64], style: Style) -> tuple[NDArray[np.int64], 
     original = ends
     for push in range(1, 17):
         contrast = luminance(ends) - bright[:, None]
-        weak = (np.abs(contrast).min(1) < MIN_CONTRAST) | (
-            np.sign(contrast[:, 0]) != np.sign(contrast[:, 1])
-        )
+        crossing = np.sign(contrast[:, 0]) != np.sign(contrast[:, 1])
+        weak = crossing | (np.abs(contrast).min(1) < MIN_CONTRAST)
         if not weak.any():
             break
         pushed = (original * (16 - push) + target * push) // 16
@@ -161,20 +142,15 @@ def compose(
     front, ends = _colours(raw, style)
     size = coverage.shape[-1]
     angle = below(raw[:, 9], 3600) * (np.pi / 1800)
-    along = [np.rint(f(angle) * 256).astype(np.int64)[:, None, None] for f in (np.cos, np.sin)]
+    cos, sin = (np.rint(f(angle) * 256).astype(np.int64)[:, None, None] for f in (np.cos, np.sin))
     grid = 2 * np.arange(size) - (size - 1)
-    ramp = np.clip(
-        128 + (along[0] * grid[None, None, :] + along[1] * grid[None, :, None]) // (2 * size),
-        0,
-        256,
-    )
+    ramp = 128 + (cos * grid[None, None, :] + sin * grid[None, :, None]) // (2 * size)
+    ramp = np.clip(ramp, 0, 256).astype(np.int32)
     cover = coverage.astype(np.int32)
     out = np.empty((len(coverage), 3, size, size), dtype=np.uint8)
-    ramp32 = ramp.astype(np.int32)
     for channel in range(3):
-        first, last, ink = (
-            v[:, channel].astype(np.int32)[:, None, None] for v in (ends[:, 0], ends[:, 1], front)
-        )
-        ground = first + ((last - first) * ramp32 >> 8)
+        colours = (ends[:, 0], ends[:, 1], front)
+        first, last, ink = (c[:, channel].astype(np.int32)[:, None, None] for c in colours)
+        ground = first + ((last - first) * ramp >> 8)
         out[:, channel] = (ground * (255 - cover) + ink * cover + 127) // 255
     return out

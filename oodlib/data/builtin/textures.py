@@ -1,6 +1,4 @@
-"""Procedural textures: twelve families of grey fields, coloured like the glyphs. A far-OOD set
-without any download.
-"""
+"""Procedural textures: twelve families of grey fields, coloured like the glyphs."""
 
 from __future__ import annotations
 
@@ -16,18 +14,14 @@ TAU = 2 * np.pi
 
 
 def _turn(x: Field, y: Field, u: Field, low: float, high: float) -> tuple[Field, Field]:
-    """Turn by a random angle and scale by a random frequency (periods per picture), with a random
-    offset.
-    """
+    """Turned by a random angle, scaled to ``low`` to ``high`` periods per picture, and shifted."""
     angle, frequency = TAU * u[0], low + (high - low) * u[1]
     cos, sin = np.cos(angle), np.sin(angle)
     return frequency * (cos * x + sin * y) + u[2], frequency * (cos * y - sin * x) + u[3]
 
 
 def _noise(x: Field, y: Field, u: Field, cells: int) -> Field:
-    """Smooth value noise in [0, 1]: random values on a lattice of ``cells`` per picture, smoothly
-    interpolated.
-    """
+    """Value noise in [0, 1]: smoothly interpolated random values on a lattice of ``cells``."""
     lattice = u[: (cells + 2) ** 2].reshape(cells + 2, cells + 2)
     column, row = np.clip(x, 0, 1) * cells, np.clip(y, 0, 1) * cells
     i, j = column.astype(int), row.astype(int)
@@ -124,8 +118,7 @@ NUMBERS = 256  # uniform numbers that one texture may use
 
 
 def texture(family: str, uniform: Field, side: int) -> NDArray[np.int32]:
-    """One grey field of a family, (side, side) integers 0..255, from ``NUMBERS`` uniform numbers in
-    [0, 1).
+    """One grey field, (side, side) integers 0..255, from ``NUMBERS`` uniform numbers in [0, 1).
 
     Coordinates run over [0, 1] whatever the side, so a larger picture shows the same texture in
     more detail.

@@ -1,4 +1,4 @@
-"""Real image sets, prepared once into memory-mapped arrays and verified each time they are loaded."""
+"""Public image sets, prepared once into memory-mapped arrays and verified on every load."""
 
 from __future__ import annotations
 
@@ -10,47 +10,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock  # torch depends on it
 from numpy.typing import NDArray
 
 from oodlib.data.images import ImageSet
-from oodlib.data.public.readers import (
-    Raw,
-    find_in_mirror,
-    from_archive,
-    from_torchvision,
-    from_zips,
-)
+from oodlib.data.public.readers import Raw, download_raw, find_in_mirror
 from oodlib.data.public.registry import SetInfo, set_info
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, write_json
+from oodlib.files import atomic_folder, locked, read_json, write_json
 from oodlib.workspace import data_root
 
 __all__ = ["DatasetNotFound", "load", "pixel_checksum", "prepare", "prepared_info"]
 
+Place = str | os.PathLike[str] | None
+
 
 class DatasetNotFound(OodlibError):
-    """No source holds the set (as opposed to a source that is damaged)."""
+    """A set is not available: no source holds it (a damaged source is another OodlibError)."""
 
 
 def load(
     name: str,
     split: str,
     *,
-    mirror: str | os.PathLike[str] | None = None,
+    mirror: Place = None,
     download: bool = True,
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: Place = None,
 ) -> ImageSet:
-    """A real set, memory-mapped; prepared first if this has not been done yet.
+    """A public set, memory-mapped; prepared first where this has not been done yet.
 
-    The rows are in an order that follows from the pixels alone (that of their hashes: no class or
-    time structure, so any prefix is a fair subset), hence the same for every source of the same
-    set.
+    The rows are sorted by the hashes of their pixels: the same order for every source of a set, and
+    without class or time structure, so that any prefix is a fair subset.
 
     Parameters
     ----------
     name, split : as in ``SETS``, for example "cifar10", "test"
-    mirror : folder with ``<name>/<split>-*.parquet`` or torchvision's own files; default ``OODLIB_MIRROR``
+    mirror : folder with ``<name>/<split>-*.parquet`` or torchvision's own files; default
+        ``OODLIB_MIRROR``
     download : ask torchvision where the mirror does not hold the set
     data_dir : default ``OODLIB_DATA``, else ``data/`` of the project
 
@@ -68,9 +63,7 @@ def load(
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(folder, error) from error
-        with FileLock(
-            folder.with_name(f".{split}.lock.part")
-        ):  # two notebooks may ask at the same time
+        with locked(folder.with_name(f".{split}.lock.part")):  # two notebooks may ask at once
             if not (folder / "info.json").is_file():
                 prepare(name, split, mirror=mirror, download=download, data_dir=data_dir)
     return _open(folder, set_info(name), split)
@@ -80,23 +73,17 @@ def prepare(
     name: str,
     split: str,
     *,
-    mirror: str | os.PathLike[str] | None = None,
+    mirror: Place = None,
     download: bool = True,
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: Place = None,
 ) -> Path:
-    """Read, check and write one split under ``prepared/<name>/<split>``, replacing what is there
-    only on success.
-    """
+    """Read and check a split; write it to ``prepared/<name>/<split>``, replaced only on success."""
     info, folder = set_info(name), _folder(name, split, data_dir)
-    raw = _read(
-        info, split, mirror or os.environ.get("OODLIB_MIRROR"), download, data_root(data_dir)
-    )
+    mirror = mirror or os.environ.get("OODLIB_MIRROR")
+    raw = _read(info, split, mirror, download, data_root(data_dir))
+    # the number of images and their pixels must be the official ones
     entry, n = info.split(split), len(raw.labels)
-    if n == 0:
-        raise OodlibError(
-            f"{name}/{split}: {raw.source} holds no image. Copy or download it again."
-        )
-    if n != entry.count and not (info.partial and n < entry.count):
+    if n != entry.count and not (info.partial and 0 < n < entry.count):
         raise OodlibError(
             f"{name}/{split}: {entry.count} images were expected, {raw.source} holds {n}. "
             "Copy or download it again."
@@ -129,20 +116,14 @@ def prepare(
     return folder
 
 
-def prepared_info(
-    name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None
-) -> dict[str, Any] | None:
-    """The sidecar of prepared data (count, shape, checksum, source, terms, note); None if there is
-    none.
-    """
+def prepared_info(name: str, split: str, *, data_dir: Place = None) -> dict[str, Any] | None:
+    """Count, shape, checksum, source, terms and note of prepared data; None if there is none."""
     path = _folder(name, split, data_dir) / "info.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def pixel_checksum(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> str:
-    """SHA-256 over the sorted hashes of (label, shape, pixels): the same for every order of the
-    rows.
-    """
+    """SHA-256 of the sorted hashes of (label, shape, pixels), whatever the order of the rows."""
     return _combine(_row_hashes(images, labels))
 
 
@@ -153,14 +134,12 @@ def _unwritable(folder: Path, error: OSError) -> OodlibError:
     )
 
 
-def _folder(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Path:
+def _folder(name: str, split: str, data_dir: Place) -> Path:
     set_info(name).split(split)
     return data_root(data_dir) / "prepared" / name / split
 
 
-def _read(
-    info: SetInfo, split: str, mirror: str | os.PathLike[str] | None, download: bool, root: Path
-) -> Raw:
+def _read(info: SetInfo, split: str, mirror: Place, download: bool, root: Path) -> Raw:
     entry, tried = info.split(split), "OODLIB_MIRROR is not set"
     if mirror:
         if not Path(mirror).is_dir():
@@ -171,51 +150,32 @@ def _read(
         if raw:
             return raw
         tried = "the mirror does not hold it"
-    remedy = f"Put {info.folders[0]}/{entry.mirror or split}-*.parquet under OODLIB_MIRROR, or allow the download."
-    archive = entry.archive or info.archive
-    if not (info.torchvision or archive):
-        files = ", ".join(entry.idx or ()) or f"{entry.mirror or split}-*.parquet"
+    shards = f"{entry.mirror or split}-*.parquet"
+    lacking = f"{info.name}/{split} is not available: {tried}, and"
+    remedy = f"Put {info.folders[0]}/{shards} under OODLIB_MIRROR, or allow the download."
+    if not (info.torchvision or entry.archive or info.archive):
         raise DatasetNotFound(
-            f"{info.name}/{split} is not available: {tried}, and no library downloads it. Put "
-            f"{files} under {info.folders[0]}/ of OODLIB_MIRROR."
+            f"{lacking} no library downloads it. Put {', '.join(entry.idx or [shards])} under "
+            f"{info.folders[0]}/ of OODLIB_MIRROR."
         )
     if not download:
-        raise DatasetNotFound(
-            f"{info.name}/{split} is not available: {tried}, and downloads are off. {remedy}"
-        )
+        raise DatasetNotFound(f"{lacking} downloads are off. {remedy}")
     try:
-        if archive:
-            import pooch
-
-            address, md5 = archive
-            path = pooch.retrieve(
-                address, f"md5:{md5}", fname=Path(address).name, path=root / "raw", progressbar=True
-            )
-            return (
-                from_zips([Path(path)], info)
-                if entry.zips
-                else from_archive(Path(path), split, info)
-            )
-        return from_torchvision(info, entry, root / "raw", download=True)
+        return download_raw(info, split, root / "raw")
     except OodlibError:
         raise
     except Exception as error:  # urllib, tarfile, RuntimeError, ...: torchvision and pooch differ
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise DatasetNotFound(
-            f"{info.name}/{split} is not available: {tried}, and the download failed ({reason}). "
-            f"{remedy}"
-        ) from error
+        raise DatasetNotFound(f"{lacking} the download failed ({reason}). {remedy}") from error
 
 
 def _row_hashes(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> NDArray[np.bytes_]:
     shape = str(images.shape[1:]).encode()
-    digests = [
-        hashlib.sha256(
-            b"%d %b " % (label, shape) + np.ascontiguousarray(image).tobytes()
-        ).hexdigest()
+    rows = (
+        b"%d %b " % (label, shape) + np.ascontiguousarray(image).tobytes()
         for image, label in zip(images, labels.tolist(), strict=True)
-    ]
-    return np.array(digests, dtype="S64")
+    )
+    return np.array([hashlib.sha256(row).hexdigest() for row in rows], dtype="S64")
 
 
 def _combine(hashes: NDArray[np.bytes_]) -> str:
@@ -225,23 +185,21 @@ def _combine(hashes: NDArray[np.bytes_]) -> str:
 @functools.lru_cache(maxsize=64)
 def _checksum_of(folder: str, stamp: tuple[int, ...]) -> str:
     """Full checksum of prepared data, once per process and state of the files."""
-    return pixel_checksum(
-        np.load(Path(folder) / "images.npy", mmap_mode="r"), np.load(Path(folder) / "labels.npy")
-    )
+    return pixel_checksum(*_arrays(Path(folder)))
+
+
+def _arrays(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
 
 def _open(folder: Path, info: SetInfo, split: str) -> ImageSet:
     remedy = f"Delete the folder {folder} and run again to prepare it afresh."
+    sidecar = read_json(folder / "info.json", "prepared data", remedy)
     try:
-        sidecar = json.loads((folder / "info.json").read_text())
-        images, labels = (
-            np.load(folder / "images.npy", mmap_mode="r"),
-            np.load(folder / "labels.npy"),
-        )
+        images, labels = _arrays(folder)
         states = [(folder / file).stat() for file in ("images.npy", "labels.npy")]
-        found = _checksum_of(
-            str(folder), tuple(n for s in states for n in (s.st_size, s.st_mtime_ns))
-        )
+        stamp = tuple(n for s in states for n in (s.st_size, s.st_mtime_ns))
+        found = _checksum_of(str(folder), stamp)
     except (OSError, ValueError, EOFError) as error:
         raise OodlibError(
             f"{folder}: the prepared data cannot be read ({error}). {remedy}"

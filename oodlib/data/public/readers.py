@@ -1,8 +1,6 @@
-"""Readers of raw image sets: Parquet shards, IDX files, zips of class folders, torchvision's
-classes, Tiny-ImageNet.
+"""Readers of image sets: Parquet shards, IDX files, zips of class folders, torchvision's classes.
 
-Each returns a ``Raw``: decoded uint8 images of one size, labels, class names and where they came
-from.
+Each returns a `Raw`: decoded uint8 images of one size, labels, class names and their source.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from oodlib.errors import OodlibError
 
 __all__ = [
     "Raw",
+    "download_raw",
     "find_in_mirror",
     "from_archive",
     "from_torchvision",
@@ -44,9 +43,7 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class Raw:
-    """A split as it was read: (n, c, h, w) uint8, (n,) int64, names, and where it came from (no
-    machine path).
-    """
+    """A split as it was read: (n, c, h, w), (n,), names, and the source without machine paths."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -55,9 +52,7 @@ class Raw:
 
 
 def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
-    """Read a split from a mirror; None if the mirror does not hold it. A damaged file raises
-    OodlibError.
-    """
+    """A split from a mirror, None if it is not there; OodlibError for a damaged file."""
     entry = info.split(split)
     for folder in (mirror / name for name in info.folders):
         shards = sorted(folder.glob(f"{entry.mirror or split}-*.parquet"))
@@ -75,10 +70,21 @@ def find_in_mirror(info: SetInfo, split: str, mirror: Path) -> Raw | None:
     return None
 
 
+def download_raw(info: SetInfo, split: str, folder: Path) -> Raw:
+    """A split from its archive or through torchvision; raises what pooch and torchvision raise."""
+    entry = info.split(split)
+    if not (archive := entry.archive or info.archive):
+        return from_torchvision(info, entry, folder, download=True)
+    import pooch
+
+    address, md5 = archive
+    name = Path(address).name
+    path = Path(pooch.retrieve(address, f"md5:{md5}", fname=name, path=folder, progressbar=True))
+    return from_zips([path], info) if entry.zips else from_archive(path, split, info)
+
+
 def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
-    """Columns ``image`` {bytes, path} and ``label``; class names from the schema's metadata;
-    decoded in parallel.
-    """
+    """Columns ``image`` {bytes, path} and ``label``; class names from the schema's metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,28 +106,22 @@ def read_parquet(shards: Sequence[Path], info: SetInfo) -> Raw:
         total = sum(file.metadata.num_rows for file in opened)
         images, labels = np.empty((total, *info.size), np.uint8), np.empty(total, np.int64)
         done = 0
-        with _pool() as pool, _bar(total, shards[0].parent.name) as bar:
+        with _bar(total, shards[0].parent.name) as bar:
             for shard, file in zip(shards, opened, strict=True):
                 for batch in file.iter_batches(_CHUNK, columns=["image", "label"]):
                     rows = batch.column("image").to_pylist()
                     jobs = [(row["bytes"], f"{shard}, image {row['path']}") for row in rows]
-                    for i, image in enumerate(
-                        pool.map(lambda job: _decode(job[0], job[1], info), jobs)
-                    ):
-                        images[done + i] = image
-                    labels[done : done + len(rows)] = batch.column("label").to_numpy(
-                        zero_copy_only=False
-                    )
+                    _decode_all(jobs, info, images[done : done + len(rows)], bar)
+                    column = batch.column("label").to_numpy(zero_copy_only=False)
+                    labels[done : done + len(rows)] = column
                     done += len(rows)
-                    bar.update(len(rows))
     except (pa.ArrowException, OSError) as error:
         raise OodlibError(
             f"{shard}: not a readable Parquet file ({_short(error)}). It is probably truncated: "
             "copy it again, or unset OODLIB_MIRROR to download the set instead."
         ) from error
-    return Raw(
-        images, labels, names, f"{shards[0].parent.name}/{shards[0].name.split('-')[0]}-*.parquet"
-    )
+    source = f"{shards[0].parent.name}/{shards[0].name.split('-')[0]}-*.parquet"
+    return Raw(images, labels, names, source)
 
 
 def _check_shards(shards: Sequence[Path]) -> None:
@@ -134,6 +134,16 @@ def _check_shards(shards: Sequence[Path]) -> None:
                 f"{shards[0].parent}: {len(shards)} of {expected} Parquet files of "
                 f"{shards[0].name.split('-')[0]} are there. Copy the missing ones."
             )
+
+
+def _decode_all(
+    jobs: Sequence[tuple[bytes, str]], info: SetInfo, out: NDArray[np.uint8], bar: tqdm
+) -> None:
+    """Decode the pictures (bytes, where from) into ``out``, in parallel."""
+    with _pool() as pool:
+        for i, image in enumerate(pool.map(lambda job: _decode(job[0], job[1], info), jobs)):
+            out[i] = image
+            bar.update()
 
 
 def _decode(data: bytes, where: str, info: SetInfo) -> NDArray[np.uint8]:
@@ -150,9 +160,7 @@ def _decode(data: bytes, where: str, info: SetInfo) -> NDArray[np.uint8]:
 
 
 def _fit(picture: Any, info: SetInfo) -> NDArray[np.uint8]:
-    """A PIL picture as (c, h, w) uint8 of the set's size: cropped as the set says, the rest by
-    ``ImageSet.resized``.
-    """
+    """A PIL picture as (c, h, w) uint8: cropped as the set says, then `ImageSet.resized`."""
     from PIL import Image
 
     c, h, w = info.size
@@ -168,28 +176,20 @@ def _fit(picture: Any, info: SetInfo) -> NDArray[np.uint8]:
                 )
             picture = picture.crop(info.crop)
     pixels = np.asarray(picture).reshape(picture.height, picture.width, c).transpose(2, 0, 1)
-    if pixels.shape == info.size:
-        return pixels
-    return (
-        ImageSet("picture", "", pixels[None], np.zeros(1, np.int64))
-        .resized(h, channels=c)
-        .images[0]
-    )
+    one = ImageSet("picture", "", pixels[None], np.zeros(1, np.int64))
+    return one.resized(h, channels=c).images[0]
 
 
 def read_idx(image_file: Path, label_file: Path, *, md5: Any = None) -> Raw:
-    """The gzip files of the MNIST family; their MD5 is checked where ``md5`` maps the file's name
-    to one.
-    """
+    """The gzip files of the MNIST family; ``md5`` maps file names to the MD5 they must have."""
     images, labels = (_idx(path, (md5 or {}).get(path.name)) for path in (image_file, label_file))
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise OodlibError(
             f"{image_file}: shapes {images.shape} and {labels.shape} (labels) do not fit together. "
             "Copy both files again."
         )
-    return Raw(
-        images[:, None], labels.astype(np.int64), (), f"{image_file.name} and {label_file.name}"
-    )
+    source = f"{image_file.name} and {label_file.name}"
+    return Raw(images[:, None], labels.astype(np.int64), (), source)
 
 
 def _idx(path: Path, md5: str | None) -> NDArray[np.uint8]:
@@ -199,14 +199,9 @@ def _idx(path: Path, md5: str | None) -> NDArray[np.uint8]:
         unpacked = gzip.decompress(data)
     except FileNotFoundError as error:
         raise OodlibError(f"{path}: the file is missing. {remedy}") from error
-    except (EOFError, OSError, ValueError) as error:
+    except (EOFError, OSError, ValueError, zlib.error) as error:
         raise OodlibError(
-            f"{path}: not a readable gzip file ({_short(error)}). It is probably truncated. "
-            f"{remedy}"
-        ) from error
-    except Exception as error:  # zlib.error has no common base with the above
-        raise OodlibError(
-            f"{path}: not a readable gzip file ({_short(error)}). {remedy}"
+            f"{path}: not a readable gzip file ({_short(error)}), perhaps truncated. {remedy}"
         ) from error
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if md5 and found != md5:
@@ -223,9 +218,7 @@ def from_torchvision(info: SetInfo, entry: Split, root: Path, *, download: bool)
     import torchvision
 
     build: Callable[..., Any] = getattr(torchvision.datasets, info.torchvision)
-    parts = [
-        build(root=str(root), download=download, **arguments) for arguments in entry.torchvision
-    ]
+    parts = [build(root=str(root), download=download, **kwargs) for kwargs in entry.torchvision]
     picks = [(part, i) for part in parts for i in range(len(part))]
     images, labels = np.empty((len(picks), *info.size), np.uint8), np.empty(len(picks), np.int64)
 
@@ -237,34 +230,24 @@ def from_torchvision(info: SetInfo, entry: Split, root: Path, *, download: bool)
     with _pool() as pool, _bar(len(picks), info.name) as bar:
         for _ in pool.map(take, range(len(picks))):
             bar.update()
-    return Raw(
-        images,
-        labels,
-        tuple(getattr(parts[0], "classes", ())),
-        f"torchvision.datasets.{info.torchvision}",
-    )
+    names = tuple(getattr(parts[0], "classes", ()))
+    return Raw(images, labels, names, f"torchvision.datasets.{info.torchvision}")
 
 
 def from_archive(archive: Path, split: str, info: SetInfo) -> Raw:
-    """Tiny-ImageNet's own zip: train/<id>/images/*.JPEG, val/images/*.JPEG with
-    val/val_annotations.txt.
-    """
+    """Tiny-ImageNet's zip: train/<id>/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt."""
     try:
         with zipfile.ZipFile(archive) as opened:
             files = opened.namelist()
             root = files[0].split("/")[0]
             ids = tuple(sorted(opened.read(f"{root}/wnids.txt").decode().split()))
             if split == "train":
-                owner = {
-                    f: f.split("/")[2]
-                    for f in files
-                    if f.startswith(f"{root}/train/") and f.endswith(".JPEG")
-                }
+                train = re.compile(rf"{re.escape(root)}/train/([^/]*)/.*\.JPEG")
+                owner = {f: found[1] for f in files if (found := train.fullmatch(f))}
             else:
                 lines = opened.read(f"{root}/val/val_annotations.txt").decode().splitlines()
-                owner = {
-                    f"{root}/val/images/{a}": b for a, b in (line.split("\t")[:2] for line in lines)
-                }
+                rows = (line.split("\t") for line in lines)
+                owner = {f"{root}/val/images/{row[0]}": row[1] for row in rows}
             images = np.empty((len(owner), *info.size), np.uint8)
             with _bar(len(owner), info.name) as bar:
                 for i, file in enumerate(owner):
@@ -276,16 +259,14 @@ def from_archive(archive: Path, split: str, info: SetInfo) -> Raw:
             "again to download it afresh."
         ) from error
     number = {name: i for i, name in enumerate(ids)}
-    return Raw(
-        images, np.array([number[name] for name in owner.values()], np.int64), ids, archive.name
-    )
+    labels = np.array([number[name] for name in owner.values()], np.int64)
+    return Raw(images, labels, ids, archive.name)
 
 
 def from_zips(zips: Sequence[Path], info: SetInfo) -> Raw:
     """Zips of <any folder>/<class>/<file>.png, where <class> may be several folders deep.
 
-    A file that stands in two of the zips is read once. Classes are numbered in the order of their
-    names.
+    A file found in two of the zips is read once. Classes are numbered in the order of their names.
     """
     found: dict[str, bytes] = {}
     for path in zips:  # `path` names the file in the message below
@@ -301,26 +282,19 @@ def from_zips(zips: Sequence[Path], info: SetInfo) -> Raw:
                 f"{path}: not a readable zip of class folders ({_short(error)}). Copy or download "
                 "it again."
             ) from error
-    owners = [file.rpartition("/")[0] for file in found]
-    names = tuple(sorted(set(owners)))
-    number, where = (
-        {name: i for i, name in enumerate(names)},
-        " and ".join(path.name for path in zips),
-    )
+    source = " and ".join(path.name for path in zips)
     images = np.empty((len(found), *info.size), np.uint8)
-    with _pool() as pool, _bar(len(found), info.name) as bar:
-        for i, image in enumerate(
-            pool.map(lambda job: _decode(job[1], f"{where}, image {job[0]}", info), found.items())
-        ):
-            images[i] = image
-            bar.update()
-    return Raw(images, np.array([number[owner] for owner in owners], np.int64), names, where)
+    jobs = [(data, f"{source}, image {file}") for file, data in found.items()]
+    with _bar(len(jobs), info.name) as bar:
+        _decode_all(jobs, info, images, bar)
+    owners = [file.rpartition("/")[0] for file in found]
+    names, labels = np.unique(owners, return_inverse=True)
+    return Raw(images, labels.astype(np.int64), tuple(names.tolist()), source)
 
 
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(
-        min(8, os.cpu_count() or 1)
-    )  # Pillow releases the GIL while it decodes
+    """Pillow releases the GIL while it decodes."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 def _bar(total: int, name: str) -> tqdm:
@@ -328,4 +302,4 @@ def _bar(total: int, name: str) -> tqdm:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no details'}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no details'])[0][:200]}"

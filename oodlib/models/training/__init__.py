@@ -1,3 +1,1 @@
-"""Training recipes: classifiers, flows, small ViTs; each resumes an interrupted run with the same
-result.
-"""
+"""Recipes for classifiers, flows and small ViTs; interrupted runs resume to the same result."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["augment", "hash_seed", "normalise"]
+__all__ = ["augment", "hash_seed", "normalise", "seeded"]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -27,8 +27,7 @@ class _Augmentation(Protocol):
 def augment(
     x: Tensor, recipe: _Augmentation, epoch: int, keys: Tensor | None, generator: torch.Generator
 ) -> Tensor:
-    """Flip and translate a batch (n, c, h, w), image by image, as ``recipe.flip`` and
-    ``recipe.shift`` say.
+    """Flip and shift each image of a batch (n, c, h, w) by ``recipe.flip`` and ``recipe.shift``.
 
     ``keys`` (n,) decides which images the alternating flip starts with; other flips need none.
     """
@@ -45,17 +44,18 @@ def augment(
         r = recipe.shift
         padded = nn.functional.pad(x, (r, r, r, r), mode="reflect")
         dy, dx = torch.randint(0, 2 * r + 1, (2, n), generator=generator)
-        rows = dy.view(-1, 1) + torch.arange(x.shape[2])  # (n, h)
-        columns = dx.view(-1, 1) + torch.arange(x.shape[3])  # (n, w)
-        x = padded.permute(0, 2, 3, 1)[
-            torch.arange(n).view(-1, 1, 1), rows[:, :, None], columns[:, None, :]
-        ]
+        rows = dy.view(-1, 1, 1) + torch.arange(x.shape[2])[:, None]  # (n, h, 1)
+        columns = dx.view(-1, 1, 1) + torch.arange(x.shape[3])  # (n, 1, w)
+        x = padded.permute(0, 2, 3, 1)[torch.arange(n).view(-1, 1, 1), rows, columns]
         x = x.permute(0, 3, 1, 2)
     return x
 
 
 def hash_seed(*numbers: int) -> int:
-    """A reproducible generator seed for each combination of numbers: seed and epoch, or seed,
-    purpose and step.
-    """
+    """A reproducible seed for each combination of numbers, such as seed, purpose and step."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator seeded by `hash_seed`."""
+    return torch.Generator().manual_seed(hash_seed(*numbers))

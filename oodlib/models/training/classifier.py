@@ -1,38 +1,30 @@
-"""One training loop for the suite's small classifiers: seeded, resumable, with checkpoints and a
-progress bar.
-"""
+"""Training of the suite's small classifiers by SGD, with Lookahead where a recipe says so."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from oodlib.errors import OodlibError
-from oodlib.models.training.augment import augment, hash_seed, normalise
-from oodlib.models.training.state import load_state, save_state
+from oodlib.models.training.augment import augment, normalise, seeded
+from oodlib.models.training.loop import TrainingRun
 
 __all__ = ["Recipe", "evaluate", "train"]
-
-SAVE_EVERY = 120.0  # seconds between two states to resume from, within an epoch
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run, besides the data, the network and the seed.
 
-    ``lr`` is the peak learning rate for the *mean* loss of a batch. ``decay`` is the share by which
-    a weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms), the same
-    for every parameter group.
+    ``lr`` is the peak learning rate for the *mean* loss of a batch; ``decay`` the share by which
+    every weight shrinks in one step at that peak (``lr * weight_decay`` in PyTorch's terms).
     """
 
     epochs: float = 10
@@ -71,20 +63,12 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
             if head is not None and parameter is head.weight:
                 factor = recipe.head_lr
             groups.setdefault(factor, []).append(parameter)
-    return torch.optim.SGD(
-        [
-            {
-                "params": p,
-                "lr": f * recipe.lr,
-                "peak": f * recipe.lr,
-                "weight_decay": recipe.decay / (f * recipe.lr),
-            }
-            for f, p in groups.items()
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-    )
+    options = []
+    for factor, parameters in groups.items():
+        peak = factor * recipe.lr
+        decay = recipe.decay / peak
+        options.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.SGD(options, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
 
 
 @torch.no_grad()
@@ -100,13 +84,11 @@ def evaluate(
 ) -> float:
     """Share of images (uint8, n x c x h x w) whose arg-max class is the label, in [0, 1]."""
     model.eval()
-    right = 0
-    for i in range(0, len(images), batch_size):
-        x = normalise(images[i : i + batch_size], mean, std).to(
-            device, memory_format=torch.channels_last
-        )
-        right += int((model(x).argmax(1).cpu() == labels[i : i + batch_size]).sum())
-    return right / len(images)
+    correct = 0
+    for batch, classes in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        x = normalise(batch, mean, std).to(device, memory_format=torch.channels_last)
+        correct += int((model(x).argmax(1).cpu() == classes).sum())
+    return correct / len(images)
 
 
 def train(
@@ -123,143 +105,105 @@ def train(
     progress: bool = True,
     on_epoch: Callable[[int, nn.Module], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in place with cross-entropy and SGD (Nesterov); returns one row of history
-    per epoch.
+    """Train ``model`` in place by SGD (Nesterov) on cross-entropy; a row of history per epoch.
 
     Parameters
     ----------
     images, labels : (n, c, h, w) uint8 and (n,) int64
-    seed : of the order of images and of the augmentation; initialise the model yourself under a seed of its own
+    seed : of order and augmentation; initialise the model yourself under a seed of its own
     mean, std : (c,), in units of pixel / 255
-    checkpoint : written after every epoch and within long ones; an interrupted run resumes from it with the same result
-    on_epoch : called as ``on_epoch(epochs_done, model)``, in evaluation mode, also with 0 before the first step
+    checkpoint : saved after every epoch and within long ones; an interrupted run resumes from it
+    on_epoch : ``on_epoch(epochs_done, model)``, in evaluation mode, also with 0 at the start
 
     Raises
     ------
-    OodlibError : the checkpoint is damaged, or belongs to another recipe or seed
+    OodlibError : a loss that overflows, a checkpoint that is damaged or of another recipe or seed
     """
-    n = len(images)
-    steps_per_epoch = n // recipe.batch_size
-    if steps_per_epoch == 0:
+    n, per_epoch = len(images), len(images) // recipe.batch_size
+    if per_epoch == 0:
         raise OodlibError(
             f"train: {n} images do not fill one batch of {recipe.batch_size}. Use a smaller "
             "batch_size."
         )
-    total = math.ceil(recipe.epochs * steps_per_epoch)
+    total = math.ceil(recipe.epochs * per_epoch)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimiser = _optimiser(model, recipe)
-    slow = copy.deepcopy(model.state_dict()) if recipe.lookahead else None
-    history: list[dict[str, Any]] = []
-    losses: list[float] = []  # of the epoch that is under way, as are its seconds and its generator
-    seconds, drawn, step, key = 0.0, None, 0, {"recipe": asdict(recipe), "seed": seed, "n": n}
-    checkpoint = Path(checkpoint) if checkpoint else None
-    if checkpoint and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state["key"] != key:
-            raise OodlibError(
-                f"train: {checkpoint} was written with {state['key']}, this run asks for {key}. "
-                "Delete it to start afresh, or restore the old settings."
-            )
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        slow, history, step = state["slow"], state["history"], state["step"]
-        losses, seconds, drawn = state["losses"], state["seconds"], state["generator"]
-        if slow is not None:
-            slow = {name: value.to(device) for name, value in slow.items()}
-    saved = time.monotonic()
-
-    def save(seconds: float, drawn: Tensor | None) -> None:
-        nonlocal saved
-        if checkpoint:
-            save_state(
-                checkpoint,
-                {
-                    "key": key,
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "slow": slow,
-                    "history": history,
-                    "step": step,
-                    "losses": losses,
-                    "seconds": seconds,
-                    "generator": drawn,
-                },
-            )
-        saved = time.monotonic()
-
-    if on_epoch and step == 0:
-        on_epoch(0, model.eval())
+    whiten = getattr(model, "whiten", None) if recipe.whiten_bias_epochs is not None else None
     flip_keys = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed))
-    bar = tqdm(
-        total=total, initial=step, desc="training", unit="step", disable=None if progress else True
+    shuffle = _Shuffle(n, seed)
+    slow = copy.deepcopy(model) if recipe.lookahead else None
+    run = TrainingRun(
+        "train",
+        model,
+        _optimiser(model, recipe),
+        key={"recipe": asdict(recipe), "seed": seed, "n": n},
+        path=checkpoint,
+        parts={"shuffle": shuffle} | ({"slow": slow} if slow else {}),
     )
-    while step < total:
-        epoch, first = divmod(step, steps_per_epoch)
-        generator = torch.Generator().manual_seed(hash_seed(seed, epoch))
-        order = torch.randperm(n, generator=generator)
-        if drawn is not None:
-            generator.set_state(drawn)
-        model.train()
-        started, end = (
-            time.perf_counter() - seconds,
-            min(steps_per_epoch, total - epoch * steps_per_epoch),
+
+    def loss(step: int) -> Tensor:
+        epoch, batch = divmod(step, per_epoch)
+        shuffle.start(epoch)
+        index = shuffle.order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+        x = normalise(images[index], mean, std)
+        x = augment(x, recipe, epoch, flip_keys[index], shuffle.generator)
+        if whiten is not None:
+            whiten.bias.requires_grad_(step < recipe.whiten_bias_epochs * per_epoch)
+        return nn.functional.cross_entropy(
+            model(x.to(device, memory_format=torch.channels_last)),
+            labels[index].to(device),
+            label_smoothing=recipe.label_smoothing,
         )
-        for i in range(first, end):
-            index = order[i * recipe.batch_size : (i + 1) * recipe.batch_size]
-            x = augment(
-                normalise(images[index], mean, std), recipe, epoch, flip_keys[index], generator
-            )
-            x = x.to(device, memory_format=torch.channels_last)
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * recipe.factor(step / total)
-            whiten = getattr(model, "whiten", None)
-            if whiten is not None and recipe.whiten_bias_epochs is not None:
-                whiten.bias.requires_grad_(step < recipe.whiten_bias_epochs * steps_per_epoch)
-            optimiser.zero_grad(set_to_none=True)
-            loss = nn.functional.cross_entropy(
-                model(x), labels[index].to(device), label_smoothing=recipe.label_smoothing
-            )
-            loss.backward()
-            optimiser.step()
-            losses.append(loss.item())
-            step += 1
-            if slow is not None and step % 5 == 0:
-                _look_ahead(model, slow, 0.95**5 * (step / total) ** 3)
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            if i + 1 < end and time.monotonic() - saved > SAVE_EVERY:
-                save(time.perf_counter() - started, generator.get_state())
-        if not np.isfinite(losses).all():
-            raise OodlibError(
-                f"train: the loss became infinite or NaN in epoch {epoch + 1}. Lower the learning "
-                "rate."
-            )
-        if slow is not None and step == total:
+
+    def look_ahead(step: int) -> None:
+        if slow and step % 5 == 0:
+            _look_ahead(model, slow, 0.95**5 * (step / total) ** 3)
+        if slow and step == total:
             _look_ahead(model, slow, 1.0)
-        history.append(
-            {
-                "epoch": epoch + 1,
-                "step": step,
-                "loss": float(np.mean(losses)),
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        losses, seconds, drawn = [], 0.0, None
-        save(seconds, drawn)
-        if on_epoch:
-            on_epoch(epoch + 1, model.eval())
-    bar.close()
-    model.eval()
-    return history
+
+    def row() -> dict[str, Any]:
+        earlier = sum(row["seconds"] for row in run.history)
+        mean_loss = run.mean_loss_row()
+        epoch = math.ceil(run.step / per_epoch)
+        return {**mean_loss, "epoch": epoch, "seconds": mean_loss["seconds"] - earlier}
+
+    if on_epoch and run.step == 0:
+        on_epoch(0, model.eval())
+    return run.run_steps(
+        loss,
+        rate=lambda step: recipe.factor(step / total),
+        rows={*range(per_epoch, total, per_epoch), total},
+        row=row,
+        after_step=look_ahead,
+        after_row=lambda row: on_epoch(row["epoch"], model.eval()) if on_epoch else None,
+        progress=progress,
+    )
+
+
+class _Shuffle:
+    """Order of the images and augmentation of an epoch, drawn from one generator in turn."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed, self.epoch = n, seed, -1
+
+    def start(self, epoch: int) -> None:
+        """Draw the order of an epoch, unless it has begun."""
+        if epoch != self.epoch:
+            self.epoch, self.generator = epoch, seeded(self.seed, epoch)
+            self.order = torch.randperm(self.n, generator=self.generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.start(state["epoch"])
+        self.generator.set_state(state["generator"])
 
 
 @torch.no_grad()
-def _look_ahead(model: nn.Module, slow: dict[str, Tensor], decay: float) -> None:
-    """slow <- decay * slow + (1 - decay) * model, then model <- slow (Lookahead, Zhang et al. 2019,
-    with a ramp).
-    """
-    state = model.state_dict()
-    for name, value in slow.items():
+def _look_ahead(model: nn.Module, slow: nn.Module, decay: float) -> None:
+    """slow <- decay slow + (1 - decay) model, then model <- slow (Zhang et al. 2019)."""
+    fast = model.state_dict()
+    for name, value in slow.state_dict().items():
         if value.is_floating_point():
-            value.lerp_(state[name], 1 - decay)
-            state[name].copy_(value)
+            value.lerp_(fast[name], 1 - decay)
+            fast[name].copy_(value)

@@ -1,4 +1,4 @@
-"""One training loop for flows: seeded, resumable after a kill, with weights kept at chosen steps.
+"""Training of flows by maximum likelihood, with weights saved at chosen steps.
 
 The recipe is that of Montazeran and Köthe's code (arXiv 2502.00820) but for three stated
 departures: the warm-up goes step by step instead of epoch by epoch, gradients are clipped, and the
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -23,24 +23,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_path, sha256, write_json
+from oodlib.files import write_sealed
 from oodlib.models.glow import Glow, bits_per_dim, dequantise
-from oodlib.models.training.augment import augment, hash_seed
-from oodlib.models.training.state import load_state, save_state
+from oodlib.models.training.augment import augment, seeded
+from oodlib.models.training.loop import TrainingRun
 
 __all__ = ["FlowRecipe", "kept_step", "mean_bits_per_dim", "snapshot_path", "train_flow"]
 
-SAVE_EVERY = 60.0  # seconds between two states to resume from
-_ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # what a generator is for
+_ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # purposes of generators
 
 
 @dataclass(frozen=True)
 class FlowRecipe:
     """Everything that decides a training run, besides the images, the network and the seed.
 
-    ``snapshots`` are the steps whose weights are kept, 0 being the state after actnorm's
-    initialisation; the last one ends the run. Without decay, a longer run with the same first
-    snapshots repeats the shorter one.
+    ``snapshots`` are the steps whose weights are saved, 0 being the state after actnorm's
+    initialisation; the last one ends the run.
     """
 
     snapshots: tuple[int, ...]
@@ -52,22 +50,17 @@ class FlowRecipe:
     n_initialise: int = 512  # images that set the actnorms
     flip: Literal["none", "random"] = "none"
     shift: int = 0  # random translation by up to so many pixels, reflected border
-    decay: Literal["none", "cosine"] = (
-        "none"  # of the rate, over the whole run: a longer run is another run
-    )
+    decay: Literal["none", "cosine"] = "none"  # of the rate, over the whole run
 
     def rate(self, step: int) -> float:
-        """Learning rate of the step that follows ``step`` others: lr min(1, (step + 1) / warmup) (1
-        + cos pi t) / 2.
+        """Learning rate: lr min(1, (step + 1) / warmup) (1 + cos(pi step / last step)) / 2.
 
-        t = step / last step; without decay the last factor is 1.
+        The last factor is that of the cosine decay.
         """
         rate = self.lr * min(1.0, (step + 1) / self.warmup) if self.warmup else self.lr
-        return (
-            rate
-            if self.decay == "none"
-            else rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
-        )
+        if self.decay == "cosine":
+            rate = rate * (1 + math.cos(math.pi * step / self.snapshots[-1])) / 2
+        return rate
 
     def __post_init__(self) -> None:
         steps = self.snapshots
@@ -75,25 +68,23 @@ class FlowRecipe:
             raise OodlibError(
                 f"FlowRecipe: snapshots must rise from 0 to the last step, got {steps}."
             )
-        positive, others = (
-            (self.batch_size, self.n_initialise, self.lr, self.clip),
-            (self.warmup, self.weight_decay),
-        )
-        if not (
-            min(positive) > 0 and min(others) >= 0 and all(map(math.isfinite, positive + others))
-        ):
+        positive = (self.batch_size, self.n_initialise, self.lr, self.clip)
+        others = (self.warmup, self.weight_decay)
+        finite = all(map(math.isfinite, positive + others))
+        if not (finite and min(positive) > 0 and min(others) >= 0):
             raise OodlibError(
-                f"FlowRecipe: batch_size, n_initialise, lr and clip must be positive, warmup and "
+                "FlowRecipe: batch_size, n_initialise, lr and clip must be positive, warmup and "
                 f"weight_decay not negative, all finite, got {self}. A large clip clips nothing."
             )
-        if self.flip not in ("none", "random"):
-            raise OodlibError(f'FlowRecipe: flip must be "none" or "random", got {self.flip!r}.')
-        if self.decay not in ("none", "cosine"):
-            raise OodlibError(f'FlowRecipe: decay must be "none" or "cosine", got {self.decay!r}.')
+        if self.flip not in ("none", "random") or self.decay not in ("none", "cosine"):
+            raise OodlibError(
+                "FlowRecipe: flip must be none or random and decay none or cosine, got "
+                f"{self.flip!r} and {self.decay!r}."
+            )
 
 
 def snapshot_path(folder: Path, step: int) -> Path:
-    """Where the weights after ``step`` steps lie; a JSON file with their checksum lies beside them."""
+    """File of the weights after ``step`` steps; beside it lies a JSON record with its checksum."""
     return folder / f"step_{step:07d}.safetensors"
 
 
@@ -106,15 +97,10 @@ def mean_bits_per_dim(
     batch_size: int = 250,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Mean bits per dim of uint8 images; noise of a seed, so that two models are compared on the
-    same numbers.
-    """
-    x = dequantise(images, bits=model.bits, generator=_generator(seed, _VALIDATE, 0))
-    values = [
-        bits_per_dim(model.log_prob(part.to(device)), model.image_shape).cpu()
-        for part in x.split(batch_size)
-    ]
-    return float(torch.cat(values).mean())
+    """Mean bits per dim of uint8 images; compared on the same noise, of ``seed``."""
+    x = dequantise(images, bits=model.bits, generator=seeded(seed, _VALIDATE, 0))
+    log_probs = torch.cat([model.log_prob(part.to(device)).cpu() for part in x.split(batch_size)])
+    return float(bits_per_dim(log_probs, model.image_shape).mean())
 
 
 def train_flow(
@@ -130,16 +116,15 @@ def train_flow(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place by maximum likelihood; returns one row of history per snapshot.
 
-    loss = mean bits per dim of a batch; Adamax. A run that was killed goes on from the last saved
-    state and gives the same weights as one that was not: bit by bit on a CPU with the same number
-    of threads.
+    loss = mean bits per dim of a batch; Adamax. A killed run resumes to the same weights as one
+    that was not killed: bit by bit on a CPU with the same number of threads.
 
     Parameters
     ----------
     images, validation : (n, c, h, w) uint8 on the CPU, disjoint
-    seed : of order, augmentation and noise; initialise the weights yourself under a seed of its own
-    folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``, with which a finished
-        run without decay can be made longer
+    seed : of order, augmentation and noise; initialise the weights yourself
+    folder : of this run alone; gets ``step_*.safetensors`` with their records, and ``resume.pt``,
+        with which a finished run without decay can be made longer
 
     Returns
     -------
@@ -147,151 +132,87 @@ def train_flow(
 
     Raises
     ------
-    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss or gradient that
-        overflows (the last good state stays on disk); a state in ``folder`` that is damaged or
+    OodlibError : images that the flow cannot take, fewer than a batch, none for validation; a loss
+        or gradient that overflows (the last good state stays on disk); a state that is damaged or
         belongs to another run
     """
     _check(model, images, validation, recipe)
-    n, steps_per_epoch, last = len(images), len(images) // recipe.batch_size, recipe.snapshots[-1]
-    model.to(device).train()
-    optimiser = torch.optim.Adamax(
-        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
-    )
+    n, per_epoch, last = len(images), len(images) // recipe.batch_size, recipe.snapshots[-1]
+    model.to(device)
     key = _key(model, recipe, seed, images)
-    history: list[dict[str, Any]] = []
-    step, seconds, losses, resume = 0, 0.0, [], folder / "resume.pt"
-    if resume.exists():
-        state = load_state(resume)
-        if state["key"] != key:
+    run = TrainingRun(
+        "train_flow",
+        model,
+        torch.optim.Adamax(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay),
+        key=key,
+        path=folder / "resume.pt",
+    )
+
+    # where the run stands
+    if run.history:
+        saved = [row["step"] for row in run.history][: len(recipe.snapshots)]
+        if saved != [step for step in recipe.snapshots if step <= run.step]:
             raise OodlibError(
-                f"train_flow: {resume} belongs to another run: {state['key']}, this one is {key}. "
-                "Delete the folder to start afresh, or restore the old settings."
+                f"train_flow: {run.path} has run {run.step} steps and saved {saved}, but the "
+                f"snapshots asked for are {recipe.snapshots}. Ask for those saved and later ones, "
+                "or use another folder."
             )
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        history, step, seconds, losses = (
-            state["history"],
-            state["step"],
-            state["seconds"],
-            state["losses"],
-        )
-        kept = [row["step"] for row in history][: len(recipe.snapshots)]
-        if kept != [wanted for wanted in recipe.snapshots if wanted <= step]:
-            raise OodlibError(
-                f"train_flow: {resume} has run {step} steps and saved {kept}, but the snapshots "
-                f"asked for are {recipe.snapshots}. Ask for those kept and later ones, or use "
-                "another folder."
-            )
-        if step > last:  # a longer run lies here
+        if run.step > last:  # of a longer run
             _load(model, snapshot_path(folder, last))
-            history = history[: len(kept)]
+            model.eval()
+            return run.history[: len(saved)]
     else:
-        first = torch.randperm(n, generator=_generator(seed, _INITIALISE, 1))[: recipe.n_initialise]
-        model.initialise(
-            _batch(images[first], model, recipe, _generator(seed, _INITIALISE, 0)).to(device)
-        )
-    started, saved = time.monotonic() - seconds, time.monotonic()
+        first = torch.randperm(n, generator=seeded(seed, _INITIALISE, 1))[: recipe.n_initialise]
+        x = _batch(images[first], model, recipe, seeded(seed, _INITIALISE, 0))
+        model.initialise(x.to(device))
 
-    def overflow(what: str) -> OodlibError:
-        good = (
-            f"the last good weights are {snapshot_path(folder, history[-1]['step'])}"
-            if history
-            else "no usable weights were saved"
-        )
-        return OodlibError(f"train_flow: {what} overflowed. Lower lr or lengthen warmup; {good}.")
+    @lru_cache(1)
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(n, generator=seeded(seed, _ORDER, epoch))
 
-    def save() -> None:
-        nonlocal saved
-        save_state(
-            resume,
-            {
-                "key": key,
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "history": history,
-                "step": step,
-                "seconds": time.monotonic() - started,
-                "losses": losses,
-            },
-            checksum=True,
-        )
-        saved = time.monotonic()
+    def loss(step: int) -> Tensor:
+        epoch, batch = divmod(step, per_epoch)
+        index = order(epoch)[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+        x = _batch(images[index], model, recipe, seeded(seed, _BATCH, step))
+        return bits_per_dim(model.log_prob(x.to(device)), model.image_shape).mean()
 
-    def keep() -> None:
+    def snapshot() -> dict[str, Any]:
         bpd = mean_bits_per_dim(model, validation, seed=seed, device=device)
         if not math.isfinite(bpd):
-            raise overflow(f"the validation images after step {step} ({bpd:.4g} bits per dim)")
-        history.append(
-            {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "validation_bpd": bpd,
-                "train_bpd": sum(losses) / len(losses) if losses else math.nan,
-                "seconds": time.monotonic() - started,
-            }
+            raise run.overflow(
+                f"the validation images after step {run.step} ({bpd:.4g} bits per dim)"
+            )
+        row = {
+            "step": run.step,
+            "epoch": run.step / per_epoch,
+            "validation_bpd": bpd,
+            "train_bpd": sum(run.losses) / len(run.losses) if run.losses else math.nan,
+            "seconds": run.seconds,
+        }
+        weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+        write_sealed(
+            snapshot_path(folder, run.step),
+            lambda path: save_file(weights, path),
+            {"key": key, **row, "train_bpd": row["train_bpd"] if run.losses else None},
         )
-        losses.clear()
-        path = snapshot_path(folder, step)
-        with atomic_path(path) as temporary:
-            save_file(
-                {name: value.cpu().contiguous() for name, value in model.state_dict().items()},
-                temporary,
-            )
-        row = {name: None if value != value else value for name, value in history[-1].items()}
-        write_json(path.with_suffix(".json"), {"key": key, "sha256": sha256(path), **row})
-        save()
         if progress:  # a log file shows no bar
-            tqdm.write(f"step {step}: {bpd:.3f} bits/dim on validation images")
+            tqdm.write(f"step {run.step}: {bpd:.3f} bits/dim on validation images")
+        return row
 
-    if not history:
-        keep()
-    epoch, order = -1, torch.empty(0, dtype=torch.long)
-    with tqdm(
-        total=last, initial=step, desc="training", unit="step", disable=None if progress else True
-    ) as bar:
-        while step < last:
-            if epoch != step // steps_per_epoch:
-                epoch = step // steps_per_epoch
-                order = torch.randperm(n, generator=_generator(seed, _ORDER, epoch))
-            start = step % steps_per_epoch * recipe.batch_size
-            x = _batch(
-                images[order[start : start + recipe.batch_size]],
-                model,
-                recipe,
-                _generator(seed, _BATCH, step),
-            )
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(step)
-            loss = bits_per_dim(model.log_prob(x.to(device)), model.image_shape).mean()
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            value = loss.item()
-            if not math.isfinite(value) or not norm.isfinite():
-                raise overflow(
-                    f"step {step + 1} (loss {value:.4g}, gradient norm {float(norm):.4g})"
-                )
-            if time.monotonic() - saved > SAVE_EVERY:  # here the weights are known to be good
-                save()
-            optimiser.step()
-            losses.append(value)
-            step += 1
-            bar.update()
-            bar.set_postfix(bpd=f"{value:.3f}", refresh=False)
-            if step in recipe.snapshots:
-                keep()
-    model.eval()
-    return history
+    return run.run_steps(
+        loss,
+        rate=recipe.rate,
+        rows=recipe.snapshots,
+        row=snapshot,
+        clip=recipe.clip,
+        progress=progress,
+    )
 
 
 def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) -> None:
     for name, part, least in (("images", images, recipe.batch_size), ("validation", validation, 1)):
-        if (
-            not isinstance(part, Tensor)
-            or part.dtype != torch.uint8
-            or part.device.type != "cpu"
-            or tuple(part.shape[1:]) != model.image_shape
-        ):
+        facts = (type(part), part.dtype, str(part.device), tuple(part.shape[1:]))
+        if facts != (Tensor, torch.uint8, "cpu", model.image_shape):
             raise OodlibError(
                 f"train_flow: {name} must be a tensor (n, "
                 f"{', '.join(map(str, model.image_shape))}) torch.uint8 on the CPU, got "
@@ -303,35 +224,24 @@ def _check(model: Glow, images: Tensor, validation: Tensor, recipe: FlowRecipe) 
                 f"train_flow: needs at least {least} {name} (a batch of the recipe, and one to "
                 f"validate with), got {len(part)}. Give more, or use a smaller batch_size."
             )
-    if not 0 <= recipe.shift < min(model.image_shape[1:]):
+    side = min(model.image_shape[1:])
+    if not 0 <= recipe.shift < side:
         raise OodlibError(
-            f"train_flow: shift must lie in [0, {min(model.image_shape[1:])}), the border is "
-            f"reflected; got {recipe.shift}."
+            f"train_flow: shift must lie in [0, {side}), the border is reflected; got "
+            f"{recipe.shift}."
         )
 
 
 def _key(model: Glow, recipe: FlowRecipe, seed: int, images: Tensor) -> dict[str, Any]:
-    """What a saved state belongs to. Snapshots are left out: a finished run without decay may be
-    made longer.
-    """
-    made_of = {
-        **asdict(recipe),
-        "snapshots": None if recipe.decay == "none" else recipe.snapshots[-1],
-    }
-    shapes = hashlib.sha256(
-        str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode()
-    )
-    pixels = hashlib.sha256(images.numpy().tobytes())
+    """What a saved state belongs to; without snapshots: a run without decay may be made longer."""
+    end = None if recipe.decay == "none" else recipe.snapshots[-1]
+    shapes = str([(name, tuple(p.shape)) for name, p in model.named_parameters()]).encode()
     return {
-        "recipe": made_of,
+        "recipe": {**asdict(recipe), "snapshots": end},
         "seed": seed,
-        "network": shapes.hexdigest()[:16],
-        "images": pixels.hexdigest()[:16],
+        "network": hashlib.sha256(shapes).hexdigest()[:16],
+        "images": hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16],
     }
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_seed(*numbers))
 
 
 def _batch(images: Tensor, model: Glow, recipe: FlowRecipe, generator: torch.Generator) -> Tensor:
@@ -351,9 +261,7 @@ def _load(model: Glow, path: Path) -> None:
 
 
 def kept_step(history: Sequence[Mapping[str, Any]], epochs: float, *, nearest: bool = False) -> int:
-    """The first kept step of at least so many epochs, the last one if there is none; or the
-    nearest, by ratio.
-    """
+    """The first saved step of at least so many epochs, else the last; or the nearest, by ratio."""
     rows = [row for row in history if row["step"] > 0]
     if nearest:
         return min(rows, key=lambda row: abs(math.log(row["epoch"] / epochs)))["step"]

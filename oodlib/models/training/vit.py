@@ -1,11 +1,10 @@
-"""One training loop for the pool's ViTs, pretraining and finetuning: seeded, resumable after a
-kill.
+"""Training of the pool's small ViTs: pretraining and finetuning.
 
 After AugReg (Steiner et al., arXiv 2106.10270): pretraining by sigmoid cross-entropy with the
-head's bias at -log C and Adam with decoupled weight decay, of weight matrices and filters only;
-finetuning by SGD with momentum, a zero head, no weight decay and softmax cross-entropy; both with a
-cosine schedule, warm-up and gradients clipped at norm 1. The CLIP-like objective is ours: InfoNCE
-between an image's unit-norm feature and the learned unit-norm code of its class.
+head's bias at -log C and AdamW, decaying weight matrices and filters only; finetuning by SGD with
+momentum, a zero head, no weight decay and softmax cross-entropy; both with a cosine schedule,
+warm-up and gradients clipped at norm 1. The CLIP-like objective is ours: InfoNCE between an image's
+unit-norm feature and the learned unit-norm code of its class.
 """
 
 from __future__ import annotations
@@ -13,29 +12,32 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, normalize
-from tqdm import tqdm
+from torch.nn.functional import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    log_softmax,
+    normalize,
+)
 
 from oodlib.errors import OodlibError
 from oodlib.models.device import random_state
-from oodlib.models.training.augment import augment, hash_seed, normalise
-from oodlib.models.training.state import load_state, save_state
+from oodlib.models.training.augment import augment, hash_seed, normalise, seeded
+from oodlib.models.training.loop import TrainingRun
 
 __all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
 
-SAVE_EVERY = 30.0  # seconds between two states to resume from
 Objective = Literal["sigmoid", "softmax", "cosine"]
-# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); its light0, of
-# magnitude 0, is left out: there timm's posterize keeps no bit, which Pillow refuses
+# AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); without light0,
+# of magnitude 0: there timm's posterize keeps no bit, which Pillow refuses
 AUGMENTATIONS: dict[str, tuple[float, int, int]] = {
     "none": (0.0, 0, 0),
     "light1": (0.2, 2, 10),
@@ -57,7 +59,7 @@ class VitRecipe:
     weight_decay : of AdamW: a weight shrinks by ``lr * weight_decay`` a step
     aug : one of `AUGMENTATIONS`; flips and shifts come on top
     warmup : share of the steps
-    penalty : times the squared coefficient of variation of the feature norms in a batch is added to the loss
+    penalty : weight of the squared coefficient of variation of a batch's feature norms
     """
 
     samples: int
@@ -79,11 +81,8 @@ class VitRecipe:
                 f"VitRecipe: aug must be one of {', '.join(AUGMENTATIONS)} and the objective "
                 f"sigmoid, softmax or cosine, got {self.aug!r} and {self.objective!r}."
             )
-        if (
-            self.optimiser not in ("adamw", "sgd")
-            or min(self.samples, self.batch_size) < 1
-            or not self.lr > 0
-        ):
+        positive = min(self.samples, self.batch_size) >= 1 and self.lr > 0
+        if self.optimiser not in ("adamw", "sgd") or not positive:
             raise OodlibError(
                 "VitRecipe: optimiser must be adamw or sgd, samples, batch_size and lr positive, "
                 f"got {self}."
@@ -102,10 +101,9 @@ class VitRecipe:
 
 
 def decay_integral(recipe: VitRecipe) -> float:
-    """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in the
-    whole run.
+    """Lambda = weight_decay * sum of the learning rates: how often weights shrink e-fold in a run.
 
-    It puts runs of different lengths on one axis; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on
+    It makes runs of any length comparable; AugReg's 0.03 and 0.1 are about 1.4 and 4.7 on
     ImageNet-1k.
     """
     return recipe.weight_decay * sum(map(recipe.rate, range(recipe.steps)))
@@ -125,120 +123,64 @@ def fit_vit(
     progress: bool = True,
     title: str = "training",
 ) -> list[dict[str, float]]:
-    """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history:
-    step, loss, seconds.
+    """Train ``model`` (a timm classifier with ``head``) in place; returns ten rows of history.
 
-    A run that was killed goes on from ``checkpoint`` and gives the same weights as one that was not
-    (bit by bit on a CPU with the same number of threads).
+    A killed run resumes from ``checkpoint`` to the same weights as one that was not killed: bit by
+    bit on a CPU with the same number of threads.
 
     Parameters
     ----------
     images, labels : (n, c, h, w) uint8 and (n,) int64, on the CPU
     mean, std : (c,), in units of pixel / 255
     seed : of order, augmentation, dropout and class codes; initialise the weights yourself
-    checkpoint : file of this run alone; to be deleted by who has stored the result
+    checkpoint : file of this run alone; the caller deletes it once the result is stored
 
     Raises
     ------
     OodlibError : a loss that overflows, a checkpoint that is damaged or belongs to another run
     """
-    n, order = len(images), None
-    model.to(device).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    n = len(images)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codes = _class_codes(model, recipe, seed).to(device)
-    optimiser = _optimiser(model, codes, recipe)
-    key = [repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())]
-    history: list[dict[str, float]] = []
-    step, seconds, losses = 0, 0.0, []
-    if checkpoint and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state["key"] != key:
-            raise OodlibError(
-                f"fit_vit: {checkpoint} belongs to another recipe, seed or images. Delete it to "
-                "start afresh."
-            )
-        model.load_state_dict(state["model"])
-        codes.load_state_dict(state["codes"])
-        optimiser.load_state_dict(state["optimiser"])
-        history, step, seconds, losses = (
-            state["history"],
-            state["step"],
-            state["seconds"],
-            state["losses"],
-        )
-    started = saved = time.monotonic()
-    policy, epoch_of_order = _rand_augment(recipe), -1
-    bar = tqdm(
-        total=recipe.steps,
-        initial=step,
-        desc=title,
-        unit="step",
-        disable=None if progress else True,
+    policy = _rand_augment(recipe)
+    run = TrainingRun(
+        "fit_vit",
+        model,
+        _optimiser(model, codes, recipe),
+        key=[repr(recipe), seed, n, int(labels.sum()), int(images[::97].sum())],
+        path=checkpoint,
+        parts={"codes": codes},
     )
+
+    @lru_cache(2)  # a batch may reach into the next epoch
+    def order(epoch: int) -> Tensor:
+        return torch.randperm(n, generator=seeded(seed, epoch))
+
+    def loss(step: int) -> Tensor:
+        first = step * recipe.batch_size
+        samples = range(first, min(first + recipe.batch_size, recipe.samples))
+        index = [int(order(i // n)[i % n]) for i in samples]
+        seed_all(hash_seed(seed, recipe.steps, step))
+        x, targets = _batch(
+            images[index], labels[index], len(codes.weight), recipe, policy, mean, std
+        )
+        x = x.to(device, memory_format=torch.channels_last)
+        return _loss(model, codes, x, targets.to(device), recipe)
+
     with _random_state(device) as seed_all:
-        while step < recipe.steps:
-            rows = range(
-                step * recipe.batch_size, min((step + 1) * recipe.batch_size, recipe.samples)
-            )
-            index = []
-            for row in rows:
-                if row // n != epoch_of_order:
-                    epoch_of_order = row // n
-                    order = torch.randperm(
-                        n, generator=torch.Generator().manual_seed(hash_seed(seed, epoch_of_order))
-                    )
-                assert order is not None
-                index.append(int(order[row % n]))
-            seed_all(hash_seed(seed, recipe.steps, step))
-            x, targets = _batch(
-                images[index], labels[index], codes.weight.shape[0], recipe, policy, mean, std
-            )
-            x = x.to(device, memory_format=torch.channels_last)
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(step)
-            loss = _loss(model, codes, x, targets.to(device), recipe)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimiser.step()
-            losses.append(loss.item())
-            step += 1
-            bar.update()
-            if not math.isfinite(losses[-1]):
-                raise OodlibError(
-                    f"fit_vit: the loss became infinite or NaN at step {step}. Lower the learning "
-                    "rate."
-                )
-            if step == recipe.steps or step % max(1, recipe.steps // 10) == 0:
-                history.append(
-                    {
-                        "step": step,
-                        "loss": float(np.mean(losses)),
-                        "seconds": seconds + time.monotonic() - started,
-                    }
-                )
-                losses = []
-            if checkpoint and (step == recipe.steps or time.monotonic() - saved > SAVE_EVERY):
-                saved = time.monotonic()
-                save_state(
-                    checkpoint,
-                    {
-                        "key": key,
-                        "model": model.state_dict(),
-                        "codes": codes.state_dict(),
-                        "step": step,
-                        "optimiser": optimiser.state_dict(),
-                        "history": history,
-                        "losses": losses,
-                        "seconds": seconds + saved - started,
-                    },
-                )
-    bar.close()
-    model.eval()
-    return history
+        tenth = max(1, recipe.steps // 10)
+        return run.run_steps(
+            loss,
+            rate=recipe.rate,
+            rows={*range(tenth, recipe.steps, tenth), recipe.steps},
+            clip=recipe.clip,
+            progress=progress,
+            title=title,
+        )
 
 
 class _Codes(nn.Module):
-    """One vector a class, and the logarithm of the inverse temperature."""
+    """One vector per class, and the logarithm of the inverse temperature."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -248,9 +190,7 @@ class _Codes(nn.Module):
 
 def _class_codes(model: nn.Module, recipe: VitRecipe, seed: int) -> _Codes:
     weight: Any = model.get_submodule("head").weight
-    codes = _Codes(
-        torch.randn(weight.shape, generator=torch.Generator().manual_seed(hash_seed(seed, 1)))
-    )
+    codes = _Codes(torch.randn(weight.shape, generator=seeded(seed, 1)))
     return codes.requires_grad_(recipe.objective == "cosine")
 
 
@@ -260,13 +200,11 @@ def _optimiser(model: nn.Module, codes: nn.Module, recipe: VitRecipe) -> torch.o
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9)
     kernels = [p for name, p in model.named_parameters() if p.ndim > 1 and "pos_embed" not in name]
     decayed = {id(p) for p in kernels}
-    return torch.optim.AdamW(
-        [
-            {"params": kernels, "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": kernels, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
 def _batch(
@@ -282,22 +220,18 @@ def _batch(
     if policy is not None:
         from PIL import Image
 
-        images = torch.stack(
-            [
-                torch.from_numpy(np.array(policy(Image.fromarray(image.permute(1, 2, 0).numpy()))))
-                for image in images
-            ]
-        ).permute(0, 3, 1, 2)
+        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        augmented = [torch.from_numpy(np.array(policy(picture))) for picture in pictures]
+        images = torch.stack(augmented).permute(0, 3, 1, 2)
     x = augment(normalise(images, mean, std), recipe, 0, None, torch.default_generator)
     targets = nn.functional.one_hot(labels, classes).float()
     mixing = AUGMENTATIONS[recipe.aug][0]
     if mixing:
         from timm.data.mixup import Mixup
 
-        even = len(x) - len(x) % 2  # timm's mixup wants pairs
-        mixed, soft = Mixup(mixup_alpha=mixing, label_smoothing=0.0, num_classes=classes)(
-            x[:even], labels[:even]
-        )
+        even = len(x) - len(x) % 2  # timm's mixup needs pairs
+        mixup = Mixup(mixup_alpha=mixing, label_smoothing=0.0, num_classes=classes)
+        mixed, soft = mixup(x[:even], labels[:even])
         x, targets = torch.cat([mixed, x[even:]]), torch.cat([soft, targets[even:]])
     return x, targets
 
@@ -305,25 +239,15 @@ def _batch(
 def _loss(model: Any, codes: _Codes, x: Tensor, targets: Tensor, recipe: VitRecipe) -> Tensor:
     features = model.forward_head(model.forward_features(x), pre_logits=True)
     if recipe.objective == "cosine":
-        logits = (
-            codes.log_scale.clamp(max=math.log(100)).exp()
-            * normalize(features)
-            @ normalize(codes.weight).T
-        )
-        of_image = (
-            -(targets * log_softmax(logits, 1)).sum(1).mean()
-        )  # which code belongs to the image
-        of_code = (
-            -(targets * log_softmax(logits, 0)).sum() / targets.sum()
-        )  # which images belong to the code
-        return (of_image + of_code) / 2
+        scale = codes.log_scale.clamp(max=math.log(100)).exp()
+        logits = scale * normalize(features) @ normalize(codes.weight).T
+        code_of_image = -(targets * log_softmax(logits, 1)).sum(1).mean()
+        images_of_code = -(targets * log_softmax(logits, 0)).sum() / targets.sum()
+        return (code_of_image + images_of_code) / 2
     logits = model.head(features)
     if recipe.objective == "sigmoid":
-        loss = (
-            nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-            .sum(1)
-            .mean()
-        )
+        terms = binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        loss = terms.sum(1).mean()
     else:
         loss = cross_entropy(logits, targets)
     if recipe.penalty:
@@ -339,16 +263,13 @@ def _rand_augment(recipe: VitRecipe) -> Any:
         return None
     from timm.data.auto_augment import rand_augment_transform
 
-    return rand_augment_transform(
-        f"rand-m{magnitude}-n{layers}", {"translate_pct": 0.3, "img_mean": (128, 128, 128)}
-    )
+    options = {"translate_pct": 0.3, "img_mean": (128, 128, 128)}
+    return rand_augment_transform(f"rand-m{magnitude}-n{layers}", options)
 
 
 @contextlib.contextmanager
 def _random_state(device: str | torch.device) -> Iterator[Callable[[int], None]]:
-    """timm's augmentations draw from the global generators: yields what seeds them, gives them back
-    as they were.
-    """
+    """Yield what seeds all global generators (timm draws from them); restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
 
     def seed_all(seed: int) -> None:

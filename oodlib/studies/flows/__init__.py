@@ -1,3 +1,1 @@
-"""Flows along their training: what they are trained on, their runs, their scores, and how mature
-they are.
-"""
+"""Flows along their training: specifications, runs, scores, and how mature they are."""

@@ -1,5 +1,4 @@
-"""How mature a flow is, and how its OOD detection and the overlap of likelihoods change along its
-training.
+"""How mature a flow is, and how its OOD detection changes along its training.
 
 A pair is an ID set and an OOD set. Seeds of a pair are averaged first; then pairs count alike.
 """
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,8 +30,7 @@ MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15  # bits per dim
 def is_mature(
     history: Sequence[Mapping[str, Any]], published_bpd: float | None = None
 ) -> tuple[bool, str]:
-    """Whether a training's last step is mature, by a rule fixed before any result, and why, in
-    words.
+    """Whether a training's last step is mature, by a rule fixed before any result, and why.
 
     Within 0.15 bits per dim of the published 250-epoch value, or gaining less than 0.01 per
     doubling of the steps, measured on validation images between the last two kept steps.
@@ -51,7 +50,7 @@ def is_mature(
     return gain < MATURE_GAIN, f"{bpd}, {how} per doubling of the steps"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Aurocs:
     """AUROCs of several scores at several steps on the same images, with paired bootstrap draws.
 
@@ -59,8 +58,8 @@ class Aurocs:
     ----------
     sets : OOD sets, the order of all arrays below
     values : (step, score) -> (sets,);   draws : (step, score) -> (n_boot, sets)
-    n : images, or groups, a side: the smallest of the sets
-    infinite : (step, score) -> how many images of all sets overflowed
+    n : images, or groups, of the smallest set
+    infinite : (step, score) -> number of images of all sets that overflowed
     """
 
     sets: list[str]
@@ -79,15 +78,14 @@ def auroc_along(
     seed: int = 0,
     leave_out: Sequence[str] = (),
 ) -> Aurocs:
-    """AUROC of every OOD set, score and step; images (or groups) are resampled, the same ones
-    everywhere.
+    """AUROC of every OOD set, score and step, on the same resamples of images (or groups).
 
     Parameters
     ----------
-    scores : columns step, group_size, set ("id" and OOD sets), index, and the scores; a score that was not computed at
-        a step is NaN there and left out
+    scores : columns step, group_size, set ("id" and OOD sets), index, and the scores; a score that
+        was not computed at a step is NaN there and skipped
     names : of the scores
-    leave_out : sets that are not wanted
+    leave_out : sets to skip
 
     Raises
     ------
@@ -110,25 +108,23 @@ def auroc_along(
         by_set = {name: part[part["set"] == name].sort_values("index") for name in ["id", *sets]}
         for name in names:
             if name in part and not part[name].isna().all():
-                columns = {
-                    key: table[name].to_numpy(dtype=np.float64) for key, table in by_set.items()
-                }
-                pairs[int(step), name] = columns["id"], [columns[key] for key in sets]
-                infinite[int(step), name] = sum(int(np.isinf(v).sum()) for v in columns.values())
+                of_id, *of_ood = (t[name].to_numpy(dtype=np.float64) for t in by_set.values())
+                pairs[int(step), name] = of_id, of_ood
+                infinite[int(step), name] = sum(int(np.isinf(v).sum()) for v in (of_id, *of_ood))
     named = {str(key): pair for key, pair in pairs.items()}
     found = metrics.replicates_by_set(metrics.auroc, named, n=n_boot, seed=seed)
     return Aurocs(
-        sets,
-        {key: found[str(key)][0] for key in pairs},
-        {key: found[str(key)][1] for key in pairs},
-        int(rows.groupby(["step", "set"]).size().min()),
-        infinite,
+        sets=sets,
+        values={key: found[str(key)][0] for key in pairs},
+        draws={key: found[str(key)][1] for key in pairs},
+        n=int(rows.groupby(["step", "set"]).size().min()),
+        infinite=infinite,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """One number of every pair: ``values`` (P,), bootstrap ``draws`` (n_boot, P), ``labels`` (P,)."""
+    """A number per pair: ``values`` (P,), bootstrap ``draws`` (n_boot, P), ``labels`` (P,)."""
 
     values: NDArray[np.float64]
     draws: NDArray[np.float64]
@@ -154,9 +150,9 @@ class Run(Protocol):
     Attributes
     ----------
     spec : ``name`` of the flow, its ``id_set``, and ``published_bpd`` or None
-    record : ``record["history"]`` holds one row per kept step: step, epoch, validation_bpd
+    record : ``record["history"]`` holds a row per saved step: step, epoch, validation_bpd
     scores : columns step, group_size, set, index, and the scores
-    weights : steps whose weights are kept
+    weights : steps whose weights are there
     """
 
     name: str
@@ -169,12 +165,12 @@ class Run(Protocol):
 
 
 class Study:
-    """Several flows along their trainings, and every AUROC of theirs; of OOD sets that all seeds of
-    a flow have.
+    """Several flows along their trainings, with AUROCs for OOD sets that all seeds of a flow have.
 
     Attributes
     ----------
-    runs : by name;   families : flow -> its seeds;   mains : flow -> the seed that is shown (with weights if any has)
+    runs : by name;   families : flow -> its seeds
+    mains : flow -> the seed that is shown (with weights if any has)
     aurocs : (run's name, B) -> `Aurocs`
     """
 
@@ -198,28 +194,17 @@ class Study:
             for flow, members in self.families.items()
         }
         self.n_boot, self.seed = n_boot, seed
-        sets = {run.name: set(run.scores["set"]) for run in runs}
-        common = {
-            flow: set.intersection(*(sets[r.name] for r in members))
-            for flow, members in self.families.items()
-        }
-        self.aurocs = {
-            (run.name, size): auroc_along(
-                run.scores,
-                names,
-                group_size=size,
-                n_boot=n_boot,
-                seed=seed,
-                leave_out=[*leave_out, *sets[run.name] - common[run.spec.name]],
-            )
-            for run in runs
-            for size in (1, 5)
-        }
+        self.aurocs = {}
+        for run in runs:
+            seeds = self.families[run.spec.name]
+            common = set.intersection(*(set(member.scores["set"]) for member in seeds))
+            skip = [*leave_out, *set(run.scores["set"]) - common]
+            for size in (1, 5):
+                options = {"group_size": size, "n_boot": n_boot, "seed": seed, "leave_out": skip}
+                self.aurocs[run.name, size] = auroc_along(run.scores, names, **options)
 
     def step(self, run: Run, moment: Moment) -> int:
-        """The kept step of a moment: "one epoch", the first of at least one; "ten epochs", the
-        nearest; "last".
-        """
+        """The saved step of "one epoch" (first of at least one), "ten epochs" (nearest), "last"."""
         if moment == "one epoch":
             return kept_step(run.record["history"], 1)
         if moment == "ten epochs":
@@ -228,64 +213,53 @@ class Study:
 
     def at(self, run: Run, moment: Moment, group_size: int = 1) -> pd.DataFrame:
         """The run's scores at a moment: columns set, index, and the scores."""
-        return run.scores[
-            (run.scores.step == self.step(run, moment)) & (run.scores.group_size == group_size)
-        ]
+        step, size = run.scores["step"], run.scores["group_size"]
+        return run.scores[(step == self.step(run, moment)) & (size == group_size)]
 
     def n(self, group_size: int = 1) -> int:
-        """Images, or groups, a side: the smallest of all runs."""
+        """Images, or groups, of the smallest set of all runs."""
         return min(found.n for (_, size), found in self.aurocs.items() if size == group_size)
 
     def pairs(
         self, score: str, moment: Moment, group_size: int = 1, runs: Sequence[Run] | None = None
     ) -> Pairs:
-        """AUROC of every pair; ``runs``: of these only."""
+        """AUROC of every pair; ``runs``: only of these."""
         values, draws, labels = [], [], []
         for members in self.families.values():
             used = [run for run in members if runs is None or run in runs]
             if used:
-                found = [
-                    (self.aurocs[run.name, group_size], (self.step(run, moment), score))
-                    for run in used
-                ]
-                values.append(np.mean([aurocs.values[key] for aurocs, key in found], axis=0))
-                draws.append(np.mean([aurocs.draws[key] for aurocs, key in found], axis=0))
-                labels += [f"{used[0].spec.id_set} → {ood}" for ood in found[0][0].sets]
+                aurocs = [self.aurocs[run.name, group_size] for run in used]
+                keys = [(self.step(run, moment), score) for run in used]
+                found = list(zip(aurocs, keys, strict=True))
+                values.append(np.mean([of_run.values[key] for of_run, key in found], axis=0))
+                draws.append(np.mean([of_run.draws[key] for of_run, key in found], axis=0))
+                labels += [f"{used[0].spec.id_set} → {ood}" for ood in aurocs[0].sets]
         return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
 
     def mature(self, flow: str) -> tuple[bool, str]:
-        """Whether a flow's last step is mature, and why; by `is_mature` on the mean of its seeds,
-        at common steps.
-        """
-        found = [
+        """`is_mature` of a flow's last step, on the mean of its seeds at common steps."""
+        histories = [
             {row["step"]: row["validation_bpd"] for row in run.record["history"]}
             for run in self.families[flow]
         ]
-        steps = sorted(set.intersection(*(set(history) for history in found)))
+        steps = sorted(set.intersection(*map(set, histories)))
         mean = [
-            {"step": step, "validation_bpd": np.mean([history[step] for history in found])}
+            {"step": step, "validation_bpd": np.mean([history[step] for history in histories])}
             for step in steps
         ]
         return is_mature(mean, self.families[flow][0].spec.published_bpd)
 
     def beats_chance(self, flow: str, score: str = "density") -> bool:
-        """Whether the 95 % interval of the mean AUROC over a flow's pairs and seeds lies above 1/2
-        at a kept step.
-        """
+        """Whether, at a saved step, the interval of the mean AUROC (pairs, seeds) is above 1/2."""
         found = [self.aurocs[run.name, 1].draws for run in self.families[flow]]
-        common = set.intersection(*(set(draws) for draws in found))
-        means = [
-            np.mean([draws[key].mean(1) for draws in found], axis=0)
-            for key in common
-            if key[1] == score
-        ]
+        keys = [key for key in set.intersection(*map(set, found)) if key[1] == score]
+        means = [np.mean([draws[key].mean(1) for draws in found], axis=0) for key in keys]
         return any(np.quantile(mean, 0.025) > 0.5 for mean in means)
 
     def overlaps(
         self, run: Run, *, bandwidth: float = 0.1, n_boot: int = 100
     ) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
-        """Overlap of ID and OOD bits per dim at every step after 0: steps, (steps, sets), (steps,
-        n_boot, sets).
+        """Overlap of ID and OOD bits per dim: steps after 0, (steps, sets), (steps, n_boot, sets).
 
         Images are resampled as for the AUROCs, so that the first draws of both belong together.
         """
@@ -299,29 +273,18 @@ class Study:
             }
             pairs[str(step)] = nll["id"], [nll[name] for name in sets]
 
-        def shared(a: NDArray, b: NDArray) -> float:
-            return overlap(a, b, bandwidth=bandwidth)
-
+        shared = partial(overlap, bandwidth=bandwidth)
         found = metrics.replicates_by_set(shared, pairs, n=n_boot, seed=self.seed)
-        return (
-            steps,
-            np.array([found[str(step)][0] for step in steps]),
-            np.array([found[str(step)][1] for step in steps]),
-        )
+        values, draws = (np.array([found[str(step)][i] for step in steps]) for i in (0, 1))
+        return steps, values, draws
 
     def steps_to_best(
         self, run: Run, score: str = "density", *, within: float = 0.01
     ) -> tuple[float, NDArray[np.float64]]:
-        """Share of the training after which the mean AUROC over the OOD sets is ``within`` of its
-        best, and draws.
-        """
+        """Share of the training until the mean AUROC is ``within`` of its best, and its draws."""
         found = self.aurocs[run.name, 1]
         steps = np.array(sorted(step for step, name in found.values if name == score))
-        means = np.array(
-            [
-                [found.values[step, score].mean(), *found.draws[step, score].mean(1)]
-                for step in steps
-            ]
-        )
+        keys = [(step, score) for step in steps]
+        means = np.array([[found.values[k].mean(), *found.draws[k].mean(1)] for k in keys])
         shares = steps[(means >= means.max(0) - within).argmax(0)] / steps[-1]
         return float(shares[0]), shares[1:]

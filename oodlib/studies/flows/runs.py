@@ -1,5 +1,4 @@
-"""The suite's flows along their training: weights and scores of every image, stored, shipped, or
-made anew.
+"""The suite's flows along their training: weights and scores of every image, stored or made now.
 
 A flow's folder holds weights (``step_*.safetensors``), scores of every image (``scores_*.parquet``)
 and ``run.json``, which says how they were made. Shipped folders, in ``data/checkpoints``, keep
@@ -9,19 +8,28 @@ half-precision weights at some steps only.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
 from oodlib.data.images import ImageSet
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, atomic_path, sha256, write_json
+from oodlib.files import (
+    atomic_folder,
+    atomic_path,
+    read_json,
+    read_sealed,
+    sha256,
+    write_json,
+    write_sealed,
+)
+from oodlib.models.device import pick_device
 from oodlib.models.glow import Glow
 from oodlib.models.shipped import cached_build, to_half, to_single
 from oodlib.models.training.flow import kept_step, snapshot_path, train_flow
@@ -29,25 +37,20 @@ from oodlib.studies.flows.score_images import VARIANTS, score_flow
 from oodlib.studies.flows.specs import FlowSpec, flow_sets, flow_spec
 from oodlib.workspace import code_hash, root
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 __all__ = ["FlowRun", "flow_run", "load_weights", "run_flow", "train_and_ship"]
-
 
 _AGAIN = "Restore it, or delete its folder and train again: python -m oodlib train"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FlowRun:
-    """A flow along its training: scores of every image at every kept step, and weights at some of
-    them.
+    """A flow along its training: scores of every image at each saved step, weights at some.
 
     Attributes
     ----------
     name, spec, seed : as asked for, "fashion_glow:0"; what it is
-    record : ``run.json``: history (one row per kept step: step, epoch, train_bpd, validation_bpd, seconds), sets with
-        sizes and fingerprints, versions
+    record : ``run.json``: history (per saved step: step, epoch, train_bpd, validation_bpd,
+        seconds), sets with sizes and fingerprints, versions
     scores : the table of `score_flow` with a column ``step``
     folder : of the weights
     """
@@ -61,22 +64,17 @@ class FlowRun:
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row per kept step, rising."""
-        import pandas as pd
-
+        """One row per saved step, rising."""
         return pd.DataFrame(self.record["history"])
 
     @property
     def weights(self) -> list[int]:
         """Steps whose weights are here, rising."""
-        return sorted(
-            int(path.stem.removeprefix("step_")) for path in self.folder.glob("step_*.safetensors")
-        )
+        stems = [path.stem for path in self.folder.glob("step_*.safetensors")]
+        return sorted(int(stem.removeprefix("step_")) for stem in stems)
 
     def model(self, step: int) -> Glow:
-        """The flow after ``step`` steps, in evaluation mode. OodlibError: no weights of that step,
-        a damaged file.
-        """
+        """The flow after ``step`` steps, in evaluation mode; errors as `load_weights`."""
         return load_weights(self.spec, snapshot_path(self.folder, step))
 
 
@@ -91,72 +89,55 @@ def run_flow(
     device: str = "auto",
     progress: bool = True,
 ) -> None:
-    """Train a flow and score every kept step, into ``folder``; what is there already is not done
-    again.
+    """Train a flow and score every saved step, into ``folder``; resumes where it was interrupted.
 
-    Killed at any moment, the same call goes on. n_fit, n_test, n_ood: images of "fit", "id" and
-    each OOD set, or ``spec.n``. The density's variants, which cost a second pass, are computed
-    after one epoch and at the last step, and for full-size flows after ten epochs, of which the
-    authors released values too.
+    The variants of the density, which cost a second pass, are computed after one epoch and at the
+    last step, and for full-size flows after ten epochs, for which the authors released values too.
+
+    n_fit, n_test, n_ood : images of "fit", "id" and each OOD set; default ``spec.n``
 
     Raises
     ------
-    OodlibError : as `train_flow`, `flow_sets` and `score_flow`; a damaged file of weights or scores, by name
+    OodlibError : as `train_flow`, `flow_sets` and `score_flow`; a damaged file, by name
     """
-    from oodlib.models.device import pick_device
-
+    # train
     where, recipe = pick_device(device), spec.recipe
     images, validation = spec.training_images()
-    history = train_flow(
-        spec.network(seed),
-        images,
-        validation,
-        recipe,
-        seed=seed,
-        folder=folder,
-        device=where,
-        progress=progress,
-    )
+    training = {"seed": seed, "folder": folder, "device": where, "progress": progress}
+    history = train_flow(spec.network(seed), images, validation, recipe, **training)
+
+    # score what is not scored yet
     sets = flow_sets(spec, n_fit=n_fit or spec.n, n_test=n_test or spec.n, n_ood=n_ood or spec.n)
     with_variants = {kept_step(history, 1), history[-1]["step"]}
     if spec.full_size:
         with_variants.add(kept_step(history, 10, nearest=True))
     for step in recipe.snapshots:
-        path = _scores_path(folder, step)
-        if not _scored(path, sets, variants=step in with_variants):
-            table = score_flow(
-                load_weights(spec, snapshot_path(folder, step)).to(where),
-                sets,
-                variants=step in with_variants,
-                progress=progress,
-            )
+        path, variants = _scores_path(folder, step), step in with_variants
+        if not _scored(path, sets, variants=variants):
+            model = load_weights(spec, snapshot_path(folder, step)).to(where)
+            table = score_flow(model, sets, variants=variants, progress=progress)
             with atomic_path(path) as temporary:
                 table.assign(step=step).to_parquet(temporary, index=False, compression="zstd")
-    write_json(
-        folder / "run.json",
-        {
-            "flow": spec.name,
-            "seed": seed,
-            "recipe": asdict(recipe),
-            "torch": torch.__version__,
-            "code": code_hash(__name__),
-            "network": {
-                "image_shape": spec.image_shape,
-                "steps": spec.steps,
-                "levels": spec.levels,
-                "hidden": spec.hidden,
-            },
-            "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
-            "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},
-            "weights": sha256(snapshot_path(folder, recipe.snapshots[-1])),
-            "train_fingerprint": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-            "n_train": len(images),
-            "device": where.type,
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "command": f"python -m oodlib train {spec.name} --seed {seed}",
-        },
-    )
+
+    # record
+    record = {
+        "flow": spec.name,
+        "seed": seed,
+        "recipe": asdict(recipe),
+        "torch": torch.__version__,
+        "code": code_hash(__name__),
+        "network": {k: getattr(spec, k) for k in ("image_shape", "steps", "levels", "hidden")},
+        "history": [{k: None if v != v else v for k, v in row.items()} for row in history],
+        "sets": {name: {"n": len(s), "fingerprint": s.fingerprint} for name, s in sets.items()},
+        "weights": sha256(snapshot_path(folder, recipe.snapshots[-1])),
+        "train_fingerprint": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
+        "n_train": len(images),
+        "device": where.type,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "command": f"python -m oodlib train {spec.name} --seed {seed}",
+    }
+    write_json(folder / "run.json", record)
 
 
 def flow_run(
@@ -167,26 +148,22 @@ def flow_run(
     n_ood: int | None = None,
     device: str = "auto",
 ) -> FlowRun:
-    """A flow by name: "fashion_glow:0" (shipped, or trained here by the command line),
-    "latin_glow:live" (trained now).
+    """A flow by name: "fashion_glow:0" (shipped, or trained here), "latin_glow:live" (trained now).
 
-    The numbers of images are for live flows; they are trained by one thread on a CPU, so that every
-    machine gets the same weights, and kept for the next call.
+    A live flow is trained by one thread on a CPU, so that every machine gets the same weights, and
+    cached; ``n_fit``, ``n_test`` and ``n_ood`` are for live flows alone.
 
     Raises
     ------
-    OodlibError : an unknown name, a seed that is neither shipped nor trained here, a missing or damaged file by name
+    OodlibError : unknown name; a seed that is neither shipped nor trained here; a missing or
+        damaged file, by name
     """
-    import pandas as pd
-
     flow, _, which = name.partition(":")
-    spec = flow_spec(flow)
+    spec, data = flow_spec(flow), root() / "data"
     if which == "live":
         folder = _live(spec, n_fit or spec.n, n_test or spec.n, n_ood or spec.n, device)
     elif which.isdigit():
-        places = [
-            root() / "data" / kind / f"{flow}_s{which}" for kind in ("checkpoints", "training")
-        ]
+        places = [data / kind / f"{flow}_s{which}" for kind in ("checkpoints", "training")]
         found = [place for place in places if (place / "run.json").exists()]
         if not found:
             raise OodlibError(
@@ -198,21 +175,18 @@ def flow_run(
         raise OodlibError(
             f"flow_run: {name!r} needs a seed or live behind the colon: {flow}:0 or {flow}:live."
         )
-    record = _record(folder / "run.json", "seed", "history", "sets", "weights")
+    record = read_json(folder / "run.json", "flow_run", f"{_AGAIN} {flow}")
+    if not {"seed", "history", "sets", "weights"} <= set(record):
+        raise OodlibError(f"flow_run: {folder / 'run.json'} is incomplete. {_AGAIN} {flow}")
     tables = [_table(_scores_path(folder, row["step"])) for row in record["history"]]
-    return FlowRun(
-        name=name,
-        spec=spec,
-        seed=int(record["seed"]),
-        record=record,
-        scores=pd.concat(tables, ignore_index=True),
-        folder=folder,
-    )
+    scores, seed = pd.concat(tables, ignore_index=True), int(record["seed"])
+    return FlowRun(name=name, spec=spec, seed=seed, record=record, scores=scores, folder=folder)
 
 
 def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
-    """Train and score a flow of `FLOWS` in ``data/training`` (resumable), and copy what is shipped
-    of a small one.
+    """Train and score a flow in ``data/training`` (resumable) and ship what is shipped of it.
+
+    Returns the folder of the results.
     """
     spec = flow_spec(name)
     folder = root() / "data" / "training" / f"{name}_s{seed}"
@@ -224,42 +198,22 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
     with atomic_folder(target) as temporary:
         shutil.copy(folder / "run.json", temporary)
         for step in spec.recipe.snapshots:
-            table = _table(_scores_path(folder, step))  # bytes of floats side by side pack better
-            table.to_parquet(
-                _scores_path(temporary, step),
-                index=False,
-                compression="zstd",
-                compression_level=19,
-                use_dictionary=["set"],
-                use_byte_stream_split=[*table.select_dtypes("float32")],
-            )
+            table = _table(_scores_path(folder, step))
+            floats = [*table.select_dtypes("float32")]  # bytes of floats side by side pack better
+            packing: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
+            packing |= {"use_dictionary": ["set"], "use_byte_stream_split": floats}
+            table.to_parquet(_scores_path(temporary, step), index=False, **packing)
         for step in spec.shipped if seed == 0 else ():
             state = to_half(load_weights(spec, snapshot_path(folder, step)))
-            path = snapshot_path(temporary, step)
-            with atomic_path(path) as part:
-                save_file(state, part)
-            write_json(
-                path.with_suffix(".json"),
-                {"step": step, "sha256": sha256(path), "dtype": "float16"},
-            )
+            path, record = snapshot_path(temporary, step), {"step": step, "dtype": "float16"}
+            write_sealed(path, lambda part, state=state: save_file(state, part), record)
     return target
 
 
 def load_weights(spec: FlowSpec, path: Path) -> Glow:
-    """A flow from one kept step, in evaluation mode. OodlibError: no such file, or not the one its
-    record describes.
-    """
-    record = path.with_suffix(".json")
-    if not path.exists() or not record.exists():
-        there = ", ".join(p.stem for p in sorted(path.parent.glob("step_*.safetensors"))) or "none"
-        raise OodlibError(
-            f"load_weights: {path} is not there (present: {there}). {_AGAIN} {spec.name}"
-        )
-    if sha256(path) != _record(record, "sha256")["sha256"]:
-        raise OodlibError(
-            f"load_weights: {path} is damaged: its checksum is not that of {record.name}. {_AGAIN} "
-            f"{spec.name}"
-        )
+    """A flow at one saved step, in evaluation mode. OodlibError: missing or damaged."""
+    present = ", ".join(p.stem for p in sorted(path.parent.glob("step_*.safetensors"))) or "none"
+    read_sealed(path, "load_weights", f"Present: {present}. {_AGAIN} {spec.name}")
     model = spec.network()
     model.load_state_dict(to_single(load_file(path)))
     return model.eval()
@@ -269,19 +223,8 @@ def _scores_path(folder: Path, step: int) -> Path:
     return folder / f"scores_{step:07d}.parquet"
 
 
-def _record(path: Path, *needed: str) -> dict[str, Any]:
-    """A JSON object that has these keys, or an OodlibError that names the file."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, **{key: record[key] for key in needed}}
-    except (OSError, ValueError, TypeError, KeyError) as error:  # a JSONDecodeError is a ValueError
-        raise OodlibError(f"{path} is missing or damaged ({error!r}). {_AGAIN} NAME") from error
-
-
 def _table(path: Path) -> pd.DataFrame:
     """A table of scores, or an OodlibError that names the file."""
-    import pandas as pd
-
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:  # those of pyarrow are one or the other
@@ -293,32 +236,20 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def _scored(path: Path, sets: dict[str, ImageSet], *, variants: bool) -> bool:
-    """Whether a table holds what is wanted: since it was made, a set may have become available, n or
-    moments changed.
-    """
+    """Whether a table holds what is wanted: sets, their sizes or the variants may have changed."""
     if not path.exists():
         return False
     table = _table(path)
     counts = table[table.group_size == 1]["set"].value_counts().to_dict()
-    return counts == {name: len(images) for name, images in sets.items() if name != "fit"} and (
-        not variants or set(VARIANTS) <= set(table)
-    )
+    wanted = {name: len(images) for name, images in sets.items() if name != "fit"}
+    return counts == wanted and (not variants or set(VARIANTS) <= set(table))
 
 
 def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> Path:
     """Folder of a flow trained and scored now, or earlier by the same code, recipe and counts."""
-    made_of = [
-        repr(spec),
-        n_fit,
-        n_test,
-        n_ood,
-        spec.training_images()[0].sum().item(),
-        code_hash(__name__),
-    ]
+    pixels = spec.training_images()[0].sum().item()
+    made_of = [repr(spec), n_fit, n_test, n_ood, pixels, code_hash(__name__)]
+    sizes = {"n_fit": n_fit, "n_test": n_test, "n_ood": n_ood}
     return cached_build(
-        made_of,
-        "run.json",
-        lambda folder: run_flow(
-            spec, 0, folder, n_fit=n_fit, n_test=n_test, n_ood=n_ood, device=device
-        ),
+        made_of, "run.json", lambda folder: run_flow(spec, 0, folder, device=device, **sizes)
     )

@@ -1,6 +1,4 @@
-"""All OOD scores of one flow on all image sets: likelihood-based and gradient-based, for single
-images and groups.
-"""
+"""All OOD scores of one flow on all image sets, for single images and for groups."""
 
 from __future__ import annotations
 
@@ -27,15 +25,13 @@ from oodlib.scores.layerwise import LayerwiseDensity, input_complexity, naive_no
 __all__ = ["SCORES", "VARIANTS", "dequantised", "gradient_norms", "group_bits", "score_flow"]
 
 SCORES = ("nll", "typicality", "complexity_png", "complexity_jpeg2000", "naive_norm", "density")
-# the layer-wise density, otherwise: objective sum(z) instead of log p; Gaussians fitted on
-# evaluation images too; "released" is both, with the 1e-10 of the released code
+# of the layer-wise density: objective sum(z) instead of log p; Gaussians fitted on evaluation
+# images too; "released" is both, with the 1e-10 of the released code
 VARIANTS = ("density_leaky", "density_sum_z", "density_sum_z_leaky", "density_released")
 
 
 def dequantised(images: ImageSet) -> Tensor:
-    """(n, c, h, w) float32 with noise that depends on the set alone: the same numbers for every
-    flow and checkpoint.
-    """
+    """Images (n, c, h, w) float32 with noise that depends on the set alone, not on the flow."""
     seed = crc32(f"{images.name}/{images.split}".encode())
     return dequantise(images.images, generator=torch.Generator().manual_seed(seed))
 
@@ -44,14 +40,10 @@ def dequantised(images: ImageSet) -> Tensor:
 def group_bits(
     model: Glow, x: Tensor, group_size: int = 1, *, batch_size: int = 250
 ) -> NDArray[np.float64]:
-    """-log2 p summed over consecutive groups of B images, (N / B,) bits; +inf where the likelihood
-    overflows.
-    """
+    """-log2 p summed over consecutive groups of B images, (N / B,) bits; +inf on overflow."""
     device = next(model.parameters()).device
-    nats = torch.cat(
-        [-model.log_prob(part.to(device)).cpu() for part in x.split(batch_size)]
-    ).double()
-    return (nats / math.log(2)).unflatten(0, (-1, group_size)).sum(1).numpy()
+    nats = torch.cat([-model.log_prob(part.to(device)).cpu() for part in x.split(batch_size)])
+    return (nats.double() / math.log(2)).unflatten(0, (-1, group_size)).sum(1).numpy()
 
 
 def gradient_norms(
@@ -62,16 +54,11 @@ def gradient_norms(
     objective: Objective = "log_prob",
     pieces: int = 250,
 ) -> NDArray[np.float64]:
-    """`layer_gradient_norms` of a whole set, (N / B, tensors); images move to the model's device
-    piece by piece.
-    """
+    """`layer_gradient_norms` of a whole set, (N / B, tensors), moved to the device in pieces."""
     device, step = next(model.parameters()).device, group_size * max(1, pieces // group_size)
-    return torch.cat(
-        [
-            layer_gradient_norms(model, part.to(device), group_size=group_size, objective=objective)
-            for part in x.split(step)
-        ]
-    ).numpy()
+    options = {"group_size": group_size, "objective": objective}
+    parts = [layer_gradient_norms(model, part.to(device), **options) for part in x.split(step)]
+    return torch.cat(parts).numpy()
 
 
 def score_flow(
@@ -87,15 +74,15 @@ def score_flow(
     Parameters
     ----------
     model : an initialised flow; on its own device
-    sets : "fit" (ID images the Gaussians and the typical likelihood are learned from), "id" (other ID images), then
-        OOD sets by name; images of the model's shape
+    sets : "fit" (ID images that the Gaussians and the typical likelihood are fitted on), "id"
+        (other ID images), then OOD sets by name; images of the model's shape
     group_sizes : B; images left over in a set are not used
     variants : also the density's `VARIANTS`, which cost a second pass
 
     Returns
     -------
-    DataFrame: group_size, set, index, and a float32 column for each of `SCORES` and, if asked for, `VARIANTS`; larger =
-    more OOD, +inf where it overflows. ``nll`` is in bits per dim, ``density`` in nats.
+    DataFrame: group_size, set, index, and a float32 column for each of `SCORES` and, if asked for,
+    `VARIANTS`; larger = more OOD, +inf on overflow; ``nll`` in bits per dim, ``density`` in nats
 
     Raises
     ------
@@ -112,38 +99,33 @@ def score_flow(
                 f"{model.image_shape}, got {images.images.shape}. Use ImageSet.resized."
             )
     noisy = {name: dequantised(images) for name, images in sets.items()}
-    codes = {
-        codec: {name: _code_lengths(images, codec) for name, images in sets.items()}
-        for codec in ("png", "jpeg2000")
-    }
-    objectives: tuple[Literal["log_prob", "sum_z"], ...] = (
-        ("log_prob", "sum_z") if variants else ("log_prob",)
-    )
-    bar = tqdm(
-        total=len(sets) * len(group_sizes) * len(objectives),
-        desc="scoring",
-        unit="set",
-        disable=None if progress else True,
-    )
+    objectives: tuple[Literal["log_prob", "sum_z"], ...] = ("log_prob", "sum_z")[: 1 + variants]
+    steps = len(sets) * len(group_sizes) * len(objectives)
+    bar = tqdm(total=steps, desc="scoring", unit="set", disable=None if progress else True)
     parts = []
     for size in group_sizes:
+        # likelihoods and gradient norms of the groups
         x = {name: value[: len(value) // size * size] for name, value in noisy.items()}
         bits = {name: group_bits(model, value, size) for name, value in x.items()}
-        norms: dict[str, dict[str, NDArray[np.float64]]] = {}
+        norms: dict[str, dict[str, NDArray[np.float64]]] = {key: {} for key in objectives}
         for objective in objectives:
-            norms[objective] = {}
             for name, value in x.items():
                 norms[objective][name] = gradient_norms(model, value, size, objective=objective)
                 bar.update()
+
+        # densities: the objective whose norms they see, and the fitted Gaussians
         densities = {"density": ("log_prob", _fitted(norms["log_prob"]))}
         if variants:
+            of_z = norms["sum_z"]
             densities |= {
                 "density_leaky": ("log_prob", _fitted(norms["log_prob"], leaky=True)),
-                "density_sum_z": ("sum_z", _fitted(norms["sum_z"])),
-                "density_sum_z_leaky": ("sum_z", _fitted(norms["sum_z"], leaky=True)),
-                "density_released": ("sum_z", _fitted(norms["sum_z"], leaky=True, epsilon=1e-10)),
+                "density_sum_z": ("sum_z", _fitted(of_z)),
+                "density_sum_z_leaky": ("sum_z", _fitted(of_z, leaky=True)),
+                "density_released": ("sum_z", _fitted(of_z, leaky=True, epsilon=1e-10)),
             }
-        for name in sets:
+
+        # one part of the table for each set
+        for name, images in sets.items():
             if name == "fit":
                 continue
             n, b = len(bits[name]), bits[name]
@@ -151,37 +133,28 @@ def score_flow(
                 "nll": b / (size * math.prod(model.image_shape)),
                 "typicality": typicality(b, bits["fit"]),
             }
-            for codec, lengths in codes.items():
-                length = lengths[name][: n * size].reshape(n, size).sum(1)
+            for codec in ("png", "jpeg2000"):
+                length = _code_lengths(images, codec)[: n * size].reshape(n, size).sum(1)
                 columns[f"complexity_{codec}"] = input_complexity(b, length)
             columns["naive_norm"] = naive_norm(norms["log_prob"][name])
-            columns |= {
-                label: density.score(norms[key][name])
-                for label, (key, density) in densities.items()
-            }
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "group_size": size,
-                        "set": name,
-                        "index": np.arange(n),
-                        **{k: v.astype(np.float32) for k, v in columns.items()},
-                    }
-                )
-            )
+            for label, (key, density) in densities.items():
+                columns[label] = density.score(norms[key][name])
+            scores = {label: column.astype(np.float32) for label, column in columns.items()}
+            keys = {"group_size": size, "set": name, "index": np.arange(n)}
+            parts.append(pd.DataFrame({**keys, **scores}))
     bar.close()
     return pd.concat(parts, ignore_index=True)
 
 
 @lru_cache(maxsize=64)
 def _code_lengths(images: ImageSet, codec: str) -> NDArray[np.int64]:
-    """Bits of each image's file; the same images are scored at every kept step."""
+    """Bits of each image's file; the same images are scored at every saved step."""
     return compressed_bits(images.images, codec)
 
 
 def _fitted(
     norms: Mapping[str, NDArray], *, leaky: bool = False, epsilon: float = 0.0
 ) -> LayerwiseDensity:
-    """Fitted on the fit images alone, or on those and the ID images that are evaluated."""
+    """Fitted on the fit images alone; ``leaky``: on those and the ID images that are evaluated."""
     rows = np.concatenate([norms["fit"], norms["id"]]) if leaky else norms["fit"]
     return LayerwiseDensity(epsilon=epsilon).fit(rows)

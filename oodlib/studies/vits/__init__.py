@@ -1,3 +1,1 @@
-"""Pools of Vision Transformers: the tables, how their models are loaded or trained, their scores,
-the study of both.
-"""
+"""Pools of Vision Transformers: tables, loading and training, scores, and the study of them."""

@@ -1,17 +1,16 @@
-"""The image sets of the small pools: what models are pretrained on, the ID task, near-OOD classes,
-the unit tests.
+"""The image sets of the small pools: pretraining, ID task, near-OOD classes, unit tests.
 
 ``cifar``: near-OOD are the test classes of CIFAR-100 that are absent from CIFAR-10 (without
 ``OVERLAPS``), 98 classes, in two sets: those that Tiny-ImageNet, the pretraining set, shows too
-(column ``cifar100_class`` of ``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind,
-a part or next of kin of it), and the others.
+(column ``cifar100_class`` of ``data/manifests/tiny_imagenet_classes.csv``: the same thing, a kind
+or part of it, or a close relative), and the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -28,6 +27,7 @@ __all__ = [
     "Task",
     "assert_never_trained_on",
     "pool_sets",
+    "short_hashes",
     "training_images",
 ]
 
@@ -46,12 +46,15 @@ class Task:
     Attributes
     ----------
     id_set, pretraining : ID classes and the set with many classes
+    classes : number of ID classes
     mean, std : normalisation, per channel, in units of pixel / 255
-    flip : whether a mirrored image keeps its class; shift : largest translation in the augmentation, in pixels
+    flip : whether a mirrored image keeps its class
+    shift : largest translation in the augmentation, in pixels
     """
 
     id_set: str
     pretraining: str
+    classes: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     flip: Literal["none", "random"]
@@ -62,6 +65,7 @@ TASKS = {
     "embedded": Task(
         id_set="latin",
         pretraining="unicode",
+        classes=26,
         mean=(0.25, 0.25, 0.25),
         std=(0.25, 0.25, 0.25),
         flip="none",
@@ -70,6 +74,7 @@ TASKS = {
     "cifar": Task(
         id_set="cifar10",
         pretraining="tiny-imagenet",
+        classes=10,
         mean=(0.491, 0.482, 0.447),
         std=(0.247, 0.243, 0.262),
         flip="random",
@@ -79,7 +84,7 @@ TASKS = {
 
 
 def training_images(pool: str, name: str) -> ImageSet:
-    """All images to train on, 32 x 32 RGB: the ID set or the pretraining set of a pool.
+    """All images to train on, 32 x 32 RGB: a pool's ID set or pretraining set.
 
     OodlibError: neither of them, or not available.
     """
@@ -113,19 +118,20 @@ def pool_sets(
 
     Returns
     -------
-    "fit", "val" and "id" (other ID images), "ood_val" (for choices, never tested), the near-OOD sets of `NEAR` with
-    their classes as labels, "unit_tests" labelled by test. No image is in two of them or in a pretraining set.
+    "fit", "val" and "id" (other ID images), "ood_val" (for choices, never tested), the near-OOD
+    sets of `NEAR` with their classes as labels, "unit_tests" labelled by test. No image is in two
+    of them or in a pretraining set.
     """
     task = _task(pool)
     if pool == "embedded":
-        draw = partial(embedded, style="plain")
-        sets = {
-            "fit": draw("latin", "train", n=n_fit),
-            "val": draw("latin", "val", n=N_VAL),
-            "id": draw("latin", "test", n=n_test),
-            "ood_val": draw("arabic", "val", n=N_VAL),
+        wanted = {
+            "fit": ("latin", "train", n_fit),
+            "val": ("latin", "val", N_VAL),
+            "id": ("latin", "test", n_test),
+            "ood_val": ("arabic", "val", N_VAL),
+            **{name: (name, "test", n_ood * EMBEDDED[name].classes) for name in NEAR[pool]},
         }
-        sets |= {name: draw(name, "test", n=n_ood * EMBEDDED[name].classes) for name in NEAR[pool]}
+        sets = {key: embedded(*which, n=n, style="plain") for key, (*which, n) in wanted.items()}
     else:
         val, test = split_test(load(task.id_set, "test"), n_val=1000)
         sets = {
@@ -148,32 +154,31 @@ def assert_never_trained_on(
     *,
     training: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Raise OodlibError if a test image, ID or OOD, is in another test set or was trained on, by
-    hash of its pixels.
+    """Raise OodlibError if the pixels of a test image, ID or OOD, are tested twice or trained on.
 
-    training : name -> first 16 digits of the `ImageSet.image_hashes` of what was trained on; by
-        default the pool's
-        pretraining set and ID training images, which then are read or drawn (a minute for the
-        embedded pool)
+    training : name -> `short_hashes` of what was trained on; by default the pool's pretraining set
+        and ID training images, which then are read or drawn (a minute for the embedded pool)
     """
     task = _task(pool)
     if training is None:
-        training = {
-            name: [digest[:16] for digest in training_images(pool, name).image_hashes()]
-            for name in (task.pretraining, task.id_set)
-        }
+        names = (task.pretraining, task.id_set)
+        training = {name: short_hashes(training_images(pool, name)) for name in names}
     tested = [images for name, images in sets.items() if name not in ("fit", "unit_tests")]
     assert_disjoint(*tested)
     for images in tested:
-        digests = {digest[:16] for digest in images.image_hashes()}
         for name, known in training.items():
-            shared = digests.intersection(known)
+            shared = set(known).intersection(short_hashes(images))
             if shared:
                 raise OodlibError(
                     f"assert_never_trained_on: {len(shared)} images of "
                     f"{images.name}/{images.split} are also in {name}, which the models of the "
                     f"{pool} pool are trained on. Leave them out of the test."
                 )
+
+
+def short_hashes(images: ImageSet) -> list[str]:
+    """First 16 digits of each of the `ImageSet.image_hashes`."""
+    return [digest[:16] for digest in images.image_hashes()]
 
 
 def _task(pool: str) -> Task:
@@ -194,15 +199,8 @@ def _cifar100() -> dict[str, ImageSet]:
 
 
 def _unit_tests(id_images: ImageSet, n: int, seed: int) -> ImageSet:
-    parts = [
-        unit_test(name, n=min(n, len(id_images)), seed=seed, id_images=id_images)
-        for name in UNIT_TESTS
-    ]
-    labels = np.repeat(np.arange(len(parts)), len(parts[0]))
-    return ImageSet(
-        "unit_tests",
-        "test",
-        np.concatenate([part.images for part in parts]),
-        labels.astype(np.int64),
-        UNIT_TESTS,
-    )
+    n = min(n, len(id_images))
+    parts = [unit_test(name, n=n, seed=seed, id_images=id_images) for name in UNIT_TESTS]
+    labels = np.repeat(np.arange(len(parts)), len(parts[0])).astype(np.int64)
+    pixels = np.concatenate([part.images for part in parts])
+    return ImageSet("unit_tests", "test", pixels, labels, UNIT_TESTS)

@@ -1,6 +1,4 @@
-"""Models of a pool that others trained: a timm name with its tag, or a file with the architecture
-it belongs to.
-"""
+"""Models of a pool that others trained: a timm name with its tag, or a file of an architecture."""
 
 from __future__ import annotations
 
@@ -29,10 +27,8 @@ __all__ = ["ADDRESSES", "find_weights", "load_tagged"]
 Transform = Callable[[Any], Tensor]
 _CLASSES = 1000  # of ImageNet
 _HALF = (0.5, 0.5, 0.5)
-_CLIP_MEAN, _CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # OpenAI's
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # where the files of a folder of weights come from
 ADDRESSES = {
     "augreg": "https://storage.googleapis.com/vit_models/augreg/",
@@ -47,31 +43,31 @@ def load_tagged(
 
     Parameters
     ----------
-    row : ``network`` is timm's name with its tag, or without where ``weights`` names a file: ``.npz`` (AugReg),
-        ``.safetensors`` or ``.pth`` (timm's names), or with ``head`` "unit" a ``.pt`` of
-        model-soups
+    row : ``network`` is timm's name with its tag, or without where ``weights`` names a file:
+        ``.npz`` (AugReg), ``.safetensors`` or ``.pth`` (timm's names), or with ``head`` "unit" a
+        ``.pt`` of model-soups
     weights : folder that ``row.weights`` lies below; by default ``weights`` of ``OODLIB_MIRROR``,
         then of the data root
-    pretrained : False leaves the weights random and asks for no file
+    pretrained : False leaves the weights random and needs no file
 
     Returns
     -------
-    model : its output is that of its last linear layer, see `oodlib.models.hooks.find_head`. Of model-soups, that layer
-        takes the unit embedding; the raw embedding is the output of the submodule ``tower``
+    model : its output is that of its last linear layer, see `oodlib.models.hooks.find_head`. Of
+        model-soups, that layer takes the unit embedding; the submodule ``tower`` gives the raw one
     transform : PIL image -> (3, h, w). The tag states it; an ``.npz`` has AugReg's (mean and std
-        0.5, bicubic, crop 0.9
-        below 384 pixels and 1.0 from there on), model-soups OpenAI's for CLIP
+        0.5, bicubic, crop 0.9 below 384 pixels, else 1.0), model-soups OpenAI's for CLIP
 
     Raises
     ------
-    OodlibError : a name or tag that timm does not know, a bare name without a file, a missing file (with its address
-        where known), weights of another network, a head that is not one linear layer, a transform
-        whose pictures are not of the size that the network and the row state
+    OodlibError : a name or tag that timm does not know, a bare name without a file, a missing file
+        (with its address where known), weights of another network, a head that is not one linear
+        layer, a transform to another size than the network's or the row's
 
     References
     ----------
-    Layout of the model-soups files: ``utils.py`` and ``main.py`` of mlfoundations/model-soups (arXiv 2203.05482);
-    AugReg's evaluation transform: arXiv 2106.10270 as timm states it for the tags of these files
+    Layout of the model-soups files: ``utils.py`` and ``main.py`` of mlfoundations/model-soups
+    (arXiv 2203.05482); AugReg's evaluation transform: arXiv 2106.10270, as timm states it for the
+    tags of these files
     """
     try:
         check_timm_name(row.network, tag_needed=not row.weights)
@@ -83,9 +79,8 @@ def load_tagged(
             model, transform = paper_model(row.network, file, pretrained=pretrained)
             config = cast("dict[str, Any]", model.pretrained_cfg)
             if row.weights.endswith(".npz"):
-                transform = _transform(
-                    config, _HALF, _HALF, 0.9 if config["input_size"][-1] < 384 else 1.0
-                )
+                crop = 0.9 if config["input_size"][-1] < 384 else 1.0
+                transform = _transform(config, _HALF, _HALF, crop)
         _check(row, model, transform, config["input_size"][-1])
     except OodlibError as error:
         raise OodlibError(f"{row.name}: {error}") from error
@@ -93,15 +88,10 @@ def load_tagged(
 
 
 def find_weights(row: PoolRow, weights: Path | None = None) -> Path:
-    """The file of a row; folders as in `load_tagged`. OodlibError, with its address where known, if
-    it is missing.
-    """
+    """The file of a row; folders as in `load_tagged`. OodlibError: missing (with its address)."""
     mirror = os.environ.get("OODLIB_MIRROR")
-    folders = (
-        [weights]
-        if weights
-        else [*([Path(mirror) / "weights"] if mirror else []), data_root() / "weights"]
-    )
+    folders = [Path(mirror) / "weights"] if mirror else []
+    folders = [weights] if weights else [*folders, data_root() / "weights"]
     for folder in folders:
         if (folder / row.weights).is_file():
             return folder / row.weights
@@ -120,27 +110,22 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
 
     if not row.weights:
         raise OodlibError(
-            'a head on "unit" features needs a file in weights: no tag of timm has one. Write head raw.'
+            'a head on "unit" features needs a file in weights: no tag of timm has one. Write head '
+            "raw."
         )
     tower = cast("VisionTransformer", timm.create_model(row.network))
-    config = cast(
-        "dict[str, Any]", tower.pretrained_cfg
-    )  # its classes are the width of CLIP's embedding
+    config = cast("dict[str, Any]", tower.pretrained_cfg)
+    # its classes are the width of CLIP's embedding
     head = nn.Linear(config["num_classes"], _CLASSES)
     if file is not None:
         state = read_state_dict(file)
-        visual = {
-            k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.visual.")
-        }
-        last = {
-            k.removeprefix("classification_head."): v
-            for k, v in state.items()
-            if k.startswith("classification_")
-        }
+        visual = {k: v for k, v in _below(state, "model.").items() if k.startswith("visual.")}
+        last = _below(state, "classification_head.")
         if "visual.positional_embedding" not in visual or not last:
             raise OodlibError(
-                f"{file}: no file of model-soups: it needs model.visual.* as in OpenAI's CLIP and "
-                f"classification_head.weight and .bias, but holds {', '.join(list(state)[:3])}."
+                f"{file} is not a file of model-soups: it needs model.visual.* as in OpenAI's "
+                "CLIP and classification_head.weight and .bias, but holds "
+                f"{', '.join(list(state)[:3])}."
             )
         require_positions(tower, len(visual["visual.positional_embedding"]), file)
         fill(tower, checkpoint_filter_fn(visual, tower), file)
@@ -149,20 +134,21 @@ def _clip_classifier(row: PoolRow, file: Path | None) -> tuple[nn.Module, dict[s
     return model.eval(), config
 
 
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def _transform(
     config: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], crop_pct: float
 ) -> Transform:
     from timm.data import create_transform
 
-    return create_transform(
-        config["input_size"], interpolation="bicubic", mean=mean, std=std, crop_pct=crop_pct
-    )
+    options: dict[str, Any] = {"interpolation": "bicubic", "mean": mean, "std": std}
+    return create_transform(config["input_size"], crop_pct=crop_pct, **options)
 
 
 def _check(row: PoolRow, model: nn.Module, transform: Transform, side: int) -> None:
-    """One made picture goes through transform and network: sizes must agree, and the head must be
-    found.
-    """
+    """Send one picture through transform and network: sizes must agree, and the head be found."""
     from PIL import Image
 
     noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
@@ -171,6 +157,6 @@ def _check(row: PoolRow, model: nn.Module, transform: Transform, side: int) -> N
         raise OodlibError(
             f"the transform gives pictures of {' x '.join(map(str, x.shape))}, the network "
             f"{row.network} takes 3 x {side} x {side}, and the row states a resolution of "
-            f"{row.resolution}. Name the network of that resolution, or mend the row."
+            f"{row.resolution}. Name the network of that resolution, or correct the row."
         )
     find_head(model, x[None])

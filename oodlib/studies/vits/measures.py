@@ -1,6 +1,4 @@
-"""From the scores of a model's images to numbers: false positives and AUROC by class, averages of
-several models.
-"""
+"""From scores of images to numbers: FPR and AUROC by class, and averages of several models."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from oodlib.errors import OodlibError
-from oodlib.metrics import auroc, percentile_interval, replicates, threshold
-from oodlib.studies.vits.effects import Estimate, pool_frame
+from oodlib.metrics import Estimate, auroc, replicates, threshold
+from oodlib.studies.vits.effects import pool_frame
 from oodlib.studies.vits.score_table import SCORES
 
 __all__ = [
@@ -31,19 +29,14 @@ __all__ = [
     "summary",
 ]
 
-BROAD = (
-    "unicode",
-    "tiny-imagenet",
-    "in21k",
-)  # pretraining sets of many classes, others than the task's
+BROAD = ("unicode", "tiny-imagenet", "in21k")  # pretraining sets of many other classes
 FAILED = 0.10  # a unit test fails where its FPR95 is above (arXiv 2306.00826)
 _KEYS = ["set", "index", "label"]
 _MOST = 10_000  # grid points of `choose_weights`
 
 
 def per_class(table: DataFrame, sets: Sequence[str], *, id_set: str = "id") -> DataFrame:
-    """FPR at 95 % TPR (ID positive) and AUROC of every OOD class (or unit test) against the whole
-    ID set.
+    """FPR at 95 % TPR (ID positive) and AUROC of each OOD class (or unit test) against all of ID.
 
     Parameters
     ----------
@@ -52,8 +45,8 @@ def per_class(table: DataFrame, sets: Sequence[str], *, id_set: str = "id") -> D
 
     Returns
     -------
-    DataFrame : score, set, label, images, fpr, auroc; fractions. The threshold is `oodlib.metrics.threshold` of the ID
-        scores, an image at the threshold counts as accepted.
+    DataFrame : score, set, label, images, fpr, auroc; fractions. The threshold is
+        `oodlib.metrics.threshold` of the ID scores; an image at the threshold counts as accepted.
 
     Raises
     ------
@@ -68,20 +61,9 @@ def per_class(table: DataFrame, sets: Sequence[str], *, id_set: str = "id") -> D
                 f"per_class: {score} holds {int(np.isnan(found).sum())} NaN. Find their cause; a "
                 "score that overflowed must be +inf (most OOD), never dropped."
             )
-        # the share of ID images below an image, ties half: its mean over a class is the AUROC of
-        # the class
-        below = (
-            np.searchsorted(values, found, "left") + np.searchsorted(values, found, "right")
-        ) / (2 * len(values))
-        images = DataFrame(
-            {
-                "set": ood["set"],
-                "label": ood["label"],
-                "fpr": found <= threshold(values),
-                "auroc": below,
-            }
-        )
-        classes = images.groupby(["set", "label"], sort=False)
+        # the mean of the share of ID images below an image is the AUROC of the class
+        shares = {"fpr": found <= threshold(values), "auroc": _share_below(values, found)}
+        classes = ood[["set", "label"]].assign(**shares).groupby(["set", "label"], sort=False)
         parts.append(classes.mean().assign(images=classes.size(), score=score).reset_index())
     return pd.concat(parts, ignore_index=True)[["score", "set", "label", "images", "fpr", "auroc"]]
 
@@ -93,7 +75,7 @@ def summary(
     unit_tests: str | None = "unit_tests",
     id_set: str = "id",
 ) -> DataFrame:
-    """A model in a few numbers: one row for each score and suite, "near" and "unit_tests".
+    """A model in a few numbers: one row per score and suite, "near" and "unit_tests".
 
     Parameters
     ----------
@@ -103,9 +85,8 @@ def summary(
 
     Returns
     -------
-    DataFrame : score, suite, fpr and auroc (unweighted mean over the classes or tests), fpr_pooled and auroc_pooled
-        (mean over the images), failed (number of unit tests with FPR95 above 10 %, NaN for near),
-        classes, images
+    DataFrame : score, suite, `over_classes` of the classes or tests, failed (number of unit tests
+        with FPR95 above 10 %, NaN for near)
 
     Raises
     ------
@@ -121,20 +102,18 @@ def summary(
 
 
 def over_classes(classes: DataFrame) -> dict[str, float]:
-    """Rows of `per_class` as one: fpr and auroc (unweighted mean over the classes), fpr_pooled and
-    auroc_pooled (mean over the images), classes, images."""
-    means = {m: classes[m].mean() for m in ("fpr", "auroc")}
-    pooled = {
-        f"{m}_pooled": np.average(classes[m], weights=classes["images"]) for m in ("fpr", "auroc")
-    }
-    return means | pooled | {"classes": len(classes), "images": int(classes["images"].sum())}
+    """Rows of `per_class` as one: fpr and auroc (unweighted mean over the classes), their means
+    over the images (``_pooled``), and numbers of classes and images."""
+    n, both = classes["images"], ("fpr", "auroc")
+    means = {m: classes[m].mean() for m in both}
+    pooled = {f"{m}_pooled": np.average(classes[m], weights=n) for m in both}
+    return means | pooled | {"classes": len(classes), "images": int(n.sum())}
 
 
 def model_frame(
     models: Iterable[Any], *, near: Sequence[str], quality: Literal["auroc", "fpr"] = "auroc"
 ) -> DataFrame:
-    """One row a model, by name: the pool's columns, ``checkpoint``, ``data``, and everything that
-    was measured.
+    """One row per model, by name: pool columns, ``checkpoint``, ``data``, and all measures.
 
     Parameters
     ----------
@@ -143,10 +122,11 @@ def model_frame(
 
     Returns
     -------
-    DataFrame. ``data`` is "CLIP-like" (cosine objective), else "broad" (`BROAD` sets) or "narrow"; ``accuracy``,
-    `summary` as "<score>/<suite>/<metric>", the record's geometry, ``moved`` and ``decay`` (NaN where not known)
+    DataFrame. ``data`` is "CLIP-like" (cosine objective), else "broad" (`BROAD` sets) or "narrow";
+    ``accuracy``, `summary` as "<score>/<suite>/<metric>", the record's geometry, ``moved`` and
+    ``decay`` (NaN where unknown)
     """
-    rows, found = [], []
+    rows, measures = [], []
     for model in models:
         numbers, record = flat(summary(model.table, near=near)), model.record
         best = {
@@ -154,18 +134,12 @@ def model_frame(
             for name, value in numbers.items()
             if name.endswith("/" + quality)
         }
+        training = {"moved": "moved", "decay": "decay_integral"}
+        known = {name: record.get(key, np.nan) for name, key in training.items()}
         rows.append(model.row)
-        found.append(
-            {
-                "accuracy": record["accuracy"],
-                "moved": record.get("moved", np.nan),
-                "decay": record.get("decay_integral", np.nan),
-                **record["geometry"],
-                **numbers,
-                **best,
-            }
-        )
-    frame = pool_frame(rows, found).set_index("name", drop=False)
+        accuracy = {"accuracy": record["accuracy"]}
+        measures.append(accuracy | known | record["geometry"] | numbers | best)
+    frame = pool_frame(rows, measures).set_index("name", drop=False)
     broad = np.where(frame["pretraining"].isin(BROAD), "broad", "narrow")
     frame.insert(1, "data", np.where(frame["objective"] == "cosine", "CLIP-like", broad))
     return frame
@@ -173,12 +147,9 @@ def model_frame(
 
 def flat(summary: DataFrame) -> dict[str, float]:
     """A summary as one row of a table of models: "mahalanobis/near/auroc" -> value, and so on."""
-    return {
-        f"{row.score}/{row.suite}/{metric}": float(getattr(row, metric))
-        for row in summary.itertuples()
-        for metric in ("fpr", "auroc", "fpr_pooled", "auroc_pooled", "failed")
-        if not np.isnan(getattr(row, metric))
-    }
+    metrics = ["fpr", "auroc", "fpr_pooled", "auroc_pooled", "failed"]
+    long = summary.set_index(["score", "suite"])[metrics].stack().dropna()
+    return {"/".join(key): float(value) for key, value in long.items()}
 
 
 def averaged(
@@ -191,9 +162,9 @@ def averaged(
 ) -> DataFrame:
     """One score of several models, averaged image by image, as a table that `summary` takes.
 
-    Every model's scores are first put on one scale with its *ID validation* images alone: "z": (s -
-    mean) / standard deviation; "rank": share of validation images below, ties half (all that is
-    above every validation image ties at 1).
+    Each model's scores are first put on one scale with its *ID validation* images alone: "z": (s -
+    mean) / standard deviation; "rank": share of validation images below, ties half (whatever is
+    above all validation images ties at 1).
 
     Parameters
     ----------
@@ -202,7 +173,8 @@ def averaged(
 
     Raises
     ------
-    OodlibError : no model, other images, no validation set, unknown scale, a weight missing or negative
+    OodlibError : no model, other images, no validation set, unknown scale, a weight that is missing
+        or negative
     """
     values = _scaled(tables, score, validation, scale)
     given = dict.fromkeys(tables, 1.0) if weights is None else dict(weights)
@@ -224,15 +196,14 @@ def choose_weights(
     scale: Literal["z", "rank"] = "z",
     steps: int = 4,
 ) -> dict[str, float]:
-    """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation
-    images.
+    """Weights for `averaged` with the best AUROC of ``validation_ood`` against the ID validation.
 
-    Looks at equal weights and at every vector of multiples of 1 / ``steps`` that sums to 1; of
-    equals the most even one wins.
+    Tries equal weights and every vector of multiples of 1 / ``steps`` that sums to 1; in a tie the
+    most even one wins.
 
     Parameters
     ----------
-    validation_ood : a set kept for this choice, never one that is tested on
+    validation_ood : a set for this choice alone, never one that is tested on
 
     Raises
     ------
@@ -268,8 +239,7 @@ def against_best(
     n_boot: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Class-mean AUROC of an average minus that of its best model, which is picked on the same test
-    images.
+    """Class-mean AUROC of an average minus that of its best model, picked on the same test images.
 
     Picking the best on test (and again in every resample) favours the single model. The interval
     resamples images of ID and of every class.
@@ -277,23 +247,14 @@ def against_best(
     methods = {"": average} | {f"model {name}": table for name, table in tables.items()}
     scores = {}
     for name, table in methods.items():
-        classes = [
-            part[score].to_numpy()
-            for _, part in _rows(table, near).groupby(["set", "label"], sort=False)
-        ]
-        scores[name] = (_rows(table, [id_set])[score].to_numpy(), classes)
-    found = replicates(auroc, scores, n=n_boot, seed=seed)
-    value, draws = found.pop("")
-    best, best_draws = (
-        max(v for v, _ in found.values()),
-        np.max([d for _, d in found.values()], axis=0),
-    )
-    return Estimate(
-        value - best,
-        *percentile_interval(draws - best_draws),
-        n=len(scores[""][0]),
-        clusters=len(tables),
-    )
+        classes = _rows(table, near).groupby(["set", "label"], sort=False)[score]
+        ids = _rows(table, [id_set])[score].to_numpy()
+        scores[name] = ids, [part.to_numpy() for _, part in classes]
+    by_method = replicates(auroc, scores, n=n_boot, seed=seed)
+    value, draws = by_method.pop("")
+    best = max(v for v, _ in by_method.values())
+    best_draws = np.max([d for _, d in by_method.values()], axis=0)
+    return Estimate.of(value - best, draws - best_draws, n=len(ids), clusters=len(tables))
 
 
 def _rows(table: DataFrame, sets: Sequence[str]) -> DataFrame:
@@ -317,10 +278,8 @@ def _scaled(
         )
     first, columns = next(iter(tables.values())), []
     for name, table in tables.items():
-        if (
-            len(table) != len(first)
-            or not (table[_KEYS].to_numpy() == first[_KEYS].to_numpy()).all()
-        ):
+        keys, expected = table[_KEYS].to_numpy(), first[_KEYS].to_numpy()
+        if len(keys) != len(expected) or not (keys == expected).all():
             raise OodlibError(
                 f"averaged: {name} was scored on other images than the first model. Score all "
                 "models on the same sets."
@@ -330,11 +289,14 @@ def _scaled(
         if scale == "z":
             columns.append((values - known.mean()) / max(known.std(), 1e-12))
         else:
-            columns.append(
-                (np.searchsorted(known, values, "left") + np.searchsorted(known, values, "right"))
-                / (2 * len(known))
-            )
+            columns.append(_share_below(known, values))
     return np.stack(columns, axis=1)
+
+
+def _share_below(known: NDArray, values: NDArray) -> NDArray[np.float64]:
+    """Share of the sorted ``known`` below each value, ties half."""
+    both = np.searchsorted(known, values, "left") + np.searchsorted(known, values, "right")
+    return both / (2 * len(known))
 
 
 def _simplex(models: int, steps: int) -> Iterator[tuple[int, ...]]:

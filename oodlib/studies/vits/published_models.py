@@ -1,4 +1,4 @@
-"""Published numbers of 44 ImageNet models as one table of models, in the form of our own pools.
+"""Published numbers of 44 ImageNet models as one table, in the form of our own pools.
 
 They are of Mahalanobis++ (Mueller, Hein, arXiv 2505.18032, Tables 6, 11, 12 and 17), by the authors
 of the study, and stand in for the study's own (arXiv 2405.17447), which could not be read.
@@ -40,35 +40,35 @@ _GROUPS = {
 
 
 def published_models() -> DataFrame:
-    """One row a model, by name; fractions (accuracy, FPR95, AUROC) and counts (failed), NaN where a
-    table lacks it.
+    """One row per model, by name; fractions (accuracy, FPR95, AUROC) and counts, NaN where unknown.
 
     Returns
     -------
     DataFrame with the columns
 
-    - pretraining (as in the source), group ("supervised 1k", "supervised 21k", "CLIP-like", "masked")
+    - pretraining (as in the source), group ("supervised 1k", "supervised 21k", "CLIP-like",
+      "masked")
     - data: "1k" or "21k" images in all before the last finetuning, empty for the others
     - family: "ViT", "DeiT3", "EVA02" or another architecture
-    - network: the name without its pretraining, equal for the 1k and the 21k version of one architecture and recipe
-      (their resolutions may differ)
-    - checkpoint: what intervals resample; augreg2 was finetuned from the same pretrained weights as augreg, base size
-    - accuracy, and "<score>/near/fpr", "<score>/near/auroc" on NINCO, "<score>/unit_tests/failed" of 17 (Mahalanobis
-      and Mahalanobis++ alone), named as in `oodlib.studies.vits.measures.flat`
-    - variance_deviation, variance_deviation++ (11 models): not comparable with ours, see data/published/README.md
+    - network: the name without its pretraining, equal for the 1k and the 21k version of one
+      architecture and recipe (their resolutions may differ)
+    - checkpoint: what intervals resample; augreg2 was finetuned from the pretrained weights of
+      augreg, base size
+    - accuracy, and "<score>/near/fpr", "<score>/near/auroc" on NINCO, "<score>/unit_tests/failed"
+      of 17 (Mahalanobis and Mahalanobis++ alone), named as in `measures.flat`
+    - variance_deviation, variance_deviation++ (11 models): not comparable with ours, see
+      data/published/README.md
     """
     rows = published("vit_study")
     rows = rows[(rows["paper"] == _PAPER) & ~rows["aggregation"].str.startswith("printed mean")]
     accuracy = rows[rows["metric"] == "accuracy"].set_index("model")
-    names = accuracy.index.to_series()
-    broad, narrow = (
-        names.str.contains("In21k").to_numpy(),
-        accuracy["pretraining"].str.contains("in1k").to_numpy(),
-    )
+    names, pretraining = accuracy.index.to_series(), accuracy["pretraining"]
+    broad = names.str.contains("In21k").to_numpy()
+    narrow = pretraining.str.contains("in1k").to_numpy()
     table = DataFrame(
         {
-            "pretraining": accuracy["pretraining"],
-            "group": accuracy["pretraining"].map(lambda p: _GROUPS.get(p, "masked")),
+            "pretraining": pretraining,
+            "group": pretraining.map(lambda p: _GROUPS.get(p, "masked")),
             "data": np.where(broad, "21k", np.where(narrow, "1k", "")),
             "family": names.str.split("-").str[0],
             "network": names.str.replace("-In21k", ""),
@@ -78,14 +78,9 @@ def published_models() -> DataFrame:
     )
     for name, suffix in _TABLES.items():
         part = rows[(rows["table"] == name) & rows["method"].isin(list(METHODS))]
-        wide = (
-            part.pivot(index="model", columns="method", values="value")
-            .rename(columns=METHODS)
-            .add_suffix(suffix)
-        )
+        wide = part.pivot(index="model", columns="method", values="value")
+        wide = wide.rename(columns=METHODS).add_suffix(suffix)
         table = table.join(wide if suffix.endswith("failed") else wide / 100)
     deviations = rows[rows["metric"] == "variance_deviation"]
-    wide = deviations.pivot(index="model", columns="method", values="value").rename(
-        columns=_FEATURES
-    )
-    return table.join(wide).sort_index()
+    wide = deviations.pivot(index="model", columns="method", values="value")
+    return table.join(wide.rename(columns=_FEATURES)).sort_index()

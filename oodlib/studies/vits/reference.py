@@ -1,6 +1,4 @@
-"""What one streaming pass over the training features leaves of a model: moments, and a
-class-balanced subsample.
-"""
+"""What one pass over the training features leaves of a model: moments, and a balanced subsample."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank, Head
@@ -37,7 +35,7 @@ class Reference:
     ----------
     moments, unit_moments : of all features and of all L2-normalised features, float64
     head : of the model
-    features, labels : (M, D) float32 and (M,): the first rows of each class, as many of each, in the order they came
+    features, labels : (M, D) float32 and (M,): the first rows of each class, in the order they came
     """
 
     moments: Moments
@@ -53,16 +51,12 @@ class Reference:
 
     @property
     def neighbours(self) -> int:
-        """k of the nearest-neighbour score: a thousandth of the subsample, at least 10, at most 50,
-        at most M.
-        """
+        """k of the nearest-neighbour score: M / 1000, at least 10, at most 50, at most M."""
         return min(max(10, min(50, len(self.features) // 1000)), len(self.features))
 
     @cached_property
     def whitenings(self) -> dict[str, tuple[Array, Array]]:
-        """ "": of the features, "++": of unit features; each (within classes, of all together), see
-        `whitening`.
-        """
+        """`whitening` of (within-class, total) covariance; "" raw features, "++" unit features."""
         return {
             name: (whitening(m.covariance), whitening(m.total_covariance))
             for name, m in (("", self.moments), ("++", self.unit_moments))
@@ -70,19 +64,15 @@ class Reference:
 
     @cached_property
     def virtual(self) -> dict[str, Any]:
-        """Origin, residual space (from the moments of all features) and alpha (from the subsample)
-        of ViM.
+        """Origin o and residual space of ViM (from all features), and alpha (from the subsample).
 
-        About the origin o the second moment is the total covariance + (mean - o)(mean - o)^T.
+        About o, the second moment is the total covariance + (mean - o)(mean - o)^T.
         """
         origin = vim_origin(self.head)
         shift = self.moments.mean - origin
         residual = vim_residual(self.moments.total_covariance + np.outer(shift, shift))
-        return {
-            "origin": origin,
-            "residual": residual,
-            "alpha": vim_alpha(self.features, self.logits, origin, residual),
-        }
+        alpha = vim_alpha(self.features, self.logits, origin, residual)
+        return {"origin": origin, "residual": residual, "alpha": alpha}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -102,20 +92,14 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        OodlibError : no such file, or no reference
-        """
+        """Read what `save` wrote. OodlibError: no such file, or not a reference."""
         if not Path(path).is_file():
             raise OodlibError(
                 f"Reference.load: there is no file {path}. Run the pass over the training images "
                 "first."
             )
         try:
-            with safe_open(path, framework="numpy") as file:
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+            arrays = load_file(path)
             moments, unit_moments = (
                 Moments(**{f.name: arrays[prefix + f.name] for f in fields(Moments)})
                 for prefix in ("", "unit_")
@@ -130,7 +114,11 @@ class Reference:
 
 
 def unit(features: Any) -> Array:
-    """(N, D) -> (N, D) float64, each row of length 1; a zero row stays zero."""
+    """(N, D) -> (N, D) float64, each row of length 1; a zero row stays zero.
+
+    >>> unit([[3.0, 4.0], [0.0, 0.0]]).tolist()
+    [[0.6, 0.8], [0.0, 0.0]]
+    """
     x = np.asarray(features, dtype=np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
@@ -140,22 +128,21 @@ def reference(banks: Iterable[FeatureBank], num_classes: int, *, per_class: int 
 
     Parameters
     ----------
-    banks : parts of one pass, as `oodlib.features.extract.stream` yields them; a list with one bank is fine
+    banks : parts of one pass, as `oodlib.features.extract.stream` yields them; or a list of one
     num_classes : C
-    per_class : rows of each class that are kept, in the order they come; a smaller class is kept whole
+    per_class : rows of each class in the subsample; a smaller class is taken whole
 
     Raises
     ------
-    OodlibError : no bank, no labels, a label outside 0 .. C-1, a class without a sample, banks of two networks,
-        ``per_class`` below 1
+    OodlibError : no bank, no labels, a label outside 0 .. C-1, a class without a sample, banks of
+        two networks, ``per_class`` below 1
     """
     if per_class < 1:
         raise OodlibError(
-            f"reference: per_class must be at least 1, got {per_class}. ViM and kNN need some "
-            "features."
+            f"reference: per_class must be at least 1, got {per_class}. ViM and kNN need features."
         )
     sums, unit_sums = MomentSums(num_classes), MomentSums(num_classes)
-    kept: list[tuple[NDArray, NDArray]] = []
+    samples: list[tuple[NDArray, NDArray]] = []
     head: Head | None = None
     for bank in banks:
         if bank.labels is None:
@@ -170,24 +157,17 @@ def reference(banks: Iterable[FeatureBank], num_classes: int, *, per_class: int 
             )
         head = bank.head
         for start in range(0, len(bank), _ROWS):
-            x, y = (
-                np.asarray(bank.features[start : start + _ROWS]),
-                np.asarray(bank.labels[start : start + _ROWS]),
-            )
+            rows = slice(start, start + _ROWS)
+            x, y = np.asarray(bank.features[rows]), np.asarray(bank.labels[rows])
             before = sums.counts.copy()
             sums.add(x, y)
             unit_sums.add(unit(x), y)
-            chosen = before[y] + _rank_in_class(y) < per_class
-            kept.append((x[chosen].astype(np.float32), y[chosen]))
+            sampled = before[y] + _rank_in_class(y) < per_class
+            samples.append((x[sampled].astype(np.float32), y[sampled]))
     moments, unit_moments = sums.moments(), unit_sums.moments()
     assert head is not None  # moments() refuses no bank
-    return Reference(
-        moments,
-        unit_moments,
-        head,
-        np.concatenate([x for x, _ in kept]),
-        np.concatenate([y for _, y in kept]),
-    )
+    features, labels = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    return Reference(moments, unit_moments, head, features, labels)
 
 
 def _rank_in_class(labels: NDArray[np.int64]) -> NDArray[np.int64]:

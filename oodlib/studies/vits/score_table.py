@@ -1,6 +1,4 @@
-"""What the study measures on one model: nine scores from one pass over the training features, and
-feature geometry.
-"""
+"""What the study measures on one model: nine scores, and the geometry of its features."""
 
 from __future__ import annotations
 
@@ -20,27 +18,12 @@ from oodlib.studies.vits.reference import Reference, reference, unit
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = [
-    "SCORES",
-    "Reference",
-    "all_scores",
-    "geometry",
-    "norm_correlation",
-    "reference",
-    "score_table",
-]
+__all__ = ["SCORES", "Reference", "all_scores", "geometry", "norm_correlation", "reference"]
+__all__ += ["score_table"]
 
-SCORES = (
-    "msp",
-    "max_logit",
-    "energy",
-    "mahalanobis",
-    "relative_mahalanobis",
-    "mahalanobis++",
-    "relative_mahalanobis++",
-    "vim",
-    "knn",
-)
+_LOGIT_SCORES = ("msp", "max_logit", "energy")
+_DISTANCES = ("mahalanobis", "relative_mahalanobis")
+SCORES = (*_LOGIT_SCORES, *_DISTANCES, *(f"{name}++" for name in _DISTANCES), "vim", "knn")
 
 Array = NDArray[np.float64]
 
@@ -63,7 +46,7 @@ def all_scores(reference: Reference, bank: FeatureBank) -> dict[str, Array]:
     if bank.head.digest != reference.head.digest:
         raise OodlibError(
             "all_scores: the bank and the reference are of two networks: their heads differ. Fit "
-            "and score with one model."
+            "and score with the same model."
         )
     scores = {
         "msp": msp(bank.logits),
@@ -85,11 +68,8 @@ def all_scores(reference: Reference, bank: FeatureBank) -> dict[str, Array]:
 
 
 def score_table(reference: Reference, banks: Mapping[str, FeatureBank]) -> DataFrame:
-    """One row an image: its set, its index there, its label (-1 where unknown) and every score of
-    `SCORES` (float32).
+    """One row per image: set, index there, label (-1: unknown) and every score (float32).
 
-    Parameters
-    ----------
     banks : set name -> bank
 
     Raises
@@ -103,28 +83,26 @@ def score_table(reference: Reference, banks: Mapping[str, FeatureBank]) -> DataF
     parts = []
     for name, bank in banks.items():
         labels = np.full(len(bank), -1) if bank.labels is None else np.asarray(bank.labels)
-        scores = {
-            key: value.astype(np.float32) for key, value in all_scores(reference, bank).items()
-        }
-        parts.append(
-            pd.DataFrame({"set": name, "index": np.arange(len(bank)), "label": labels, **scores})
-        )
+        keys = {"set": name, "index": np.arange(len(bank)), "label": labels}
+        scores = {k: v.astype(np.float32) for k, v in all_scores(reference, bank).items()}
+        parts.append(pd.DataFrame({**keys, **scores}))
     return pd.concat(parts, ignore_index=True)
 
 
 def geometry(reference: Reference) -> dict[str, float]:
     r"""Measures of the training features of one model.
 
-    - norm_mean, norm_spread: mean of ||phi|| and its standard deviation divided by the mean (subsample)
-    - variance_deviation, variance_deviation++ (of unit features): how far the classes are from sharing one covariance,
-      ``(1/C) sum_c |tr(Sigma^+ Sigma_c) / r - 1|``, r the rank of Sigma; Sigma and the class means
-      from all features, ``Sigma_c`` about its mean from the subsample. 0 where all classes spread
-      as widely
-    - nc1: ``tr(Sigma_W Sigma_B^+) / C``, Sigma_B the mean of (mu_c - mu_G)(mu_c - mu_G)^T, mu_G the mean of the class
-      means; 0 at collapse
+    - norm_mean, norm_spread: mean of ||phi||, and its standard deviation divided by the mean
+      (subsample)
+    - variance_deviation, variance_deviation++ (of unit features): how far the classes are from
+      sharing one covariance, ``(1/C) sum_c |tr(Sigma^+ Sigma_c) / r - 1|``, r the rank of Sigma;
+      Sigma and the class means from all features, ``Sigma_c`` about its mean from the subsample.
+      0 where all classes spread equally
+    - nc1: ``tr(Sigma_W Sigma_B^+) / C``, Sigma_B the mean of (mu_c - mu_G)(mu_c - mu_G)^T, mu_G
+      the mean of the class means; 0 at collapse
     - nc2_norm: standard deviation of ||mu_c - mu_G|| divided by its mean; 0 at collapse
-    - nc2_angle: mean over the pairs of classes of |cos(mu_c - mu_G, mu_c' - mu_G) + 1/(C-1)|; 0 at collapse, which
-      needs D >= C - 1
+    - nc2_angle: mean over pairs of classes of |cos(mu_c - mu_G, mu_c' - mu_G) + 1/(C-1)|; 0 at
+      collapse, which needs D >= C - 1
 
     Returns
     -------
@@ -136,8 +114,9 @@ def geometry(reference: Reference) -> dict[str, float]:
 
     Notes
     -----
-    arXiv 2505.18032 compares covariances in its Eq. 5, which we have not read; the measure here is ours. It averages
-    over directions, so that 50 images a class are enough: the noise of sampling is about sqrt(2 / (r n_c)).
+    arXiv 2505.18032 compares covariances in its Eq. 5, which we have not read; this measure is
+    ours. It averages over directions, so that 50 images per class suffice: the sampling noise is
+    about sqrt(2 / (r n_c)).
     """
     norms = np.linalg.norm(reference.features.astype(np.float64), axis=1)
     found = {"norm_mean": float(norms.mean()), "norm_spread": float(norms.std() / norms.mean())}
@@ -145,35 +124,27 @@ def geometry(reference: Reference) -> dict[str, float]:
         ("", reference.moments, reference.features),
         ("++", reference.unit_moments, unit(reference.features)),
     ):
-        found[f"variance_deviation{suffix}"] = _variance_deviation(
-            moments,
-            reference.whitenings[suffix][0],
-            np.asarray(features, dtype=np.float64),
-            reference.labels,
-        )
+        within, x = reference.whitenings[suffix][0], np.asarray(features, dtype=np.float64)
+        deviation = _variance_deviation(moments, within, x, reference.labels)
+        found[f"variance_deviation{suffix}"] = deviation
     return found | _collapse(reference.moments)
 
 
 def norm_correlation(reference: Reference, bank: FeatureBank) -> dict[str, float]:
-    """Spearman correlation of ||phi|| and each score over the images of one set; nan where one of
-    them is constant.
-    """
+    """Spearman correlation of ||phi|| and each score over one set; nan where one is constant."""
     norms = np.linalg.norm(np.asarray(bank.features, dtype=np.float64), axis=1)
-    scores = all_scores(reference, bank)
-    return {
-        name: float(spearmanr(norms, scores[name]).statistic)
-        if np.ptp(scores[name]) and np.ptp(norms)
-        else float("nan")
-        for name in SCORES
-    }
+    rho = dict.fromkeys(SCORES, float("nan"))
+    for name, score in all_scores(reference, bank).items():
+        if np.ptp(score) and np.ptp(norms):
+            rho[name] = float(spearmanr(norms, score).statistic)
+    return rho
 
 
 def _variance_deviation(
     moments: Moments, whitening: Array, features: Array, labels: NDArray[np.int64]
 ) -> float:
-    squared = np.square((features - moments.class_means[labels]) @ whitening).mean(
-        1
-    )  # tr(Sigma^+ x x^T) / r
+    white = (features - moments.class_means[labels]) @ whitening
+    squared = np.square(white).mean(1)  # tr(Sigma^+ x x^T) / r
     ratio = np.bincount(labels, weights=squared) / np.bincount(labels)
     return float(np.abs(ratio - 1).mean())
 
@@ -182,9 +153,8 @@ def _collapse(moments: Moments) -> dict[str, float]:
     spread = moments.class_means - moments.class_means.mean(0)
     classes = len(spread)
     _, sizes, directions = np.linalg.svd(spread, full_matrices=False)
-    directions, sizes = (
-        part[sizes > 1e-8 * sizes[0]] for part in (directions, sizes)
-    )  # rank at most C - 1
+    in_span = sizes > 1e-8 * sizes[0]  # rank at most C - 1
+    directions, sizes = directions[in_span], sizes[in_span]
     within = np.einsum("rd,de,re->r", directions, moments.covariance, directions)
     norms = np.linalg.norm(spread, axis=1)
     cosines = (spread / norms[:, None]) @ (spread / norms[:, None]).T

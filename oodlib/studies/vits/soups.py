@@ -14,14 +14,13 @@ State = Mapping[str, Tensor]
 
 def fill_with_mean(model: nn.Module, states: Sequence[State]) -> None:
     """Give ``model`` the mean of the weights, in place."""
-    model.load_state_dict(
-        {
-            key: torch.stack([state[key] for state in states]).mean(0)
-            if value.is_floating_point()
-            else value
-            for key, value in states[0].items()
-        }
-    )
+
+    def mean(key: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        return torch.stack([state[key] for state in states]).mean(0)
+
+    model.load_state_dict({key: mean(key, value) for key, value in states[0].items()})
 
 
 def fill_greedily(
@@ -30,8 +29,7 @@ def fill_greedily(
     accuracy: Mapping[str, float],
     evaluate: Callable[[nn.Module], float],
 ) -> list[str]:
-    """Give ``model`` the mean of the members that do not harm; returns their names, in the order
-    they came in.
+    """Give ``model`` the mean of the members that do not harm; returns their names in order.
 
     In falling order of their own accuracy, a member stays if the mean with it is not worse than the
     one before.
@@ -49,8 +47,8 @@ def fill_greedily(
     chosen, best = [first], accuracy[first]
     for name in others:
         fill_with_mean(model, [states[n] for n in (*chosen, name)])
-        found = evaluate(model)
-        if found >= best:
-            chosen, best = [*chosen, name], found
+        reached = evaluate(model)
+        if reached >= best:
+            chosen, best = [*chosen, name], reached
     fill_with_mean(model, [states[n] for n in chosen])
     return chosen

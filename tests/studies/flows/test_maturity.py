@@ -21,7 +21,6 @@ def history(*rows):
 
 
 # --- the rule
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,6 @@ def test_the_nearest_kept_step_is_nearest_by_ratio(epochs, step):
 
 
 # --- AUROC along training
-# ----------------------------------------------------------------------------------------
 
 
 def scores(
@@ -176,7 +174,6 @@ def test_a_group_size_that_is_not_there_is_refused():
 
 
 # --- overlap
-# -----------------------------------------------------------------------------------------------------
 
 A, B = RNG.normal(3.4, 0.3, 150), RNG.gamma(4, 0.2, 90) + 2.6
 

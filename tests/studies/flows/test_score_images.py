@@ -85,7 +85,6 @@ def norms(model, name, size, objective="log_prob"):
 
 
 # --- what is computed
-# --------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_every_score_of_every_image_and_group(table):
@@ -162,7 +161,6 @@ def test_without_variants_the_other_scores_are_the_same(model, table):
 
 
 # --- the same numbers again
-# --------------------------------------------------------------------------------------
 
 
 def test_noise_follows_from_the_set_alone():
@@ -217,7 +215,6 @@ def test_scoring_changes_neither_weights_nor_mode(model):
 
 
 # --- overflow
-# ----------------------------------------------------------------------------------------------------
 
 
 def sure_network(sure: float) -> Glow:
@@ -265,7 +262,6 @@ def test_fit_images_that_overflow_are_left_out(overflowing):
 
 
 # --- bad input
-# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", ["fit", "id"])

@@ -362,7 +362,7 @@ def test_soup_file_of_another_network(tmp_path, options, parts):
 
 def test_file_that_is_no_soup(small, tmp_path):
     write(tmp_path / SOUP.weights, torch.save, small.state_dict())
-    with refuses("model_0.pt", "no file of model-soups", "model.visual", "cls_token"):
+    with refuses("model_0.pt", "not a file of model-soups", "model.visual", "cls_token"):
         load_tagged(SOUP, weights=tmp_path)
 
 

@@ -11,7 +11,10 @@ from helpers import refuses
 
 from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool, write_pool
 
-HEADER = "name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,head,penalty,resolution,seed,role"
+HEADER = (
+    "name,network,weights,pretraining,objective,aug,weight_decay,dropout,stochastic_depth,ft_lr,"
+    "head,penalty,resolution,seed,role"
+)
 ROW = "a,net,,in1k,sigmoid,none,0.1,0.0,0.0,0.01,raw,0.0,224,0,"
 AUGREG = re.compile(
     r"augreg/(?P<arch>\w+?)-(?P<data>i1k|i21k)-300ep-lr_0.001-aug_(?P<aug>\w+)-wd_(?P<wd>[\d.]+)-"
@@ -81,7 +84,7 @@ def test_order_of_columns_does_not_matter(tmp_path):
         ((), ("the column name is missing",)),
         ((HEADER, "a,net"), ("line 2: 15 cells are needed",)),
         ((HEADER, ROW + ",1"), ("line 2: 15 cells are needed",)),
-        ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' must be fit for a file name",)),
+        ((HEADER, "a/b" + ROW[1:]), ("line 2: the name 'a/b' is not a valid file name",)),
     ],
 )
 def test_faulty_tables(tmp_path, lines, parts):
@@ -188,5 +191,8 @@ def test_timm_rows_are_the_patterns_of_the_note_and_tags_that_timm_knows():
         check_timm_name(row.network, tag_needed=True)
         config = get_pretrained_cfg(row.network)
         assert row.resolution == config.input_size[-1] and config.num_classes == 1000, row.name
-        cell = f"aug_{row.aug}-wd_{row.weight_decay}-do_{row.dropout}-sd_{row.stochastic_depth}--imagenet2012-steps_20k-lr_{row.ft_lr}-"
+        cell = (
+            f"aug_{row.aug}-wd_{row.weight_decay}-do_{row.dropout}-sd_{row.stochastic_depth}"
+            f"--imagenet2012-steps_20k-lr_{row.ft_lr}-"
+        )
         assert ("augreg" in config.url) == (row.ft_lr is not None) == (cell in config.url), row.name

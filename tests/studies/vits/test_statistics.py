@@ -13,10 +13,10 @@ from scipy.stats import binomtest, spearmanr, ttest_1samp, ttest_ind
 
 from oodlib import OodlibError, metrics
 from oodlib.studies.vits.effects import (
+    clustered_mean,
     common_levels,
     group_difference,
     interaction,
-    mean,
     paired_effects,
     pool_frame,
 )
@@ -336,7 +336,7 @@ def test_with_few_clusters_the_interval_is_students_over_clusters_not_models() -
 
 def test_where_clusters_are_skewed_the_bootstrap_is_the_wider() -> None:
     values = np.repeat([0.0, 10.0], [98, 2])  # a resample has five tens, rarely six
-    found, t = mean(values), ttest_1samp(values, 0).confidence_interval()
+    found, t = clustered_mean(values), ttest_1samp(values, 0).confidence_interval()
     assert found.high == pytest.approx(0.5) and t.high < 0.49
     assert found.low == pytest.approx(t.low)
 
@@ -383,11 +383,11 @@ def test_bad_tables_of_models_are_named() -> None:
     with pytest.raises(OodlibError, match="no other factor"):
         paired_effects(cells[["ft_lr", "maha", "checkpoint"]], "ft_lr", 0.01, 0.03, "maha")
     with pytest.raises(OodlibError, match="1 NaN"):
-        mean([1.0, np.nan])
+        clustered_mean([1.0, np.nan])
     with pytest.raises(OodlibError, match="equal length"):
         spearman([1.0, 2.0], [1.0])
     with pytest.raises(OodlibError, match="Every model needs a cluster"):
-        mean([1.0, 2.0], ["a"])
+        clustered_mean([1.0, 2.0], ["a"])
 
 
 def test_groups_differ_and_the_permutation_test_is_exact() -> None:

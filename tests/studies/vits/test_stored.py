@@ -17,8 +17,8 @@ from oodlib.files import write_json
 from oodlib.metrics import auroc, fpr_at_tpr
 from oodlib.studies.vits.measures import averaged, summary
 from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.studies.vits.recipes import finetune_recipe, made_folder, pretrained_path
 from oodlib.studies.vits.stored import STORED, pool_models, ranked, ship
-from oodlib.studies.vits.trained import finetune_recipe, made_folder, pretrained_path
 
 CELL = PoolRow(
     name="cell",
@@ -222,14 +222,17 @@ def flipped(path):
 def test_a_damaged_file_is_one_clear_error(shipped, name, damage):
     damage(shipped / name)
     with pytest.raises(
-        OodlibError, match=r"vits_cifar: runs\.json or scores\.parquet is missing or damaged"
+        OodlibError,
+        match=rf"vits_cifar.{re.escape(name)} is (missing|damaged).* Restore the folder",
     ):
         pool_models("cifar")
 
 
 def test_a_damaged_folder_of_a_trained_row_is_named_with_its_command(tables):
     (made_folder(CELL) / "scores.parquet").write_bytes(b"PAR1")
-    with pytest.raises(OodlibError, match=r"vits_cifar.cell or the checkpoint .*--models cell"):
+    with pytest.raises(
+        OodlibError, match=r"vits_cifar.cell.scores.parquet is missing.*--models cell"
+    ):
         pool_models("cifar")
 
 

@@ -2,7 +2,6 @@
 again, soups.
 """
 
-import functools
 import json
 import math
 import os
@@ -23,14 +22,15 @@ from oodlib.features.extract import extract
 from oodlib.models.hooks import find_head
 from oodlib.models.small_vit import NETWORKS, small_vit
 from oodlib.models.training import vit as training
-from oodlib.studies.vits import image_sets, trained
+from oodlib.studies.vits import image_sets, recipes, scored_sets, trained
 from oodlib.studies.vits.image_sets import assert_never_trained_on, pool_sets, training_images
 from oodlib.studies.vits.pool_table import PoolRow, write_pool
+from oodlib.studies.vits.recipes import Budget, made_folder, pretrained_path
 from oodlib.studies.vits.score_table import SCORES
 from oodlib.studies.vits.soups import fill_greedily
 from oodlib.studies.vits.stored import pool_models, ranked
 from oodlib.studies.vits.sweep import train_pool
-from oodlib.studies.vits.trained import Budget, load_row, made_folder, pretrained_path, train_row
+from oodlib.studies.vits.trained import load_row, train_row
 
 needs_mirror = pytest.mark.skipif(
     "OODLIB_MIRROR" not in os.environ, reason="OODLIB_MIRROR is not set"
@@ -39,7 +39,6 @@ NEAR = ("greek", "cyrillic", "armenian", "georgian", "hebrew", "math")
 
 
 # --- networks
-# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -76,7 +75,6 @@ def test_an_unknown_network_or_head_is_refused(wrong):
 
 
 # --- image sets
-# --------------------------------------------------------------------------------------------------
 
 
 def assert_unit_tests(images, n):
@@ -139,14 +137,15 @@ def test_a_training_image_among_the_test_images_is_found(monkeypatch):
 
 def leaky(monkeypatch, name):
     """Let the images to be scored hold one that the models of the pool cifar are trained on."""
-    monkeypatch.setattr(trained, "_sets", functools.cache(whole_sets.__wrapped__))
+    monkeypatch.setattr(trained, "_sets", whole_sets)
     training = {
         name: pictures(name, 182, 10, seed=seed)
         for seed, name in ((8, "cifar10"), (9, "tiny-imagenet"))
     }
-    monkeypatch.setattr(trained, "training_images", lambda pool, name: training[name])
+    for module in (trained, scored_sets):
+        monkeypatch.setattr(module, "training_images", lambda pool, name: training[name])
     monkeypatch.setattr(
-        trained,
+        scored_sets,
         "pool_sets",
         lambda pool, **n: {
             "fit": training["cifar10"],
@@ -177,7 +176,7 @@ def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, m
     row = replace(CELL, pretraining="tiny-imagenet")
     training = leaky(monkeypatch, "cifar10")
     monkeypatch.setattr(
-        trained, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)}
+        scored_sets, "pool_sets", lambda pool, **n: {"id": pictures("id", 52, 10, seed=1)}
     )
     (path,) = trained.pretrain(row).parent.glob("seen_*.safetensors")
     assert path.stem == f"seen_tiny-imagenet-{training['tiny-imagenet'].fingerprint[:16]}"
@@ -187,15 +186,15 @@ def test_the_hashes_of_the_pretraining_images_lie_beside_the_checkpoint(small, m
     with pytest.raises(
         OodlibError, match=r"1 images of tiny-imagenet/test are also in tiny-imagenet"
     ):
-        trained.check_test_images("cifar", sets)
+        scored_sets.check_test_images("cifar", sets)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.safetensors is not the file"):
-        trained.check_test_images("cifar", sets)
+    with pytest.raises(OodlibError, match=r"tiny-imagenet-\w+\.safetensors is damaged"):
+        scored_sets.check_test_images("cifar", sets)
 
 
 @pytest.mark.slow
 def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
-    (path,) = trained._shipped_folder("embedded").glob("seen_unicode-*.safetensors")
+    (path,) = recipes.shipped_folder("embedded").glob("seen_unicode-*.safetensors")
     images = training_images("embedded", "unicode")
     assert path.stem == f"seen_unicode-{images.fingerprint[:16]}"
     assert load_file(path)["hashes"].numpy().view(np.uint64).tolist() == sorted(
@@ -209,7 +208,7 @@ def test_the_shipped_hashes_are_those_of_the_set_that_the_checkpoints_saw():
 def test_the_cifar_sets_are_what_they_say_and_were_never_trained_on():
     # the very images that are scored: not all would do, one "cattle" of CIFAR-100 is a "dog" of
     # CIFAR-10's training set
-    n_test, n_ood = trained.BUDGETS["cifar"].n_test, trained.BUDGETS["cifar"].n_ood
+    n_test, n_ood = recipes.BUDGETS["cifar"].n_test, recipes.BUDGETS["cifar"].n_ood
     found = pool_sets("cifar", n_fit=100, n_test=n_test, n_ood=n_ood, n_unit=3)
     assert list(found) == [
         "fit",
@@ -248,7 +247,6 @@ def test_an_unknown_pool_or_training_set_is_refused(call):
 
 
 # --- trained rows
-# ------------------------------------------------------------------------------------------------
 
 CELL = PoolRow(
     name="cell",
@@ -297,7 +295,7 @@ def small(tmp_path, monkeypatch):
     classes = {"cifar": 10, "embedded": 26}
     for pool in classes:
         monkeypatch.setitem(
-            trained.BUDGETS,
+            recipes.BUDGETS,
             pool,
             Budget(pretraining=256, finetuning=192, member=96, n_fit=0, n_test=0, n_ood=0),
         )
@@ -401,7 +399,7 @@ def test_a_row_killed_before_its_scores_were_stored_is_not_trained_again(small, 
 def test_another_recipe_trains_again(small, monkeypatch):
     train_row(CELL)
     first = weights(CELL)["head.bias"]
-    monkeypatch.setitem(trained.BUDGETS, "cifar", replace(trained.BUDGETS["cifar"], finetuning=128))
+    monkeypatch.setitem(recipes.BUDGETS, "cifar", replace(recipes.BUDGETS["cifar"], finetuning=128))
     with pytest.raises(
         OodlibError, match=r"cell is not trained yet: .*train-vit --pool cifar --models cell"
     ):
@@ -427,7 +425,7 @@ def test_what_was_trained_at_length_outlives_an_edit_but_not_another_recipe(smal
     assert record(CELL)["code"] == code and len(small) == 4
     assert load_row(LIVE).provenance["code"] == "edited" and small[4:] == ["cell"]
     monkeypatch.setitem(
-        trained.BUDGETS, "cifar", replace(trained.BUDGETS["cifar"], pretraining=128)
+        recipes.BUDGETS, "cifar", replace(recipes.BUDGETS["cifar"], pretraining=128)
     )
     with pytest.raises(
         OodlibError, match=r"s0\.safetensors was pretrained by another recipe, .*256.*128"
@@ -469,7 +467,7 @@ def test_damaged_weights_are_refused(small, tmp_path, row):
     load_row(row) if row is LIVE else train_row(row)
     path = next(path for path in tmp_path.rglob("model.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\1\1")
-    with pytest.raises(OodlibError, match=r"model\.safetensors is not the file .*--models cell"):
+    with pytest.raises(OodlibError, match=r"model\.safetensors is damaged.*--models cell"):
         load_row(row)
 
 
@@ -481,7 +479,7 @@ def test_a_damaged_checkpoint_is_refused(small, damage):
     train_row(CELL)
     damage(pretrained_path(CELL))
     with pytest.raises(
-        OodlibError, match=r"s0\.safetensors is not the file its .*s0\.json describes"
+        OodlibError, match=r"s0\.safetensors is (missing|damaged).* Restore both files"
     ):
         train_row(replace(CELL, name="low", ft_lr=0.03))
 
@@ -518,7 +516,6 @@ def test_a_row_that_cannot_be_trained_here_is_refused(small, row):
 
 
 # --- soups
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_soups_are_means_of_their_members(small):
@@ -573,7 +570,6 @@ def test_a_greedy_soup_keeps_members_that_do_not_harm(found, chosen):
 
 
 # --- a whole pool
-# ------------------------------------------------------------------------------------------------
 
 
 def test_two_workers_share_a_pool_and_do_nothing_twice(small, tmp_path, monkeypatch):
@@ -622,46 +618,23 @@ def test_a_soup_brings_its_members_and_an_unknown_name_the_known_ones(small, tmp
         train_pool.train_pool("cifar", models="bread")
 
 
-@pytest.mark.parametrize("codes", [(0, 0), (0, 3)])
+@pytest.mark.parametrize("codes", [(0, 0), (0, 3), (-9, 0)])
 def test_processes_have_one_thread_each_and_a_failure_is_reported(
     small, tmp_path, monkeypatch, codes
 ):
     write_pool(tmp_path / "data" / "pools" / "cifar.csv", (CELL,))
-    started = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    class Process:
-        def __init__(self, command, env):
-            self.code = codes[len(started)]
-            started.append((command[1:], env["OMP_NUM_THREADS"]))
+    def run(tasks, work, ended, *, at_once):
+        assert os.environ["OMP_NUM_THREADS"] == "1" and at_once == 2
+        assert work.keywords["chosen"] == [CELL] and work.keywords["device"] == "cpu"
+        for task, code in zip(tasks, codes, strict=True):
+            ended(task, code)
 
-        def wait(self):
-            return self.code
-
-    monkeypatch.setattr(train_pool.subprocess, "Popen", Process)
+    monkeypatch.setattr(train_pool, "run_processes", run)
     if any(codes):
         with pytest.raises(OodlibError, match="1 of 2 processes failed"):
             train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu")
     else:
         assert train_pool.train_pool("cifar", models="c*", jobs=2, device="cpu") == ["cell"]
-    assert (
-        started
-        == [
-            (
-                [
-                    "-m",
-                    "oodlib",
-                    "train-vit",
-                    "--pool",
-                    "cifar",
-                    "--models",
-                    "c*",
-                    "--device",
-                    "cpu",
-                    "--jobs",
-                    "1",
-                ],
-                "1",
-            )
-        ]
-        * 2
-    )
+    assert "OMP_NUM_THREADS" not in os.environ

@@ -1,1 +1,1 @@
-"""Scoring a whole pool of models, on this machine or a cluster: jobs, cost, launch, results."""
+"""Training a pool, and scoring all models of a pool, on one machine or a cluster."""

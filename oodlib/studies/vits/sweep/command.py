@@ -1,12 +1,11 @@
-"""``train-vit`` and ``sweep``: train and score a pool of small ViTs, or score every model of a
-pool.
-"""
+"""``train-vit`` and ``sweep``: train and score a pool of small ViTs; score all models of a pool."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from oodlib.workspace import root
 
@@ -15,92 +14,47 @@ __all__ = ["sweep", "sweep_options", "train_options", "train_vit"]
 
 def train_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``train-vit``."""
-    command.add_argument("--pool", help="embedded, cifar, or a table of such rows")
-    command.add_argument("--models", default="*", help="only rows whose name matches this pattern")
-    command.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each"
-    )
-    command.add_argument(
-        "--ship",
-        action="store_true",
-        help="train nothing; pack what is finished into data/checkpoints",
-    )
+    add, cores = command.add_argument, os.cpu_count() or 1
+    add("--pool", help="embedded, cifar, or a table of such rows")
+    add("--models", default="*", help="only rows whose name matches this pattern")
+    add("--jobs", type=int, default=cores, help="processes of one thread each")
+    packed = "train nothing; pack what is finished into data/checkpoints"
+    add("--ship", action="store_true", help=packed)
 
 
 def sweep_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``sweep``."""
-    command.add_argument("--pool", required=True, help="a file, or the name of one in data/pools")
-    command.add_argument(
-        "--dry-run", action="store_true", help="print what it would cost, and stop"
-    )
-    command.add_argument(
-        "--status", action="store_true", help="print what is done, running, failed and missing"
-    )
-    command.add_argument(
-        "--output", type=Path, help="folder of results; default data/sweeps/<pool>"
-    )
-    command.add_argument(
-        "--models", default="*", metavar="GLOB", help="only the rows with such names"
-    )
-    command.add_argument("--where", default="local", choices=("local", "slurm", "submitit-local"))
-    command.add_argument(
-        "--jobs", type=int, metavar="N", help="jobs at a time; default 1, on SLURM 64"
-    )
-    command.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts"
-    )
-    command.add_argument(
-        "--cpus",
-        type=int,
-        metavar="N",
-        help="cores (and image decoders) of a job; default 8 for ImageNet, else 1",
-    )
-    command.add_argument(
-        "--gpus", type=int, metavar="N", help="of a SLURM job; default 1 for ImageNet, else none"
-    )
-    command.add_argument(
-        "--timeout",
-        type=int,
-        default=1440,
-        metavar="MIN",
-        help="longest time of a job; default 1440",
-    )
-    command.add_argument("--partition", default="", help="of SLURM")
-    command.add_argument(
-        "--slurm",
-        type=_pair,
-        action="append",
-        metavar="KEY=VALUE",
-        help="any other option of sbatch, for example account=vision",
-    )
-    command.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="of the ImageNet sets, as `data --profile paper` lists them",
-    )
-    command.add_argument("--weights", type=Path, metavar="DIR", help="folder of the weight files")
-    command.add_argument(
-        "--all-features", action="store_true", help="keep the features of every training image too"
-    )
-    command.add_argument(
-        "--tflops", type=float, help="for --dry-run: what the device reaches in float32"
-    )
-    command.add_argument(
-        "-p",
-        dest="parameter",
-        nargs=2,
-        action="append",
-        metavar=("NAME", "VALUE"),
-        help="n_fit, n_test or n_ood of the pools trained here",
-    )
+    add, flag = command.add_argument, {"action": "store_true"}
+    add("--pool", required=True, help="a file, or the name of one in data/pools")
+    add("--dry-run", **flag, help="print what it would cost, and stop")
+    add("--status", **flag, help="print what is done, running, failed and missing")
+    add("--output", type=Path, help="folder of results; default data/sweeps/<pool>")
+    add("--models", default="*", metavar="GLOB", help="only the rows with such names")
+    add("--where", default="local", choices=("local", "slurm", "submitit-local"))
+    add("--jobs", type=int, metavar="N", help="jobs at a time; default 1, on SLURM 64")
+    add("--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts")
+    cores = "cores (and image decoders) of a job; default 8 for ImageNet, else 1"
+    add("--cpus", type=int, metavar="N", help=cores)
+    add("--gpus", type=int, metavar="N", help="of a SLURM job; default 1 for ImageNet, else none")
+    add("--timeout", type=int, default=1440, metavar="MIN", help="longest time of a job")
+    add("--partition", default="", help="of SLURM")
+    other = "any other option of sbatch, for example account=vision"
+    add("--slurm", type=_pair, action="append", metavar="KEY=VALUE", help=other)
+    sets = "of the ImageNet sets, as `data --profile paper` lists them"
+    add("--data-root", type=Path, metavar="DIR", help=sets)
+    add("--weights", type=Path, metavar="DIR", help="folder of the weight files")
+    add("--all-features", **flag, help="keep the features of every training image too")
+    add("--tflops", type=float, help="for --dry-run: what the device reaches in float32")
+    sizes = "n_fit, n_test or n_ood of the pools trained here"
+    pair: Any = ("NAME", "VALUE")
+    add("-p", dest="parameter", nargs=2, action="append", metavar=pair, help=sizes)
 
 
 def _shard(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no shard: I/N with 1 <= I <= N, for example 2/8"
+            f"{text!r} is not a shard: I/N with 1 <= I <= N, for example 2/8"
         )
     return int(part), int(parts)
 
@@ -113,7 +67,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def train_vit(given: argparse.Namespace) -> int:
-    """Train and score the rows of a pool that are missing; with ``--ship``, pack what is finished."""
+    """Train and score the missing rows of a pool; with ``--ship``, pack what is finished."""
     pool = given.pool or {"benchmark": "cifar", "paper": "imagenet"}.get(given.profile, "embedded")
     if given.ship:
         from oodlib.studies.vits.stored import ship
@@ -122,17 +76,14 @@ def train_vit(given: argparse.Namespace) -> int:
         return 0
     from oodlib.studies.vits.sweep.train_pool import train_pool
 
-    done = train_pool(
-        pool, models=given.models, jobs=max(1, given.jobs), device=given.device or "cpu"
-    )
+    jobs, device = max(1, given.jobs), given.device or "cpu"
+    done = train_pool(pool, models=given.models, jobs=jobs, device=device)
     print(f"{len(done)} models of the pool {pool} are trained and scored.")
     return 0
 
 
 def sweep(given: argparse.Namespace) -> int:
-    """Score every model of a pool on every image set, or say what that would cost or where it
-    stands.
-    """
+    """Score every model of a pool on every image set, or print the cost or the status of that."""
     from oodlib.studies.vits.pool_table import find_pool
     from oodlib.studies.vits.sweep.jobs import chosen, describe, make_jobs
     from oodlib.studies.vits.sweep.models_and_images import find_source
@@ -141,20 +92,14 @@ def sweep(given: argparse.Namespace) -> int:
     output = (given.output or root() / "data" / "sweeps" / pool.stem).resolve()
     source = find_source(
         pool,
-        output,
         data=given.data_root,
         weights=given.weights,
         workers=given.cpus or 8,
         sizes=dict(given.parameter or []),
     )
     cpus = given.cpus or (8 if source.files else 1)
-    jobs = make_jobs(
-        chosen(pool, given.models),
-        source,
-        output,
-        all_features=given.all_features,
-        device=given.device or "auto",
-    )
+    options = {"all_features": given.all_features, "device": given.device or "auto"}
+    jobs = make_jobs(chosen(pool, given.models), source, output, **options)
     if given.dry_run:
         from oodlib.studies.vits.sweep.cost import describe_plan
 

@@ -1,5 +1,4 @@
-"""How the jobs of a sweep are started: processes of this machine, or submitit (a SLURM cluster, or
-its local stand-in).
+"""How jobs of a sweep are started: processes of this machine, or submitit (SLURM, or locally).
 
 Whether a job is done is read from its files alone. A process that has ended without a record is
 recorded as failed.
@@ -7,15 +6,13 @@ recorded as failed.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from oodlib.studies.vits.sweep.jobs import (
     state,
     try_lock,
 )
+from oodlib.studies.vits.sweep.processes import ending, run_processes
 from oodlib.studies.vits.sweep.tables import collect
 
 __all__ = ["Resources", "run_local", "run_submitit", "run_sweep"]
@@ -65,8 +63,7 @@ def run_sweep(
     shard: tuple[int, int] = (1, 1),
     poll: float = 10,
 ) -> int:
-    """Do what is missing or failed, bring the tables up to date, say what came of it; 1 if
-    something is not done.
+    """Do what is missing or failed, update the tables, print the outcome; 1 if work is left.
 
     Parameters
     ----------
@@ -81,15 +78,12 @@ def run_sweep(
     mine = ready[shard[0] - 1 :: shard[1]]
     todo = [job for job in mine if state(job)[0] in ("failed", "missing")]
     print(f"{len(mine):,} jobs, {len(todo):,} to run.", flush=True)
-    ended = 0
+    ended: list[Job] = []
 
     def report(job: Job) -> None:
-        nonlocal ended
-        ended += 1
-        found, error = state(job)
-        print(
-            f"[{ended}/{len(todo)}] {job.name}  {found}{': ' if error else ''}{error}", flush=True
-        )
+        ended.append(job)
+        text = ": ".join(filter(None, state(job)))
+        print(f"[{len(ended)}/{len(todo)}] {job.name}  {text}", flush=True)
 
     for job in todo:
         with try_lock(job) as held:
@@ -100,68 +94,29 @@ def run_sweep(
     elif todo:
         run_submitit(todo, output, where, resources, report, poll=poll)
     path = collect(output, dict.fromkeys(job.row.name for job in jobs), jobs[0].source.splits())
-    print(
-        "",
-        describe(jobs),
-        "",
-        f"Summary: {path}" if path else "No model has all it needs for a score table yet.",
-        sep="\n",
-    )
+    print(f"\n{describe(jobs)}\n")
+    print(f"Summary: {path}" if path else "No model has all it needs for a score table yet.")
     return int(any(state(job)[0] != "done" for job in mine))
 
 
 def run_local(jobs: Sequence[Job], resources: Resources, report: Report) -> None:
     """Run every job in a process of its own, so that one that crashes takes nothing with it."""
-    # a server that has imported torch once forks every job in no time; Windows has none
-    context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        context.set_forkserver_preload(
-            ["oodlib.studies.vits.score_table", "oodlib.features.extract"]
-        )
-    waiting, free = list(reversed(jobs)), list(range(resources.at_once))
-    running: dict[Any, tuple[Job, Any, float]] = {}
-    try:
-        while waiting or running:
-            while waiting and free:
-                job = replace(waiting.pop(), slot=free.pop(0))
-                process = context.Process(
-                    target=_work, args=(job, resources.at_once), name=job.name
-                )
-                process.start()
-                running[process.sentinel] = job, process, time.monotonic() + 60 * resources.timeout
-            ended = wait(
-                list(running), timeout=min(end for _, _, end in running.values()) - time.monotonic()
-            )
-            late = [sentinel for sentinel, (_, _, end) in running.items() if time.monotonic() > end]
-            for sentinel in {*ended, *late}:
-                job, process, _ = running.pop(sentinel)
-                if sentinel in late and sentinel not in ended:
-                    process.kill()
-                process.join()
-                free.append(job.slot or 0)
-                reason = (
-                    f"ran longer than {resources.timeout} min"
-                    if sentinel in late
-                    else _ending(process.exitcode)
-                )
-                note_death(job, f"The process {reason}.")
-                report(job)
-    finally:
-        for _, process, _ in running.values():
-            process.kill()
+    timeout = 60 * resources.timeout
+
+    def ended(job: Job, code: int | None) -> None:
+        note_death(job, f"The process {ending(code, timeout)}.")
+        report(job)
+
+    work = partial(_work, at_once=resources.at_once)
+    run_processes(jobs, work, ended, at_once=resources.at_once, timeout=timeout)
 
 
-def _work(job: Job, at_once: int) -> None:
+def _work(job: Job, slot: int, at_once: int) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:  # the process is the job's own
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // at_once))
-    run_job(job)
-
-
-def _ending(code: int) -> str:
-    signal = f"was ended by signal {-code}" + (" (killed: out of memory?)" if code == -9 else "")
-    return signal if code < 0 else f"ended with code {code} and left no record"
+    run_job(replace(job, slot=slot))
 
 
 def run_submitit(
@@ -178,7 +133,8 @@ def run_submitit(
     Parameters
     ----------
     where : "slurm", or "submitit-local" for submitit's processes on this machine
-    poll : seconds between two looks; a job out of the queue gets three to show its record (network disks are slow)
+    poll : seconds between two looks; a job that left the queue gets three of them to show its
+        record (network disks are slow)
 
     Raises
     ------
@@ -191,14 +147,16 @@ def run_submitit(
             "sweep: SLURM needs submitit. Install it: pip install 'oodlib[sweep]' (or pip install "
             "submitit)."
         ) from error
-    cluster = "slurm" if where == "slurm" else "local"
-    if cluster == "slurm" and shutil.which("sbatch") is None:
+    slurm = where == "slurm"
+    if slurm and shutil.which("sbatch") is None:
         raise OodlibError(
             "sweep: there is no SLURM here (no sbatch). Start it on a machine of the cluster, or "
             "with --where local."
         )
     executor = submitit.AutoExecutor(
-        folder=output / "logs" / "%j", cluster=cluster, slurm_max_num_timeout=0
+        folder=output / "logs" / "%j",
+        cluster="slurm" if slurm else "local",
+        slurm_max_num_timeout=0,
     )
     executor.update_parameters(
         name="oodlib-sweep",
@@ -206,38 +164,32 @@ def run_submitit(
         cpus_per_task=resources.cpus,
         **({"gpus_per_node": resources.gpus} if resources.gpus else {}),
     )
-    waiting, running = list(jobs), {}
-    if cluster == "slurm":
+    waiting, queue = list(jobs), _SlurmQueue()
+    running: dict[Job, Any] = {}
+    if slurm:
         running, waiting = dict(_submit_arrays(executor, waiting, resources)), []
-    last_seen: dict[Job, int] = {}  # looks since it was seen in the queue
-    queue = _SlurmQueue()
+    unseen: dict[Job, int] = {}  # looks since it was last in the queue
     while waiting or running:
         while waiting and len(running) < resources.at_once:
             job = waiting.pop(0)
             running[job] = executor.submit(Task(), job)
         time.sleep(poll)
-        alive = (
-            queue.alive(running)
-            if cluster == "slurm"
-            else {job for job, handle in running.items() if not handle.done()}
-        )
-        for job in list(running):
-            last_seen[job] = 0 if job in alive else last_seen.get(job, 0) + 1
-            if last_seen[job] == 3:
+        alive = queue.alive(running) if slurm else {j for j, h in running.items() if not h.done()}
+        for job, handle in list(running.items()):
+            unseen[job] = 0 if job in alive else unseen.get(job, 0) + 1
+            if unseen[job] == 3:
                 note_death(
                     job,
-                    f"The process of job {running[job].job_id} ended and left no record (killed, "
-                    f"out of memory or time?). Its log: {running[job].paths.stderr}",
+                    f"The process of job {handle.job_id} ended and left no record (killed, out of "
+                    f"memory or time?). Its log: {handle.paths.stderr}",
                 )
-            if last_seen[job] == 3 or state(job)[0] in ("done", "failed"):
+            if unseen[job] == 3 or state(job)[0] in ("done", "failed"):
                 del running[job]
                 report(job)
 
 
 class Task:
-    """What submitit runs; on pre-emption SLURM starts it again, and since a job leaves nothing
-    half-done, from anew.
-    """
+    """What submitit runs; SLURM restarts it after pre-emption: nothing is left half-done."""
 
     def __call__(self, job: Job) -> str:
         return run_job(job)
@@ -251,16 +203,14 @@ class Task:
 def _submit_arrays(
     executor: Any, jobs: Sequence[Job], resources: Resources
 ) -> Iterator[tuple[Job, Any]]:
-    """Job arrays no larger than the site allows, one after the other, so that ``at_once`` holds for
-    all together.
-    """
+    """Job arrays within the site's limit, one after the other: ``at_once`` holds for all."""
     limit, previous = _array_limit(), ""
     for start in range(0, len(jobs), limit):
         part = jobs[start : start + limit]
-        extra = {**resources.slurm, **({"dependency": f"afterany:{previous}"} if previous else {})}
+        after = {"dependency": f"afterany:{previous}"} if previous else {}
         executor.update_parameters(
             slurm_array_parallelism=resources.at_once,
-            slurm_additional_parameters=extra,
+            slurm_additional_parameters={**resources.slurm, **after},
             **({"slurm_partition": resources.partition} if resources.partition else {}),
         )
         try:
@@ -268,23 +218,20 @@ def _submit_arrays(
         except Exception as error:  # submitit's, subprocess's: no common base
             raise OodlibError(
                 f"sweep: SLURM refuses the jobs: {' '.join(str(error).split())[-400:]}. Check "
-                "partition, account and limits (--partition, --gpus, --timeout, --slurm "
-                "KEY=VALUE)."
+                "partition, account and limits (--partition, --gpus, --timeout, --slurm KEY=VALUE)."
             ) from error
         previous = handles[0].job_id.split("_")[0]
         yield from zip(part, handles, strict=True)
 
 
 def _array_limit() -> int:
-    config = _ask(["scontrol", "show", "config"]) or ""
-    found = [
-        line.partition("=")[2] for line in config.splitlines() if line.startswith("MaxArraySize")
-    ]
-    return max(1, int(found[0]) if found else _MAX_ARRAY)
+    lines = (_ask(["scontrol", "show", "config"]) or "").splitlines()
+    limits = [int(text.partition("=")[2]) for text in lines if text.startswith("MaxArraySize")]
+    return max(1, limits[0]) if limits else _MAX_ARRAY
 
 
 class _SlurmQueue:
-    """Who is still in the queue, by squeue: it needs no accounting, which many small clusters lack."""
+    """Who is still in the queue, by squeue: it needs no accounting, which small clusters lack."""
 
     def __init__(self) -> None:
         self.silences = 0
@@ -302,9 +249,8 @@ class _SlurmQueue:
 
 
 def _ask(command: list[str]) -> str | None:
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60, "check": True}
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
-        ).stdout
+        return subprocess.run(command, **options).stdout
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,5 +1,4 @@
-"""Where a sweep finds models and images: one class for the pools trained here, one for ImageNet
-models on disk.
+"""Where a sweep finds models and images: pools trained here, and ImageNet models on disk.
 
 A source is small and can be pickled; what it opens is opened in the process that does the job.
 """
@@ -7,15 +6,13 @@ A source is small and can be pickled; what it opens is opened in the process tha
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from oodlib.errors import OodlibError
-from oodlib.files import atomic_folder, write_json
 from oodlib.studies.vits.pool_table import PoolRow
-from oodlib.workspace import code_hash
+from oodlib.workspace import code_hash, data_root
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,22 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = ["FIT", "ImagenetSource", "Opened", "Source", "TrainedSource", "find_source"]
 
-FIT = "fit"
+FIT, UNIT_TESTS = "fit", "unit_tests"
 # of `oodlib.data.imagenet`, whose import takes seconds
-IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", "unit_tests")
-UNIT_TESTS = "unit_tests"
+IMAGENET = (FIT, "id", "ninco", "ssb-hard", "inaturalist", "textures", "openimage-o", UNIT_TESTS)
 _N_UNIT = 30  # pictures of each unit test for 32-pixel models
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opened:
-    """A model in evaluation mode with the images of one split, ready for
-    `oodlib.features.extract.stream`.
+    """A model in evaluation mode with the images of one split, for `extract.stream`.
 
     Attributes
     ----------
-    data : an `ImageSet`, with ``mean`` and ``std`` of the network; or batches that went through its transform
+    data : an `ImageSet`, with ``mean`` and ``std`` of the network; or batches that went through its
+        transform
     transform : what becomes of the pixels, in words or as torchvision prints it
     provenance : where the model comes from, for the record
     """
@@ -68,10 +64,10 @@ class Source(Protocol):
     per_class: ClassVar[int]
 
     def splits(self) -> tuple[str, ...]:
-        """ "fit" (ID training images), "id" (ID test images), then the OOD sets."""
+        """Names: "fit" (ID training images), "id" (ID test images), then the OOD sets."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the results and shows without weights and images; part of every job's key."""
+        """What decides the results, besides weights and images; part of every job's key."""
 
     def counts(self) -> dict[str, int]:
         """Images of each split, as far as known without having them."""
@@ -80,28 +76,21 @@ class Source(Protocol):
         """Hash of the split's images; OodlibError where they are not available."""
 
     def weights(self, row: PoolRow) -> str:
-        """Hash of the model's file, "" where it has none or it is not there."""
+        """Hash of the model's file, "" where it has none or it is missing (the job will say so)."""
 
     def open(self, row: PoolRow, split: str) -> Opened:
         """Model and images of one job."""
 
 
 def find_source(
-    pool: Path,
-    store: Path,
-    *,
-    data: Path | None,
-    weights: Path | None,
-    workers: int,
-    sizes: dict[str, str],
+    pool: Path, *, data: Path | None, weights: Path | None, workers: int, sizes: dict[str, str]
 ) -> Source:
-    """The source of a pool: files called ``embedded*`` and ``cifar*`` are of models trained here,
-    others of ImageNet's.
+    """The source of a pool: models trained here for ``embedded*`` and ``cifar*``, else ImageNet's.
 
-    ``store`` : folder for images that are drawn once for all models ``sizes`` : ``n_fit``,
-    ``n_test``, ``n_ood`` of the pools that are trained here, as typed, where not as in the study
+    sizes : ``n_fit``, ``n_test``, ``n_ood`` of the pools that are trained here, as typed, where
+        they differ from the study's
 
-    OodlibError: another name, or no whole number.
+    OodlibError : another name, or not a whole number
     """
     known = next((name for name in ("embedded", "cifar") if pool.stem.startswith(name)), None)
     unknown = sorted(set(sizes) - ({"n_fit", "n_test", "n_ood"} if known else set()))
@@ -110,42 +99,25 @@ def find_source(
             f"sweep: the pool {pool.stem} has no parameter {unknown[0]!r}. The pools trained here "
             "have n_fit, n_test and n_ood; the ImageNet pools are judged on whole sets."
         )
-    wrong = next((name for name, text in sizes.items() if not text.isdigit()), None)
-    if wrong:
-        raise OodlibError(f"sweep: {wrong} must be a number of images, got {sizes[wrong]!r}.")
+    for name, text in sizes.items():
+        if not text.isdigit():
+            raise OodlibError(f"sweep: {name} must be a number of images, got {text!r}.")
     if known is None:
         return ImagenetSource(data, weights, workers)
-    from oodlib.studies.vits.trained import BUDGETS
+    from oodlib.studies.vits.recipes import BUDGETS
 
     budget = BUDGETS[known]
-    return TrainedSource(
-        known,
-        store,
-        **{
-            "n_fit": budget.n_fit,
-            "n_test": budget.n_test,
-            "n_ood": budget.n_ood,
-            **{name: int(text) for name, text in sizes.items()},
-        },
-    )
+    study = {"n_fit": budget.n_fit, "n_test": budget.n_test, "n_ood": budget.n_ood}
+    return TrainedSource(known, **study | {name: int(text) for name, text in sizes.items()})
 
 
 @dataclass(frozen=True)
 class TrainedSource:
-    """The ``embedded`` and ``cifar`` pools: `oodlib.studies.vits.trained` and
-    `oodlib.studies.vits.image_sets`.
-
-    Attributes
-    ----------
-    pool : its name
-    store : folder for images that are drawn once for all models
-    n_fit, n_test, n_ood : as for `oodlib.studies.vits.image_sets.pool_sets`
-    """
+    """The ``embedded`` and ``cifar`` pools: `oodlib.studies.vits.trained` and `pool_sets`."""
 
     files: ClassVar[bool] = False
     per_class: ClassVar[int] = 100
     pool: str
-    store: Path
     n_fit: int
     n_test: int
     n_ood: int
@@ -156,13 +128,8 @@ class TrainedSource:
         return (FIT, "id", *NEAR[self.pool], UNIT_TESTS)
 
     def settings(self) -> dict[str, Any]:
-        return {
-            "pool": self.pool,
-            "n_fit": self.n_fit,
-            "n_test": self.n_test,
-            "n_ood": self.n_ood,
-            "code": code_hash("oodlib.studies.vits.trained"),
-        }
+        code = code_hash("oodlib.studies.vits.trained")
+        return {"pool": self.pool, **self._sizes(), "code": code}
 
     def counts(self) -> dict[str, int]:
         from oodlib.data import EMBEDDED
@@ -175,15 +142,11 @@ class TrainedSource:
             seen = len({c.cifar100_class for c in tiny_imagenet_classes()} - {"", *OVERLAPS})
             classes = {"cifar100-seen": seen, "cifar100-unseen": 100 - len(OVERLAPS) - seen}
         near = {name: self.n_ood * n for name, n in classes.items()}
-        return {
-            FIT: self.n_fit,
-            "id": self.n_test,
-            **near,
-            UNIT_TESTS: 17 * min(_N_UNIT, self.n_test),
-        }
+        unit_tests = 17 * min(_N_UNIT, self.n_test)
+        return {FIT: self.n_fit, "id": self.n_test, **near, UNIT_TESTS: unit_tests}
 
     def manifest(self, split: str) -> str:
-        return json.loads((self._drawn() / "manifest.json").read_text(encoding="utf-8"))[split]
+        return self._images(split).fingerprint
 
     def weights(self, row: PoolRow) -> str:
         from oodlib.studies.vits.trained import load_row
@@ -193,22 +156,15 @@ class TrainedSource:
         try:
             return load_row(row).provenance["sha256"]
         except OodlibError:
-            return ""  # the job will say so
+            return ""
 
     def open(self, row: PoolRow, split: str) -> Opened:
-        import numpy as np
-
-        from oodlib.data.images import ImageSet
         from oodlib.studies.vits.trained import load_row
 
-        drawn = self._drawn()
-        images, labels = (
-            np.load(drawn / f"{split}.{kind}.npy", mmap_mode="r") for kind in ("images", "labels")
-        )
         loaded = load_row(row)
         return Opened(
             model=loaded.model,
-            data=ImageSet(split, "sweep", images, np.asarray(labels)),
+            data=self._images(split),
             transform=f"(pixel / 255 - {loaded.mean}) / {loaded.std}",
             mean=loaded.mean,
             std=loaded.std,
@@ -218,47 +174,23 @@ class TrainedSource:
             },
         )
 
-    def _drawn(self) -> Path:
-        """Folder of the image sets, drawn by the first process that asks for them."""
-        import numpy as np
-        from filelock import FileLock
+    def _sizes(self) -> dict[str, int]:
+        return {"n_fit": self.n_fit, "n_test": self.n_test, "n_ood": self.n_ood}
 
-        from oodlib.studies.vits.image_sets import pool_sets
-        from oodlib.studies.vits.trained import check_test_images
+    def _images(self, split: str) -> ImageSet:
+        from oodlib.studies.vits.scored_sets import scored_sets
 
-        key = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
-        folder = self.store / "images" / key
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                sets = pool_sets(
-                    self.pool,
-                    n_fit=self.n_fit,
-                    n_test=self.n_test,
-                    n_ood=self.n_ood,
-                    n_unit=_N_UNIT,
-                )
-                check_test_images(self.pool, sets)
-                with atomic_folder(folder) as temporary:
-                    for split in self.splits():
-                        np.save(temporary / f"{split}.images.npy", sets[split].images)
-                        np.save(temporary / f"{split}.labels.npy", sets[split].labels)
-                    write_json(
-                        temporary / "manifest.json",
-                        {split: sets[split].fingerprint for split in self.splits()},
-                    )
-        return folder
+        return scored_sets(self.pool, **self._sizes())[split]
 
 
 @dataclass(frozen=True)
 class ImagenetSource:
-    """ImageNet classifiers by timm tag or file, on the sets of the paper profile and the unit tests
-    at native size.
+    """ImageNet classifiers, on the sets of the paper profile and the unit tests at native size.
 
     Attributes
     ----------
-    data : folder with the trees that ``oodlib data --profile paper`` describes; None for the data root
-    models : folder of weight files; None for the folders of `oodlib.studies.vits.imagenet_models.find_weights`
+    data : folder with the trees that ``oodlib data --profile paper`` describes; None: the data root
+    models : folder of weight files; None for those of `imagenet_models.find_weights`
     workers : processes that decode images
     """
 
@@ -277,17 +209,13 @@ class ImagenetSource:
     def counts(self) -> dict[str, int]:
         from oodlib.data.imagenet import PAPER_SETS
 
-        sets = {FIT: "imagenet-1k-train", "id": "imagenet-1k"}
-        found = {
-            split: max(PAPER_SETS[sets.get(split, split)].counts.values())
-            for split in IMAGENET[:-1]
-        }
-        return {**found, UNIT_TESTS: 17 * 400}
+        sets = {FIT: "imagenet-1k-train", "id": "imagenet-1k", **{s: s for s in IMAGENET[2:-1]}}
+        counts = {split: max(PAPER_SETS[name].counts.values()) for split, name in sets.items()}
+        return {**counts, UNIT_TESTS: 17 * 400}
 
     def manifest(self, split: str) -> str:
         """Hash over paths, labels and sizes, not times: the same for every copy of the set."""
         from oodlib.data.imagenet import imagenet_split
-        from oodlib.workspace import data_root
 
         images = imagenet_split(split, data_root(self.data))
         digest = hashlib.sha256()
@@ -301,7 +229,7 @@ class ImagenetSource:
         try:
             return _sampled(find_weights(row, self.models)) if row.weights else ""
         except OodlibError:
-            return ""  # the job will say so
+            return ""
 
     def open(self, row: PoolRow, split: str) -> Opened:
         import timm
@@ -309,7 +237,6 @@ class ImagenetSource:
         from oodlib.data.folders import image_loader
         from oodlib.data.imagenet import imagenet_split
         from oodlib.studies.vits.imagenet_models import load_tagged
-        from oodlib.workspace import data_root
 
         model, transform = load_tagged(row, weights=self.models)
         images = imagenet_split(split, data_root(self.data), transform)

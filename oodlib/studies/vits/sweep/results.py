@@ -1,6 +1,4 @@
-"""Models of an ImageNet-scale pool from a sweep: what is missing is done now, on this machine, the
-rest is read.
-"""
+"""Models of an ImageNet-scale pool from a sweep: finished results, and missing ones made now."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from oodlib.errors import OodlibError
+from oodlib.files import read_sealed
 from oodlib.models.device import pick_device
 from oodlib.studies.vits.pool_table import PoolRow, find_pool, read_pool
 from oodlib.studies.vits.reference import Reference
@@ -38,15 +37,17 @@ def swept_models(
     Parameters
     ----------
     networks : one pool (a name of ``data/pools`` or a table), or timm models by name and tag
-    data_root : folder laid out as ``python -m oodlib data --profile paper`` prints; "" where the sweep has done it all
-    output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``. What is done there
-        counts, whether or not its images and weights are available here too. Other jobs are done now,
-        one after the other; those of a split that is not available are left out
+    data_root : folder laid out as ``python -m oodlib data --profile paper`` prints; "" where the
+        sweep is complete
+    output : of a sweep, for example one that ran on a cluster; default ``data/sweeps/<pool>``.
+        What is done there counts, whether or not its images and weights are available here too.
+        Other jobs are done now, one after the other; unavailable splits are skipped
     weights : folder that the ``weights`` of a pool lie below
 
     Raises
     ------
-    OodlibError : a pool's table is missing or damaged; no model has its scores: no data root, no images, no weights
+    OodlibError : a pool's table is missing or damaged; no model has its scores: no data root, no
+        images, no weights
     """
     rows, name = _rows(networks)
     folder = Path(output) if output else root() / "data" / "sweeps" / name
@@ -55,61 +56,59 @@ def swept_models(
         Path(weights) if weights else None,
         min(16, os.cpu_count() or 1),
     )
+
+    # do what is missing; asked without inputs, which may be elsewhere
     jobs = make_jobs(rows, source, folder, device=str(pick_device(device)))
-    todo = [
-        job for job in jobs if state(job)[0] != "done"
-    ]  # asked without inputs: they may be elsewhere
-    reason = (
-        ""
-        if data_root
-        else (
-            "Give data_root, the folder of the ImageNet-scale sets; `python -m oodlib data "
-            "--profile paper` says what must be in it."
-        )
-    )
+    todo = [job for job in jobs if state(job)[0] != "done"]
+    reason = ""
     if todo and data_root:
         try:
             for job in prepare(todo)[0]:
                 run_job(job)
-        except OodlibError as error:  # of none of these splits are the images available
+        except OodlibError as error:  # the images of none of these splits are available
             reason = str(error)
-    collect(folder, [row.name for row in rows], source.splits())
-    found, missing = [], {}
-    for row in rows:
-        records = {
-            split: read_record(folder / row.name / f"{split}.json")
-            for split in (*source.splits(), "scores")
-        }
-        bad = next(
-            (split for split in (FIT, "id", "scores") if records[split]["state"] != "done"), None
+    elif not data_root:
+        reason = (
+            "Give data_root, the folder of the ImageNet-scale sets; `python -m oodlib data "
+            "--profile paper` says what must be in it."
         )
-        if bad:
-            missing[row.name] = str(records[bad].get("error", f"{bad} is not done"))
-            continue
-        fitted = Reference.load(folder / row.name / f"{FIT}.safetensors")
-        sets = {
-            split: {"fingerprint": record["inputs"][1]}
-            for split, record in records.items()
-            if split != "scores" and record["state"] == "done"
-        }
-        record = {
-            "accuracy": records["id"]["accuracy"],
-            "geometry": geometry(fitted),
-            "sets": sets,
-            "sha256": records["id"]["weights"],
-        }
-        found.append(Scored(row, record, pd.read_parquet(folder / row.name / "scores.parquet")))
-    if not found:
+
+    # read the tables
+    collect(folder, [row.name for row in rows], source.splits())
+    models, missing = [], {}
+    for row in rows:
+        model = _read(row, folder / row.name, source.splits())
+        if isinstance(model, str):
+            missing[row.name] = model
+        else:
+            models.append(model)
+    if not models:
         raise OodlibError(
             f"swept_models: no model could be scored. {reason or next(iter(missing.values()))}"
         )
-    return Models(found, missing)
+    return Models(models, missing)
+
+
+def _read(row: PoolRow, folder: Path, splits: Sequence[str]) -> Scored | str:
+    """A model's scores, or the reason why it has none."""
+    records = {name: read_record(folder / f"{name}.json") for name in (*splits, "scores")}
+    for name in (FIT, "id", "scores"):
+        if records[name]["state"] != "done":
+            return str(records[name].get("error", f"{name} is not done"))
+    scores, again = folder / "scores.parquet", "Delete it and its record and run the sweep again."
+    read_sealed(scores, "swept_models", again)
+    done = {split: records[split] for split in splits if records[split]["state"] == "done"}
+    record = {
+        "accuracy": done["id"]["accuracy"],
+        "geometry": geometry(Reference.load(folder / f"{FIT}.safetensors")),
+        "sets": {split: {"fingerprint": found["inputs"][1]} for split, found in done.items()},
+        "sha256": done["id"]["weights"],
+    }
+    return Scored(row, record, pd.read_parquet(scores))
 
 
 def _rows(networks: Sequence[str]) -> tuple[list[PoolRow], str]:
-    """Rows of the pool that is named, or of the models that are: with their factors where a pool
-    knows them.
-    """
+    """Rows of a named pool, or of named models: with their factors where a pool knows them."""
     if len(networks) == 1:
         table = None
         with contextlib.suppress(OodlibError):  # no such table: the name of a timm model

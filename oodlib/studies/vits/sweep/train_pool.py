@@ -1,38 +1,31 @@
-"""Training a whole pool: independent processes of one thread, each taking what is neither done nor
-being done.
-"""
+"""Training a whole pool: processes of one thread, each taking what is neither done nor in work."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from pathlib import Path
-
-from filelock import FileLock, Timeout
+from functools import partial
 
 from oodlib.errors import OodlibError
+from oodlib.files import locked
 from oodlib.studies.vits.pool_table import PoolRow, read_pool
-from oodlib.workspace import root
+from oodlib.studies.vits.sweep.processes import run_processes
 
 __all__ = ["train_pool"]
 
 
 def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "auto") -> list[str]:
-    """Pretrain, finetune and score the rows of a small pool; returns the names of those that are
-    done.
+    """Pretrain, finetune and score the rows of a small pool; returns the names of those done.
 
-    Rows whose results are there are skipped; what was interrupted goes on. Two calls at a time
-    share the work.
+    Rows with results are skipped; interrupted ones are resumed. Two calls at a time share the work.
 
     Parameters
     ----------
     pool : "embedded", "cifar", or a table of such rows
-    models : only rows whose name matches this pattern; the members of a soup are trained with it
-    jobs : processes; one thread each, because two threads on a network this small are slower than two processes
+    models : only rows whose name matches this pattern; a soup brings its members
+    jobs : processes of one thread each: on networks this small faster than threads
 
     Raises
     ------
@@ -46,70 +39,57 @@ def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "au
             f"{', '.join(row.name for row in rows[:6])}, ..."
         )
     soups = {row.checkpoint for row in chosen if row.role.startswith("soup-")}
-    chosen = [
-        row for row in rows if row in chosen or (row.role == "member" and row.checkpoint in soups)
-    ]
+    members = [row for row in rows if row.role == "member" and row.checkpoint in soups]
+    chosen = [row for row in rows if row in chosen or row in members]
     if jobs == 1:
-        _work(chosen, rows, device)
-    else:
-        command = [
-            sys.executable,
-            "-m",
-            "oodlib",
-            "train-vit",
-            "--pool",
-            str(pool),
-            "--models",
-            models,
-            "--device",
-            device,
-            "--jobs",
-            "1",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        workers = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
-        try:
-            failed = [worker for worker in workers if worker.wait()]
-        except BaseException:
-            for worker in workers:
-                worker.terminate()
-            raise
-        if failed:
-            raise OodlibError(
-                f"train-vit: {len(failed)} of {jobs} processes failed; their messages stand above. "
-                "The same command goes on with what is missing."
-            )
+        _work(0, 0, chosen, rows, device)
+        return [row.name for row in chosen]
+
+    codes: list[int | None] = []
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when a process imports its libraries
+    try:
+        work = partial(_work, chosen=chosen, rows=rows, device=device)
+        run_processes(range(jobs), work, lambda _, code: codes.append(code), at_once=jobs)
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ.update({"OMP_NUM_THREADS": before} if before is not None else {})
+    failed = sum(code != 0 for code in codes)
+    if failed:
+        raise OodlibError(
+            f"train-vit: {failed} of {jobs} processes failed; see their messages above. The same "
+            "command resumes with what is missing."
+        )
     return [row.name for row in chosen]
 
 
-def _work(chosen: Sequence[PoolRow], rows: Sequence[PoolRow], device: str) -> None:
-    """Go round the rows until each is done, by this process or another."""
+def _work(
+    _task: int, _slot: int, chosen: Sequence[PoolRow], rows: Sequence[PoolRow], device: str
+) -> None:
+    """Visit the rows in turn until each is done, by this process or another."""
     import torch
 
-    from oodlib.studies.vits.trained import pool_of, pretrain, train_row
+    from oodlib.studies.vits.recipes import pool_of, trained_folder
+    from oodlib.studies.vits.trained import pretrain, train_row
 
     torch.set_num_threads(1)  # the order of sums follows the number of threads
     waiting = list(chosen)
     while waiting:
         before = len(waiting)
         for row in tuple(waiting):
-            unmade = [r for r in waiting if r.role == "member" and r.checkpoint == row.checkpoint]
-            if row.role.startswith("soup-") and unmade:
+            missing = [r for r in waiting if r.role == "member" and r.checkpoint == row.checkpoint]
+            if row.role.startswith("soup-") and missing:
                 continue
-            locks = root() / "data" / "training" / f"vits_{pool_of(row)}" / "locks"
-            try:
-                with _lock(locks / f"{row.checkpoint}.lock"):
-                    pretrain(row, device=device)
-                with _lock(locks / f"{row.name}.lock"):
-                    train_row(row, device=device, rows=rows)
-            except Timeout:  # another process is at it
-                continue
+            locks = trained_folder(pool_of(row)) / "locks"
+            with locked(locks / f"{row.checkpoint}.lock", timeout=0) as mine:
+                if not mine:  # another process is at it
+                    continue
+                pretrain(row, device=device)
+            with locked(locks / f"{row.name}.lock", timeout=0) as mine:
+                if not mine:
+                    continue
+                train_row(row, device=device, rows=rows)
             waiting.remove(row)
             print(f"{row.name}: done", flush=True)
         if waiting and len(waiting) == before:
             time.sleep(2)
-
-
-def _lock(path: Path) -> FileLock:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path, timeout=0)

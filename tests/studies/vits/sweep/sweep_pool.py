@@ -122,9 +122,7 @@ def run_until_killed(output: str) -> None:
 def check_scenario(
     output: Path, where: str, resources: Resources, capsys: Any, *, poll: float = 0.2, **traps: str
 ) -> None:
-    """A sweep with a job that is killed and a model that fails; then, mended, a run that does only
-    what is left.
-    """
+    """A sweep with a killed job and a failing model; then, repaired, a run of what is left."""
     set_traps(output, **traps)
     jobs = tiny_jobs(output)
     assert run_sweep(jobs, output, where, resources, poll=poll) == 1

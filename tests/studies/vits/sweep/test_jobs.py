@@ -203,7 +203,7 @@ def test_splits_of_two_networks_make_no_table(swept: list[Job]) -> None:
         swept[2].sidecar, {**read_record(swept[2].sidecar), "weights": "others", "finished": 0}
     )
     assert make_table(swept[0].folder, tuple(ROWS)) == "failed"
-    assert "went through other weights" in describe(swept)
+    assert "went through different weights" in describe(swept)
 
 
 def test_a_table_is_made_once_and_again_after_a_new_result(swept: list[Job]) -> None:
@@ -293,9 +293,9 @@ def test_other_weights_under_the_same_name_are_other_weights(tmp_path: Path) -> 
 
 
 def test_the_plan_of_the_imagenet_pool(capsys: pytest.CaptureFixture[str]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert main(["sweep", "--pool", "imagenet", "--dry-run"]) == 0
-    assert time.monotonic() - started < 30
+    assert time.process_time() - started < 30  # of a CPU, however busy it is
     total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
     assert total.split()[1:3] == ["296", "2,368"]
 
@@ -306,16 +306,13 @@ def test_totals_add_up_and_follow_the_device(tmp_path: Path) -> None:
     slow, fast = (
         estimate(jobs, tflops=tflops, cpus=cpus) for tflops, cpus in ((1, 8), (2, 10_000))
     )
-    assert sum(plan.models for plan in slow) == len(rows) and sum(
-        plan.jobs for plan in slow
-    ) == len(jobs)
-    assert sum(plan.images for plan in slow) == len(rows) * sum(jobs[0].source.counts().values())
-    for one, other in zip(slow, fast, strict=True):
-        assert one.hours == pytest.approx(2 * other.hours)  # bound by computing
+    assert slow["models"].sum() == len(rows) and slow["jobs"].sum() == len(jobs)
+    assert slow["images"].sum() == len(rows) * sum(jobs[0].source.counts().values())
+    np.testing.assert_allclose(slow["hours"], 2 * fast["hours"])  # bound by computing
     decoding = estimate(jobs, tflops=1e6, cpus=1)
-    assert decoding[0].hours == pytest.approx(decoding[0].images / 150 / 3600)  # bound by decoding
+    np.testing.assert_allclose(decoding["hours"], decoding["images"] / 150 / 3600)  # by decoding
     whole = estimate(make_jobs(rows, jobs[0].source, tmp_path, all_features=True), tflops=1, cpus=8)
-    features = sum(p.disk for p in whole) - sum(p.disk for p in slow)
+    features = whole["disk"].sum() - slow["disk"].sum()
     assert features == pytest.approx(1_281_167 * 4 * (224 * 768 + 72 * 512), rel=0.01)
 
 
@@ -328,7 +325,7 @@ def test_operations_are_those_of_the_formula() -> None:
 
 
 def test_the_plan_of_a_pool_trained_here(tmp_path: Path) -> None:
-    source, networks = TrainedSource("cifar", tmp_path, 100, 50, 2), list(NETWORKS)
+    source, networks = TrainedSource("cifar", 100, 50, 2), list(NETWORKS)
     text = describe_plan(
         make_jobs([PoolRow(name=name, network=name) for name in networks[:2]], source, tmp_path)
     )
@@ -456,13 +453,13 @@ def test_an_array_is_no_larger_than_the_site_allows(
     ]
 
 
-def test_the_source_follows_from_the_name_of_the_pool(tmp_path: Path) -> None:
+def test_the_source_follows_from_the_name_of_the_pool() -> None:
     options = {"data": None, "weights": None, "workers": 1, "sizes": {}}
-    assert isinstance(find_source(Path("imagenet_timm.csv"), tmp_path, **options), ImagenetSource)
-    cifar = find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_test": "7"}}))
+    assert isinstance(find_source(Path("imagenet_timm.csv"), **options), ImagenetSource)
+    cifar = find_source(Path("cifar.csv"), **(options | {"sizes": {"n_test": "7"}}))
     assert isinstance(cifar, TrainedSource) and cifar.n_test == 7 and cifar.n_fit > 7
     with pytest.raises(OodlibError, match="n_ood must be a number of images, got 'few'"):
-        find_source(Path("cifar.csv"), tmp_path, **(options | {"sizes": {"n_ood": "few"}}))
+        find_source(Path("cifar.csv"), **(options | {"sizes": {"n_ood": "few"}}))
 
 
 def test_a_sweep_that_is_done_starts_nothing(

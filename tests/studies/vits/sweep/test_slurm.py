@@ -58,7 +58,8 @@ def one_node_slurm(folder: Path) -> Iterator[dict[str, str]]:
                 "AuthType=auth/munge",
                 "MpiDefault=none",
                 "ReturnToService=2",
-                f"AuthInfo=socket={sock},cred_expire=6",  # a requeued job waits as long as a credential lives
+                # a requeued job waits as long as a credential lives
+                f"AuthInfo=socket={sock},cred_expire=6",
                 f"StateSaveLocation={home}/state",
                 f"SlurmdSpoolDir={home}/spool",
                 f"SlurmctldPidFile={home}/ctld.pid",
