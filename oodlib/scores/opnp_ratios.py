@@ -54,7 +54,8 @@ class Sweep:
 
     def mean(self, *, without: Collection[str] = ()) -> Floats:
         """(L, H) mean AUROC over the OOD sets."""
-        return np.mean([a for k, a in self.metric().items() if k not in without], axis=0)
+        used = [a for k, a in self.metric().items() if k not in without]
+        return np.asarray(np.mean(used, axis=0))
 
 
 def sweep(

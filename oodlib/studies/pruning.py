@@ -102,7 +102,7 @@ def best_tail(found: Sweep, choice: Choice, sensitivity: Floats, end: str) -> fl
     one_of("best_tail: end", end, ("low", "high"))
     area = found.mean(without=choice.dropped)
     ratios, area = (found.low, area[:, 0]) if end == "low" else (found.high, area[0])
-    removing = [k for k, r in enumerate(ratios) if not kept(sensitivity, **{end: r}).all()]
+    removing = [k for k, r in enumerate(ratios) if not _without(end, sensitivity, r).all()]
     return float(ratios[max(removing, key=lambda k: (area[k], -k))])
 
 
@@ -135,7 +135,7 @@ def combine(
         choice = choose(_slow_sweep(few, banks, alone, kind), kind)
         return alone, pruner(choice, then=alone)
     if method not in OF_LOGITS:
-        fitted = alone.fit(fit)
+        fitted: Any = alone.fit(fit)
         banks = {k: fitted.shape(bank) for k, bank in banks.items()}
     of_neurons, score = {"outgoing": neurons}, OF_LOGITS.get(method, energy)
     both = choose_all(banks, sensitivity, of_neurons, score=score)[0]["opnp (outgoing)"]
@@ -174,13 +174,18 @@ def control_masks(
     weight, mean_h = fit.head.weight, fit.features.mean(0, dtype=np.float64)
     found = {"unpruned": np.ones(weight.shape, bool)}
     for end, ratio in ratios.items():
-        found[end] = kept(sensitivity, **{end: ratio})
-        found[f"|W| {end}"] = kept(np.abs(weight), **{end: ratio})
+        found[end] = _without(end, sensitivity, ratio)
+        found[f"|W| {end}"] = _without(end, np.abs(weight), ratio)
         found[f"DICE {end}"] = kept(weight * mean_h, low=ratio)
         for draw in range(n_random):
             noise = np.random.default_rng([seed, draw, end == "low"]).random(weight.shape)
             found[f"random {end} {draw}"] = kept(noise, low=ratio)
     return found
+
+
+def _without(end: str, values: Floats, ratio: float) -> Mask:
+    """What is left without one tail, "low" or "high"."""
+    return kept(values, low=ratio) if end == "low" else kept(values, high=ratio)
 
 
 def split_halves(fit: FeatureBank, *, splits: int = 20, seed: int = 0) -> list[float]:
