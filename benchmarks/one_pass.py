@@ -35,7 +35,7 @@ def now() -> Seconds:
 
 
 def noise(n: int, seed: int) -> ImageSet:
-    """Smooth random images, so that features differ from image to image as they do for real ones."""
+    """Smooth random images: features differ from image to image, as they do for real ones."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (n, 3, 8, 8), dtype=np.uint8)
     return ImageSet(

@@ -31,7 +31,7 @@ START, END = "<!-- results: written by run.py -->\n", "<!-- end of results -->"
 
 
 def measure(name: str, threads: int) -> dict[str, Any]:
-    """Run one script; its standard output ends with a JSON object that starts on a line of its own."""
+    """Run one script; its output ends with a JSON object that starts on a line of its own."""
     limits = {
         key: str(threads) for key in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     }

@@ -30,8 +30,6 @@ from oodlib.suite.commands import (
     verify,
 )
 
-__all__ = ["main"]
-
 
 def data(given: argparse.Namespace) -> int:
     from oodlib.data.public.prepare import DatasetNotFound, load

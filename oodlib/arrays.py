@@ -14,7 +14,6 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Array", "to_numpy"]
 
 # what goes in comes out: NumPy for NumPy, torch for torch
 Array = TypeVar("Array", NDArray[Any], "Tensor")

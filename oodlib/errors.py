@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-__all__ = ["OodlibError", "check_interval", "one_of"]
-
 
 class OodlibError(ValueError):
     """Bad input. The message says what was expected, what came, and what to do."""

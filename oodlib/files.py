@@ -15,20 +15,6 @@ from typing import Any
 
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "atomic_folder",
-    "atomic_path",
-    "key_of",
-    "locked",
-    "read_json",
-    "read_sealed",
-    "remove_parts",
-    "sha256",
-    "write_json",
-    "write_sealed",
-    "write_text",
-]
-
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -151,7 +137,7 @@ def locked(path: str | os.PathLike[str], timeout: float = -1) -> Iterator[bool]:
 
 
 def read_json(path: str | os.PathLike[str], what: str, remedy: str) -> dict[str, Any]:
-    """A JSON object from a file; OodlibError "``what``: <path> is missing or damaged. ``remedy``"."""
+    """A JSON object; OodlibError "``what``: <path> is missing or damaged. ``remedy``"."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(content, dict):

@@ -14,17 +14,6 @@ from pathlib import Path
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
 
-__all__ = [
-    "PROFILES",
-    "STAMP",
-    "check_profile",
-    "code_closure",
-    "code_hash",
-    "data_root",
-    "imported_modules",
-    "root",
-]
-
 PROFILES = ("smoke", "laptop", "benchmark", "paper")
 STAMP = ".key"  # the runner's mark in the folder of a finished headless run
 _PACKAGE = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""The floors of the house: a room imports only from rooms below it, and no module waits for itself."""
+"""The floors of the house: a room imports only from rooms below it; no circles."""
 
 import ast
 from pathlib import Path

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from oodlib.features.feature_bank import FeatureBank
 
-__all__ = ["ClassCheck", "check_classes"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCheck:

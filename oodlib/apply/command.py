@@ -32,8 +32,6 @@ from oodlib.metrics import threshold
 from oodlib.models.device import pick_device, weights_hash
 from oodlib.scores import Detector, create, load_detector, names
 
-__all__ = ["main"]
-
 OF_LOGITS = {"energy", "gen", "kl_matching", "max_logit", "msp", "odin"}
 
 

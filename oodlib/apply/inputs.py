@@ -20,19 +20,6 @@ from oodlib.features.extract import extract, stream
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.workspace import root
 
-__all__ = [
-    "FEATURE_SUFFIXES",
-    "SHARD",
-    "UNREADABLE",
-    "EveryImage",
-    "FeatureFile",
-    "Images",
-    "Inputs",
-    "Transform",
-    "open_images",
-    "plain_errors",
-]
-
 SHARD = 500  # on a CPU, 500 large images are minutes of work that an interruption may cost
 FEATURE_SUFFIXES = {".npz", ".safetensors"}
 UNREADABLE = int(np.iinfo(np.int64).min)  # label of an image that does not decode

@@ -21,8 +21,6 @@ from oodlib.data.folders import Transform
 from oodlib.errors import OodlibError
 from oodlib.files import sha256
 
-__all__ = ["load_network"]
-
 # private name of the module of a user's file -> the modules that it imported from its own folder
 _BESIDE: dict[str, dict[str, ModuleType]] = {}
 

@@ -19,8 +19,6 @@ from oodlib.features.feature_bank import FeatureBank
 from oodlib.files import write_json
 from oodlib.scores import Detector
 
-__all__ = ["write_scores"]
-
 
 def write_scores(
     source: Inputs,

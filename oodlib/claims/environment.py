@@ -10,8 +10,6 @@ from typing import Any
 
 from oodlib.workspace import root
 
-__all__ = ["environment", "peak_memory"]
-
 _LIBRARIES = (
     "numpy",
     "scipy",

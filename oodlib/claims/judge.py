@@ -15,18 +15,6 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.workspace import PROFILES, root
 
-__all__ = [
-    "VERDICTS",
-    "Claim",
-    "Verdict",
-    "cite",
-    "condition",
-    "judge",
-    "load_claims",
-    "read_claims",
-    "show",
-]
-
 VERDICTS = (
     "reproduced",
     "not reproduced",

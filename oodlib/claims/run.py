@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-__all__ = ["RESULT_COLUMNS", "RESULT_KEY", "Run"]
 
 # one row of results.csv each
 RESULT_KEY = ("model", "seed", "id", "ood", "group", "method", "variant", "metric", "positive")

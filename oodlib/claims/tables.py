@@ -11,8 +11,6 @@ import pandas as pd
 
 from oodlib.claims.judge import Verdict, cite, condition
 
-__all__ = ["claim_table", "file_stem", "latex_table", "markdown_table"]
-
 
 def markdown_table(table: pd.DataFrame, *, decimals: int = 2) -> str:
     """A data frame as a Markdown table: floats with ``decimals`` places, missing values empty.

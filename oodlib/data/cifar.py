@@ -37,15 +37,6 @@ from oodlib.data.public.registry import set_info
 from oodlib.errors import OodlibError
 from oodlib.workspace import root
 
-__all__ = [
-    "Protocol",
-    "TinyClass",
-    "cifar_protocol",
-    "split_test",
-    "tiny_imagenet_classes",
-    "tiny_imagenet_ood",
-]
-
 
 @dataclass(frozen=True)
 class TinyClass:

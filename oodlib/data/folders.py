@@ -17,7 +17,6 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageList", "Transform", "image_loader", "read_list"]
 
 Transform = Callable[[Any], Any]  # of a PIL image into what the network takes
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

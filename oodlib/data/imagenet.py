@@ -17,20 +17,6 @@ from oodlib.data.folders import ImageList, Transform, read_list
 from oodlib.data.records import read_records
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "NATIVE",
-    "PAPER_SETS",
-    "SPLITS",
-    "PaperSet",
-    "UnitTests",
-    "class_remap",
-    "describe_paper_sets",
-    "imagenet_split",
-    "ood_classes",
-    "open_paper_set",
-    "paper_set_status",
-]
-
 _ID = {"fit": "imagenet-1k-train", "id": "imagenet-1k"}  # split -> name in PAPER_SETS
 _OOD = ("ninco", "ssb-hard", "inaturalist", "textures", "openimage-o")
 SPLITS = (*_ID, *_OOD, "unit_tests")

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from oodlib.errors import OodlibError
 
-__all__ = ["ImageSet", "assert_disjoint", "patch_shuffled"]
-
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:

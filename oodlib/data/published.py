@@ -11,7 +11,6 @@ from oodlib.workspace import root
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["published"]
 
 _VALUES = ("value", "mean", "std", "note")  # everything else identifies a row
 _UNITS = ("%", "bits/dim", "steps", "count", "ratio")

@@ -10,8 +10,6 @@ import yaml
 
 from oodlib.errors import OodlibError
 
-__all__ = ["read_records"]
-
 Record = TypeVar("Record")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 

@@ -13,8 +13,6 @@ from oodlib.experiments.testbed import Testbed, testbed
 from oodlib.metrics import Board, Scores
 from oodlib.scores import Detector, create
 
-__all__ = ["Beds", "load", "score"]
-
 Detectors = Sequence[str] | Mapping[str, Detector]
 
 

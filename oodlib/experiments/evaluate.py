@@ -13,8 +13,6 @@ from oodlib.claims import Run
 from oodlib.experiments.testbed import Testbed
 from oodlib.metrics import METRICS, Board, Estimate, Scores
 
-__all__ = ["font_control", "interval", "judge_each", "judged", "mean_metric", "record"]
-
 
 def font_control(
     run: Run, bed: Testbed, method: str, values: Scores, *, n_boot: int = 1000

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["histograms", "image_rows", "interval_dots"]
-
 
 def image_rows(pictures: Mapping[str, NDArray[np.uint8]], *, per_set: int = 9) -> Figure:
     """One row of images per set, as `oodlib.experiments.Testbed.pictures` gives them.

@@ -20,8 +20,6 @@ from oodlib.errors import OodlibError
 from oodlib.models.pretrained import PUBLIC, paper_model
 from oodlib.models.shipped import SPECS, Trained
 
-__all__ = ["OPENOOD_SETS", "ImageNetFiles", "Parts", "cifar", "embedded_sets", "imagenet"]
-
 # OOD sets with the group each is reported in
 _EMBEDDED = {
     "greek": "near",

@@ -22,8 +22,6 @@ from oodlib.models.pretrained import PUBLIC, public_model
 from oodlib.models.shipped import SPECS, Trained, load_or_train, load_trained
 from oodlib.workspace import root
 
-__all__ = ["Testbed", "testbed", "validation_banks"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Testbed:

@@ -24,8 +24,6 @@ from oodlib.models.hooks import eval_mode, find_head
 from oodlib.models.training.augment import normalise
 from oodlib.workspace import code_hash
 
-__all__ = ["batches", "extract", "stream"]
-
 Stats = Sequence[float]
 Batch = tuple[Tensor, Tensor]
 

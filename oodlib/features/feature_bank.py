@@ -14,8 +14,6 @@ from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, read_json, sha256, write_json
 
-__all__ = ["FeatureBank", "Head"]
-
 
 @dataclass(frozen=True, eq=False)
 class Head:

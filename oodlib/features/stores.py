@@ -11,8 +11,6 @@ from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank, check_head, write_checksums
 from oodlib.files import atomic_folder, read_json, write_json
 
-__all__ = ["DiskStore", "MemoryStore"]
-
 
 class MemoryStore:
     """Arrays of N rows, filled bank by bank."""

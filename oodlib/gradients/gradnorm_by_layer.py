@@ -13,8 +13,6 @@ from oodlib.errors import OodlibError, check_interval
 from oodlib.gradients.layer_norms import wide
 from oodlib.models.hooks import eval_mode
 
-__all__ = ["gradnorm_by_layer", "parameter_groups"]
-
 
 def parameter_groups(
     model: nn.Module, groups: Mapping[str, Sequence[str]] | None = None

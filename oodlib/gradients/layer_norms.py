@@ -19,8 +19,6 @@ from torch.nn import functional as F
 
 from oodlib.models.glow import ActNorm, InvertibleConv, LogScale
 
-__all__ = ["Layer", "layer_squares", "squared", "wide"]
-
 Squares = dict[str, Tensor]
 
 

@@ -18,11 +18,8 @@ from torch.autograd.graph import register_multi_grad_hook, saved_tensors_hooks
 from torch.func import functional_call, grad, vmap
 
 from oodlib.errors import OodlibError
-from oodlib.gradients.gradnorm_by_layer import gradnorm_by_layer, parameter_groups
 from oodlib.gradients.layer_norms import Layer, layer_squares, squared, wide
 from oodlib.models.hooks import eval_mode
-
-__all__ = ["Objective", "gradnorm_by_layer", "layer_gradient_norms", "parameter_groups"]
 
 Objective = Literal["log_prob", "sum_z"] | Callable[[nn.Module, Tensor], Tensor]
 

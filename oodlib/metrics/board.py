@@ -17,8 +17,6 @@ from oodlib.metrics.estimate import Estimate, percentile_interval
 from oodlib.metrics.resample import replicates_by_set
 from oodlib.metrics.wide import AVERAGE, METRICS, wide_table
 
-__all__ = ["Board", "Scores"]
-
 Scores = Mapping[str, NDArray[np.float64]]  # "id" and each OOD set -> (n,)
 Floats = NDArray[np.float64]
 

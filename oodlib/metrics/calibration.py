@@ -11,17 +11,6 @@ from numpy.typing import NDArray
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "Reliability",
-    "brier",
-    "confidence",
-    "ece",
-    "fit_temperature",
-    "nll",
-    "reliability",
-    "simulated_null",
-]
-
 Bins = Literal["width", "mass"]
 
 

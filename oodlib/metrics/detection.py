@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["aupr", "auroc", "fpr_at_tpr", "threshold"]
-
 Positive = Literal["id", "ood"]
 Array = NDArray[Any]
 Counts = NDArray[np.int64]

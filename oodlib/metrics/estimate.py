@@ -11,8 +11,6 @@ from numpy.typing import ArrayLike
 
 from oodlib.errors import OodlibError
 
-__all__ = ["Estimate", "percentile_interval"]
-
 
 def percentile_interval(draws: ArrayLike, *, level: float = 0.05) -> tuple[float, float]:
     """Quantiles ``level / 2`` and ``1 - level / 2`` of bootstrap draws (n,): 2.5 % and 97.5 %.

@@ -13,8 +13,6 @@ from oodlib.errors import OodlibError
 from oodlib.metrics.detection import Positive, _aupr, _ranks, aupr, auroc, clean, fpr_at_tpr
 from oodlib.metrics.estimate import Estimate
 
-__all__ = ["bootstrap", "paired_bootstrap", "replicates", "replicates_by_set"]
-
 Metric = Callable[..., float]
 Floats = NDArray[np.float64]
 Indices = list[list[NDArray[np.int64]]]  # resample -> set (ID first) -> chosen images

@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from oodlib.errors import OodlibError
 
-__all__ = ["magnitude", "overlap", "shared_half", "spearman_along"]
-
 
 def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: int = 20) -> float:
     """Overlap coefficient of two samples, the integral of min(p, q), in [0, 1].

@@ -9,8 +9,6 @@ import pandas as pd
 
 from oodlib.metrics.detection import auroc, fpr_at_tpr
 
-__all__ = ["AVERAGE", "METRICS", "wide_table"]
-
 AVERAGE = "average"  # unweighted mean over the OOD sets, not pooled
 
 # what tables call it -> (name and positive class in results.csv, metric)

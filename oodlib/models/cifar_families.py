@@ -15,17 +15,6 @@ from torch import Tensor, nn
 
 from oodlib.models.fast_convnet import FastConvNet
 
-__all__ = [
-    "FAMILIES",
-    "AveragedFastConvNet",
-    "Family",
-    "depthwise",
-    "plain",
-    "residual",
-    "shuffled",
-    "wide",
-]
-
 
 class Family(nn.Module):
     """A non-negative body (n, 3, h, w) -> (n, D, h', w'), mean over positions, linear head."""

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad, relu
 
-__all__ = ["DenseNetBC", "ResNetA"]
-
 
 class _BasicBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, stride: int):

@@ -13,8 +13,6 @@ from torch import nn
 from oodlib.errors import OodlibError
 from oodlib.workspace import code_hash
 
-__all__ = ["model_code_hash", "pick_device", "random_state", "weights_hash"]
-
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
     """``auto`` is CUDA, then Apple's MPS, then the CPU; OodlibError for an unusable device."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FastConvNet", "whitening_filters"]
-
 
 def whitening_filters(images: Tensor, *, size: int = 2, eps: float = 5e-4) -> Tensor:
     r"""Filters that decorrelate the pixels of small patches (PCA whitening).

@@ -22,8 +22,6 @@ from torch.nn.utils import skip_init
 
 from oodlib.errors import OodlibError
 
-__all__ = ["Glow", "bits_per_dim", "dequantise", "quantise"]
-
 
 def dequantise(images: Any, *, bits: int = 8, generator: torch.Generator | None = None) -> Tensor:
     """Images to a continuous variable: v / 2^bits - 1/2 + U(0, 2^-bits), in [-0.5, 0.5).

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from oodlib.errors import OodlibError
 
-__all__ = ["eval_mode", "find_head"]
-
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:

@@ -34,18 +34,6 @@ from oodlib.models.timm_checks import (
 from oodlib.models.training.classifier import evaluate
 from oodlib.workspace import data_root
 
-__all__ = [
-    "PUBLIC",
-    "ModelInfo",
-    "assert_accuracy",
-    "fill",
-    "paper_model",
-    "public_model",
-    "read_state_dict",
-    "resnet18_32x32",
-]
-
-
 FilePath = str | os.PathLike[str]
 Transform = Callable[[Any], Tensor]
 
@@ -276,7 +264,8 @@ def paper_model(
     elif suffix == ".safetensors":
         with safe_open(str(weights_file), framework="pt") as file:
             if "pos_embed" in file.keys():  # noqa: SIM118 no dict
-                require_positions(model, file.get_slice("pos_embed").get_shape()[1], weights_file)
+                tokens = file.get_slice("pos_embed").get_shape()[1]
+                require_positions(model, tokens, str(weights_file))
     elif weights_file is not None:
         state = read_state_dict(weights_file)
         fill(model, {_bit_name(key): value for key, value in state.items()}, weights_file)

@@ -25,18 +25,6 @@ from oodlib.models.training.augment import normalise
 from oodlib.models.training.classifier import Recipe, evaluate, train
 from oodlib.workspace import code_hash, root
 
-__all__ = [
-    "SPECS",
-    "Spec",
-    "Trained",
-    "cached_build",
-    "load_or_train",
-    "load_trained",
-    "to_half",
-    "to_single",
-    "train_and_save",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:

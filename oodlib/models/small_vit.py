@@ -15,8 +15,6 @@ from torch.nn.functional import normalize
 from oodlib.errors import OodlibError
 from oodlib.models.device import random_state
 
-__all__ = ["NETWORKS", "UnitNorm", "small_vit"]
-
 # name -> (width, depth, heads, channels of the convolutions, their strides)
 NETWORKS: dict[str, tuple[int, int, int, tuple[int, ...], tuple[int, ...]]] = {
     "vit_conv_64": (64, 3, 2, (24, 48, 96, 96, 64), (2, 2, 2, 1, 1)),

@@ -13,8 +13,6 @@ from torch import nn
 
 from oodlib.errors import OodlibError
 
-__all__ = ["check_timm_name", "first_line", "load_npz", "reachable_hub", "require_positions"]
-
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, cut at 200 characters; its class where it has none."""

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 
 from oodlib.errors import OodlibError
 
-__all__ = ["compressed_bits"]
-
 # Pillow's arguments, fixed because the length depends on them; both codecs are lossless with these
 _CODECS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "optimize": True},

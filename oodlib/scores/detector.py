@@ -26,8 +26,6 @@ from oodlib.errors import OodlibError, one_of
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.files import atomic_path
 
-__all__ = ["Detector", "Info", "create", "list_detectors", "load_detector", "names", "register"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Info:

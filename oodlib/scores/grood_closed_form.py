@@ -11,8 +11,6 @@ from torch.linalg import vector_norm
 from oodlib.arrays import Array, by_rows, check_rows, check_temperature, tensor64, to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["grood_gradient", "grood_polar"]
-
 
 def grood_polar(
     features: Array,

@@ -21,17 +21,6 @@ from oodlib.errors import OodlibError, check_interval
 from oodlib.models.hooks import eval_mode, find_head
 from oodlib.scores.moments import stream_means
 
-__all__ = [
-    "EarlyPrototypes",
-    "OodFeatures",
-    "early_layers",
-    "early_prototypes",
-    "noise_features",
-    "noise_images",
-    "split_forward",
-    "synthetic_features",
-]
-
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 

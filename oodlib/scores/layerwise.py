@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError, check_interval
 
-__all__ = ["LayerwiseDensity", "input_complexity", "naive_norm", "typicality"]
-
 Floats = NDArray[np.float64]
 
 

@@ -12,8 +12,6 @@ from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores.detector import Detector, register
 from oodlib.scores.moments import class_moments
 
-__all__ = ["mahalanobis", "relative_mahalanobis", "whitening"]
-
 
 def whitening(covariance: Any, *, rtol: float = 1e-12) -> NDArray[np.float64]:
     """Matrix A (D, rank) with A A^T the pseudo-inverse of a covariance (D, D).

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from oodlib.arrays import to_numpy
 from oodlib.errors import OodlibError
 
-__all__ = ["MomentSums", "Moments", "class_moments", "stream_means", "stream_moments"]
-
 _ROWS = 16384
 
 

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from oodlib.errors import OodlibError, one_of
 
-__all__ = ["SPARE", "EuclideanSearch", "Index", "PolarSearch"]
-
 SPARE = 16  # candidates beyond k, against misordering by float32 distances
 Index = Literal["flat", "ivf", "hnsw", "ivfpq"]
 Floats = NDArray[np.float64]

@@ -16,8 +16,6 @@ from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores import energy
 from oodlib.scores.opnp import Scope, kept, ranks, tail_size
 
-__all__ = ["HIGH", "LOW", "Choice", "Sweep", "choose", "choose_both", "kept", "sweep"]
-
 Floats = NDArray[np.float64]
 
 # shares of the low and of the high tail: the suite's grid

@@ -20,21 +20,6 @@ from oodlib.suite.notebooks import find_notebooks, list_notebooks
 from oodlib.suite.runner import Options, make_plans, run_all
 from oodlib.workspace import PROFILES, root
 
-__all__ = [
-    "clean",
-    "docs",
-    "doctor",
-    "lab",
-    "lint",
-    "notebook",
-    "report",
-    "reproduce",
-    "student",
-    "test",
-    "test_quick",
-    "verify",
-]
-
 
 def _options(given: argparse.Namespace, output: Path | None = None) -> Options:
     return Options(

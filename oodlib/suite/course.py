@@ -18,15 +18,6 @@ from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.suite.notebooks import list_notebooks
 
-__all__ = [
-    "code_copy",
-    "exercise_of",
-    "make_course",
-    "open_exercise",
-    "solution_copy",
-    "student_copy",
-]
-
 _BEGIN, _END = re.compile(r"^\s*#+\s*BEGIN SOLUTION\s*$"), re.compile(r"^\s*#+\s*END SOLUTION\s*$")
 Cell = dict[str, Any]
 

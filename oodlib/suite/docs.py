@@ -7,8 +7,6 @@ import sys
 import warnings
 from pathlib import Path
 
-__all__ = ["build_docs", "module_names"]
-
 
 def module_names() -> list[str]:
     """Every module of the package that a user may import, in alphabetical order."""

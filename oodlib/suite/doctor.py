@@ -19,7 +19,6 @@ from oodlib.workspace import root
 if TYPE_CHECKING:
     from oodlib.data.public.registry import SetInfo
 
-__all__ = ["check_env", "describe"]
 
 _REPAIR = "Install the matched pair in one step: pip install -r requirements.lock"
 

@@ -14,8 +14,6 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-__all__ = ["NotebookFailure", "execute"]
-
 
 class NotebookFailure(Exception):
     """A notebook stopped; the text shows the cell and its traceback, ``executed`` is the notebook

@@ -15,8 +15,6 @@ import yaml
 from oodlib.errors import OodlibError
 from oodlib.workspace import check_profile, root
 
-__all__ = ["Notebook", "check_names", "find_notebooks", "list_notebooks", "load_profile"]
-
 
 @dataclass(frozen=True)
 class Notebook:

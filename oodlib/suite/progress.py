@@ -9,8 +9,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Progress"]
-
 _EVERY = 30.0  # seconds between two lines about one notebook in a log
 
 

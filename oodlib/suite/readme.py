@@ -7,25 +7,23 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import pandas as pd
 import yaml
 
 from oodlib.claims.judge import VERDICTS, show
-from oodlib.claims.run import markdown_table
+from oodlib.claims.tables import markdown_table
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.suite.report import Entry, verdict_rows
 from oodlib.workspace import PROFILES, root
 
-__all__ = ["PAGES", "page_text", "update_pages"]
-
 NOTHING = "No reference results are committed yet."
 UNTESTED = "not testable here"
 FINDINGS: list[dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8")
+    resources.files(__package__).joinpath("findings.yaml").read_text(encoding="utf-8")
 )
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from oodlib.claims.judge import cite, condition, show
 from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.workspace import PROFILES, STAMP, check_profile, root
-
-__all__ = ["Entry", "build_report", "collect", "verdict_lines", "verdict_rows"]
 
 _CLASS = {
     "reproduced": "reproduced",
@@ -146,7 +145,7 @@ def _provenance(entry: Entry) -> str:
 def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
     import pandas as pd
 
-    from oodlib.claims.run import markdown_table
+    from oodlib.claims.tables import markdown_table
 
     verdicts = markdown_table(pd.DataFrame(rows, columns=list(_HEAD)))
     parts = [f"# Report: {profile}", _intro(profile), "## Verdicts", verdicts.strip()]
@@ -166,7 +165,9 @@ def _markdown(profile: str, entries: list[Entry], rows: list[dict[str, str]]) ->
 def _html(profile: str, entries: list[Entry], rows: list[dict[str, str]]) -> str:
     from jinja2 import Template
 
-    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    template = (
+        resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
     runs = [
         {
             "name": entry.notebook,

@@ -29,7 +29,6 @@ from oodlib.workspace import STAMP, code_closure, imported_modules, root
 if TYPE_CHECKING:
     from oodlib.suite.progress import Progress
 
-__all__ = ["Options", "Plan", "is_done", "make_plans", "run_all", "run_one"]
 
 _DATA = ("claims", "manifests", "published", "checkpoints")
 

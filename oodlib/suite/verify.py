@@ -17,8 +17,6 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder
 from oodlib.workspace import STAMP, check_profile, root
 
-__all__ = ["LIMIT_MB", "compare", "compare_runs", "referenced", "update_reference"]
-
 LIMIT_MB = 14.0  # of all references together
 _LARGEST_STEP, _MEAN_STEP = 16, 1.5  # of 255: what no eye sees
 _KEPT = ("results.csv", "claims.json", "contents.json", "provenance.json")

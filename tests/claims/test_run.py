@@ -67,4 +67,5 @@ def test_each_column_of_the_key_tells_results_apart(run: Run, column: str) -> No
 def test_no_committed_result_stands_twice(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
         keys = [tuple(row[column] for column in RESULT_KEY) for row in csv.DictReader(file)]
-    assert keys and len(set(keys)) == len(keys)
+    assert len(set(keys)) == len(keys)
+    assert keys or path.parent.name[2] == "a"  # the half on the method has no results

@@ -411,7 +411,8 @@ def public_names() -> list[tuple[str, str]]:
         (module, name)
         for module in module_names()
         if module != "oodlib.__main__"
-        for name in getattr(importlib.import_module(module), "__all__", [])
+        for name, value in vars(importlib.import_module(module)).items()
+        if not name.startswith("_") and getattr(value, "__module__", "") == module
     ]
 
 

@@ -28,17 +28,6 @@ from oodlib.data.builtin.glyphs import FONTS, fonts_with, glyph_mask, has_real_g
 from oodlib.data.records import read_records
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "DUPLICATE",
-    "LATIN",
-    "LOOKALIKE",
-    "OOD_SCRIPTS",
-    "SCRIPTS",
-    "alphabet",
-    "removed",
-    "similarity",
-]
-
 LOOKALIKE = 0.90
 DUPLICATE = 0.95
 

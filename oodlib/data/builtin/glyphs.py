@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from oodlib.errors import OodlibError
 
-__all__ = ["FONTS", "INK", "fonts_with", "glyph_mask", "has_real_glyph", "mask_side"]
-
 _OBLIQUE = ("", "-Bold", "-Oblique", "-BoldOblique")
 _STYLES = {
     "DejaVuSans": _OBLIQUE,

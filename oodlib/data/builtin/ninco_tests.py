@@ -29,7 +29,6 @@ from oodlib.errors import OodlibError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["NEEDS_ID_IMAGES", "UNIT_TESTS", "draw", "unit_test"]
 
 Float = NDArray[np.float64]
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from oodlib.data.builtin.glyphs import INK
 from oodlib.errors import OodlibError
 
-__all__ = ["MIN_CONTRAST", "Style", "below", "compose", "luminance", "raw_stream", "warp"]
-
 Style = Literal["plain", "colour"]
 MIN_CONTRAST = 64  # least luminance difference between glyph and background, of 255
 JITTER_COLUMNS = 5

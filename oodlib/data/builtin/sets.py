@@ -25,8 +25,6 @@ from oodlib.data.images import ImageSet
 from oodlib.data.records import read_records
 from oodlib.errors import OodlibError
 
-__all__ = ["EMBEDDED", "EmbeddedInfo", "embedded"]
-
 SPLITS = ("train", "val", "test")
 COLOUR_FIRST = render.JITTER_COLUMNS + 1  # raw columns: font or drawing, jitter, colours
 COLUMNS = COLOUR_FIRST + render.COLOUR_COLUMNS

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TEXTURES", "texture"]
-
 Field = NDArray[np.float64]
 TAU = 2 * np.pi
 

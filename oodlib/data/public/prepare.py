@@ -19,8 +19,6 @@ from oodlib.errors import OodlibError
 from oodlib.files import atomic_folder, locked, read_json, write_json
 from oodlib.workspace import data_root
 
-__all__ = ["DatasetNotFound", "load", "pixel_checksum", "prepare", "prepared_info"]
-
 Place = str | os.PathLike[str] | None
 
 

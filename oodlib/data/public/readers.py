@@ -27,17 +27,6 @@ from oodlib.data.images import ImageSet
 from oodlib.data.public.registry import SetInfo, Split
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "Raw",
-    "download_raw",
-    "find_in_mirror",
-    "from_archive",
-    "from_torchvision",
-    "from_zips",
-    "read_idx",
-    "read_parquet",
-]
-
 _CHUNK = 1024
 
 

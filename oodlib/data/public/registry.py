@@ -13,8 +13,6 @@ from typing import Any, Literal
 from oodlib.data.records import read_records
 from oodlib.errors import OodlibError
 
-__all__ = ["SETS", "SetInfo", "Split", "set_info"]
-
 
 @dataclass(frozen=True)
 class Split:

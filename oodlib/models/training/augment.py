@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["augment", "hash_seed", "normalise", "seeded"]
-
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (n, c, h, w) -> float32, ``(images / 255 - mean) / std`` per channel."""

@@ -16,8 +16,6 @@ from oodlib.errors import OodlibError
 from oodlib.models.training.augment import augment, normalise, seeded
 from oodlib.models.training.loop import TrainingRun
 
-__all__ = ["Recipe", "evaluate", "train"]
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -147,7 +145,7 @@ def train(
         x = normalise(images[index], mean, std)
         x = augment(x, recipe, epoch, flip_keys[index], shuffle.generator)
         if whiten is not None:
-            whiten.bias.requires_grad_(step < recipe.whiten_bias_epochs * per_epoch)
+            whiten.bias.requires_grad_(step < (recipe.whiten_bias_epochs or 0) * per_epoch)
         return nn.functional.cross_entropy(
             model(x.to(device, memory_format=torch.channels_last)),
             labels[index].to(device),

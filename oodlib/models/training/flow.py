@@ -28,8 +28,6 @@ from oodlib.models.glow import Glow, bits_per_dim, dequantise
 from oodlib.models.training.augment import augment, seeded
 from oodlib.models.training.loop import TrainingRun
 
-__all__ = ["FlowRecipe", "kept_step", "mean_bits_per_dim", "snapshot_path", "train_flow"]
-
 _ORDER, _INITIALISE, _VALIDATE, _BATCH = range(4)  # purposes of generators
 
 

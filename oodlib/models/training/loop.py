@@ -18,8 +18,6 @@ from tqdm import tqdm
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path
 
-__all__ = ["TrainingRun", "load_state", "pack_state", "save_state"]
-
 SAVE_EVERY = 60.0  # seconds between two saved states, besides those at rows of history
 _FORMAT = b"oodlib training state 2"  # enters the checksum: older files are refused
 

@@ -33,8 +33,6 @@ from oodlib.models.device import random_state
 from oodlib.models.training.augment import augment, hash_seed, normalise, seeded
 from oodlib.models.training.loop import TrainingRun
 
-__all__ = ["AUGMENTATIONS", "VitRecipe", "decay_integral", "fit_vit"]
-
 Objective = Literal["sigmoid", "softmax", "cosine"]
 # AugReg's names -> (mixup's beta parameter, RandAugment's layers and magnitude); without light0,
 # of magnitude 0: there timm's posterize keeps no bit, which Pillow refuses

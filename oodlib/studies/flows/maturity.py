@@ -20,8 +20,6 @@ from oodlib.errors import OodlibError
 from oodlib.metrics.statistics import overlap
 from oodlib.models.training.flow import kept_step
 
-__all__ = ["Aurocs", "Pairs", "Study", "auroc_along", "is_mature"]
-
 Moment = Literal["one epoch", "ten epochs", "last"]
 
 MATURE_GAIN, NEAR_PUBLISHED = 0.01, 0.15  # bits per dim
@@ -200,7 +198,8 @@ class Study:
             common = set.intersection(*(set(member.scores["set"]) for member in seeds))
             skip = [*leave_out, *set(run.scores["set"]) - common]
             for size in (1, 5):
-                options = {"group_size": size, "n_boot": n_boot, "seed": seed, "leave_out": skip}
+                options: dict[str, Any] = {"group_size": size, "leave_out": skip}
+                options |= {"n_boot": n_boot, "seed": seed}
                 self.aurocs[run.name, size] = auroc_along(run.scores, names, **options)
 
     def step(self, run: Run, moment: Moment) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import platform
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ from oodlib.models.training.flow import kept_step, snapshot_path, train_flow
 from oodlib.studies.flows.score_images import VARIANTS, score_flow
 from oodlib.studies.flows.specs import FlowSpec, flow_sets, flow_spec
 from oodlib.workspace import code_hash, root
-
-__all__ = ["FlowRun", "flow_run", "load_weights", "run_flow", "train_and_ship"]
 
 _AGAIN = "Restore it, or delete its folder and train again: python -m oodlib train"
 
@@ -103,8 +102,9 @@ def run_flow(
     # train
     where, recipe = pick_device(device), spec.recipe
     images, validation = spec.training_images()
-    training = {"seed": seed, "folder": folder, "device": where, "progress": progress}
-    history = train_flow(spec.network(seed), images, validation, recipe, **training)
+    options: dict[str, Any] = {"seed": seed, "device": where, "progress": progress}
+    network = spec.network(seed)
+    history = train_flow(network, images, validation, recipe, folder=folder, **options)
 
     # score what is not scored yet
     sets = flow_sets(spec, n_fit=n_fit or spec.n, n_test=n_test or spec.n, n_ood=n_ood or spec.n)
@@ -206,7 +206,7 @@ def train_and_ship(name: str, *, seed: int = 0, device: str = "auto") -> Path:
         for step in spec.shipped if seed == 0 else ():
             state = to_half(load_weights(spec, snapshot_path(folder, step)))
             path, record = snapshot_path(temporary, step), {"step": step, "dtype": "float16"}
-            write_sealed(path, lambda part, state=state: save_file(state, part), record)
+            write_sealed(path, partial(save_file, state), record)
     return target
 
 
@@ -249,7 +249,7 @@ def _live(spec: FlowSpec, n_fit: int, n_test: int, n_ood: int, device: str) -> P
     """Folder of a flow trained and scored now, or earlier by the same code, recipe and counts."""
     pixels = spec.training_images()[0].sum().item()
     made_of = [repr(spec), n_fit, n_test, n_ood, pixels, code_hash(__name__)]
-    sizes = {"n_fit": n_fit, "n_test": n_test, "n_ood": n_ood}
+    sizes: dict[str, Any] = {"n_fit": n_fit, "n_test": n_test, "n_ood": n_ood}
     return cached_build(
         made_of, "run.json", lambda folder: run_flow(spec, 0, folder, device=device, **sizes)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -21,8 +21,6 @@ from oodlib.gradients import Objective, layer_gradient_norms
 from oodlib.models.glow import Glow, dequantise
 from oodlib.scores.complexity import compressed_bits
 from oodlib.scores.layerwise import LayerwiseDensity, input_complexity, naive_norm, typicality
-
-__all__ = ["SCORES", "VARIANTS", "dequantised", "gradient_norms", "group_bits", "score_flow"]
 
 SCORES = ("nll", "typicality", "complexity_png", "complexity_jpeg2000", "naive_norm", "density")
 # of the layer-wise density: objective sum(z) instead of log p; Gaussians fitted on evaluation
@@ -56,7 +54,7 @@ def gradient_norms(
 ) -> NDArray[np.float64]:
     """`layer_gradient_norms` of a whole set, (N / B, tensors), moved to the device in pieces."""
     device, step = next(model.parameters()).device, group_size * max(1, pieces // group_size)
-    options = {"group_size": group_size, "objective": objective}
+    options: dict[str, Any] = {"group_size": group_size, "objective": objective}
     parts = [layer_gradient_norms(model, part.to(device), **options) for part in x.split(step)]
     return torch.cat(parts).numpy()
 
@@ -99,7 +97,8 @@ def score_flow(
                 f"{model.image_shape}, got {images.images.shape}. Use ImageSet.resized."
             )
     noisy = {name: dequantised(images) for name, images in sets.items()}
-    objectives: tuple[Literal["log_prob", "sum_z"], ...] = ("log_prob", "sum_z")[: 1 + variants]
+    objectives: list[Literal["log_prob", "sum_z"]] = ["log_prob", "sum_z"]
+    objectives = objectives[: 1 + variants]
     steps = len(sets) * len(group_sizes) * len(objectives)
     bar = tqdm(total=steps, desc="scoring", unit="set", disable=None if progress else True)
     parts = []

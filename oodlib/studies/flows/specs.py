@@ -14,8 +14,6 @@ from oodlib.errors import OodlibError
 from oodlib.models.glow import Glow
 from oodlib.models.training.flow import FlowRecipe
 
-__all__ = ["FLOWS", "FlowSpec", "flow_sets", "flow_spec"]
-
 _INVERTED = ("omniglot",)  # black on white, unlike its ID sets
 _TEST_SPLITS = {  # splits that are not called "test"
     "tiny-imagenet": "valid",

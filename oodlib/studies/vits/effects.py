@@ -23,23 +23,6 @@ from oodlib.errors import OodlibError
 from oodlib.metrics import Estimate
 from oodlib.studies.vits.pool_table import PoolRow
 
-__all__ = [
-    "FACTORS",
-    "Effect",
-    "Estimate",
-    "cluster_rows",
-    "clustered_estimate",
-    "clustered_mean",
-    "common_levels",
-    "group_difference",
-    "interaction",
-    "model_column",
-    "paired_effects",
-    "pool_frame",
-    "require_equal_lengths",
-    "resampled_rows",
-]
-
 FACTORS = tuple(f.name for f in fields(PoolRow) if f.name not in ("name", "weights"))
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -145,10 +128,12 @@ def common_levels(
     "none" is the lowest level. None where no two cells differ in the factor alone.
     """
     ordered = sorted(cells[factor].dropna().unique(), key=lambda level: (level != "none", level))
-    cells, counts = cells.assign(_one=1.0), {}
+    counts: dict[tuple[Any, Any], int] = {}
+    cells = cells.assign(_one=1.0)
     for levels in itertools.combinations(ordered, 2):
         with contextlib.suppress(OodlibError):
-            counts[levels] = paired_effects(cells, factor, *levels, "_one", free=free, n_boot=1).n
+            effect = paired_effects(cells, factor, *levels, "_one", free=free, n_boot=1)
+            counts[levels] = effect.n or 0
     return max(reversed(counts), key=counts.__getitem__) if counts else None
 
 
@@ -202,7 +187,7 @@ def group_difference(
         p = float(permutation_test((a, b), difference, **options).pvalue)
     rng = np.random.default_rng(seed)
     draws = difference(*(x[rng.integers(0, len(x), (n_boot, len(x)))] for x in (a, b)))
-    counts = {"n": len(frame), "clusters": len(means), "resampled": "checkpoints"}
+    counts: dict[str, Any] = {"n": len(frame), "clusters": len(means), "resampled": "checkpoints"}
     result = Effect.of(float(difference(a, b)), draws, p=p, **counts)
     freedom = len(means) - 2
     pooled = (a.var() * len(a) + b.var() * len(b)) / max(freedom, 1)

@@ -20,17 +20,6 @@ from oodlib.data.builtin.ninco_tests import UNIT_TESTS, unit_test
 from oodlib.data.cifar import split_test, tiny_imagenet_classes
 from oodlib.errors import OodlibError
 
-__all__ = [
-    "NEAR",
-    "OVERLAPS",
-    "TASKS",
-    "Task",
-    "assert_never_trained_on",
-    "pool_sets",
-    "short_hashes",
-    "training_images",
-]
-
 OVERLAPS = ("bus", "pickup_truck")  # automobile and truck of CIFAR-10, by its search terms
 N_VAL = 150  # images for choices, ID and OOD
 NEAR = {

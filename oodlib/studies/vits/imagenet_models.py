@@ -22,7 +22,6 @@ from oodlib.workspace import data_root
 if TYPE_CHECKING:
     from timm.models import VisionTransformer
 
-__all__ = ["ADDRESSES", "find_weights", "load_tagged"]
 
 Transform = Callable[[Any], Tensor]
 _CLASSES = 1000  # of ImageNet

@@ -16,19 +16,6 @@ from oodlib.metrics import Estimate, auroc, replicates, threshold
 from oodlib.studies.vits.effects import pool_frame
 from oodlib.studies.vits.score_table import SCORES
 
-__all__ = [
-    "BROAD",
-    "FAILED",
-    "against_best",
-    "averaged",
-    "choose_weights",
-    "flat",
-    "model_frame",
-    "over_classes",
-    "per_class",
-    "summary",
-]
-
 BROAD = ("unicode", "tiny-imagenet", "in21k")  # pretraining sets of many other classes
 FAILED = 0.10  # a unit test fails where its FPR95 is above (arXiv 2306.00826)
 _KEYS = ["set", "index", "label"]

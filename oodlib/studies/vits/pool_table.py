@@ -13,8 +13,6 @@ from oodlib.errors import OodlibError
 from oodlib.files import write_text
 from oodlib.workspace import root
 
-__all__ = ["PoolRow", "find_pool", "read_pool", "write_pool"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PoolRow:

@@ -11,8 +11,6 @@ from pandas import DataFrame
 
 from oodlib.data.published import published
 
-__all__ = ["METHODS", "published_models"]
-
 METHODS = {
     "MSP": "msp",
     "MaxLogit": "max_logit",

@@ -11,19 +11,6 @@ from oodlib.studies.vits.image_sets import TASKS
 from oodlib.studies.vits.pool_table import PoolRow
 from oodlib.workspace import root
 
-__all__ = [
-    "BUDGETS",
-    "Budget",
-    "finetune_recipe",
-    "made_folder",
-    "pool_of",
-    "pretrain_recipe",
-    "pretrained_path",
-    "shipped_folder",
-    "train_command",
-    "trained_folder",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:

@@ -21,8 +21,6 @@ from oodlib.scores import whitening
 from oodlib.scores.moments import Moments, MomentSums
 from oodlib.scores.vim import vim_alpha, vim_origin, vim_residual
 
-__all__ = ["Reference", "reference", "unit"]
-
 _ROWS = 16384
 Array = NDArray[np.float64]
 

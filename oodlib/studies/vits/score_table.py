@@ -13,13 +13,11 @@ from oodlib.errors import OodlibError
 from oodlib.features.feature_bank import FeatureBank
 from oodlib.scores import energy, knn, mahalanobis, max_logit, msp, relative_mahalanobis, vim
 from oodlib.scores.moments import Moments
-from oodlib.studies.vits.reference import Reference, reference, unit
+from oodlib.studies.vits.reference import Reference, unit
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SCORES", "Reference", "all_scores", "geometry", "norm_correlation", "reference"]
-__all__ += ["score_table"]
 
 _LOGIT_SCORES = ("msp", "max_logit", "energy")
 _DISTANCES = ("mahalanobis", "relative_mahalanobis")

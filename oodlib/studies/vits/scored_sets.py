@@ -24,8 +24,6 @@ from oodlib.studies.vits.image_sets import (
 from oodlib.studies.vits.recipes import shipped_folder, trained_folder
 from oodlib.workspace import code_hash, root
 
-__all__ = ["check_test_images", "scored_sets", "write_seen"]
-
 
 def scored_sets(pool: str, *, n_fit: int, n_test: int, n_ood: int) -> dict[str, ImageSet]:
     """`pool_sets`, drawn and checked by the first process that asks, then memory-mapped.

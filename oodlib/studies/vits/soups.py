@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fill_greedily", "fill_with_mean"]
-
 State = Mapping[str, Tensor]
 
 

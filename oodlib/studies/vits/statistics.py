@@ -25,25 +25,13 @@ from oodlib.studies.vits.effects import (
     resampled_rows,
 )
 
-__all__ = [
-    "eta_squared",
-    "recipe_percentile",
-    "soup_against_members",
-    "spearman",
-    "spearman_difference",
-    "spread_within",
-    "standing",
-    "top_share",
-    "wins",
-]
-
 
 def spearman(
     x: ArrayLike, y: ArrayLike, clusters: ArrayLike | None = None, **boot: Any
 ) -> Estimate:
     """Spearman correlation over models; 0 where one side is constant."""
     a, b = _columns("spearman", x, y)
-    return clustered_estimate(lambda i: spearman_along(a[i], b[i]), len(a), clusters, **boot)
+    return clustered_estimate(lambda i: float(spearman_along(a[i], b[i])), len(a), clusters, **boot)
 
 
 def spearman_difference(
@@ -53,7 +41,7 @@ def spearman_difference(
     a, b, c = _columns("spearman_difference", x, y, other)
 
     def difference(i: Rows) -> float:
-        return spearman_along(a[i], c[i]) - spearman_along(a[i], b[i])
+        return float(spearman_along(a[i], c[i]) - spearman_along(a[i], b[i]))
 
     return clustered_estimate(difference, len(a), clusters, **boot)
 
@@ -173,7 +161,7 @@ def recipe_percentile(
         draws[i] = standings(a[resampled_rows(rows_a, rng)], b[resampled_rows(rows_b, rng)]).mean()
     shares, k = standings(a, b), len(rows_a)
     error = np.std([shares[rows].mean() for rows in rows_a]) / np.sqrt(max(k - 1, 1))
-    options = {"n": len(x), "clusters": k, "resampled": "checkpoints"}
+    options: dict[str, Any] = {"n": len(x), "clusters": k, "resampled": "checkpoints"}
     result = Estimate.of(float(shares.mean()), draws, **options)
     return result.widened(float(error), k - 1).within(0, 1)
 

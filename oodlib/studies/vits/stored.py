@@ -37,8 +37,6 @@ from oodlib.studies.vits.recipes import (
 from oodlib.studies.vits.score_table import SCORES
 from oodlib.studies.vits.trained import is_trained, live_folder
 
-__all__ = ["STORED", "Models", "Scored", "is_live", "pool_models", "ranked", "ship"]
-
 STORED = (*SCORES, "gradnorm", "gradnorm_u")
 _KEYS = ["set", "index", "label"]
 

@@ -45,12 +45,11 @@ from oodlib.studies.vits.recipes import (
     train_command,
     trained_folder,
 )
-from oodlib.studies.vits.score_table import geometry, norm_correlation, reference, score_table
+from oodlib.studies.vits.reference import reference
+from oodlib.studies.vits.score_table import geometry, norm_correlation, score_table
 from oodlib.studies.vits.scored_sets import scored_sets, write_seen
 from oodlib.studies.vits.soups import fill_greedily, fill_with_mean
 from oodlib.workspace import code_hash
-
-__all__ = ["is_trained", "live_folder", "load_row", "pretrain", "score_row", "train_row"]
 
 HELD_OUT = 1000  # last training images, which finetuning leaves out: greedy soups choose by them
 
@@ -81,7 +80,8 @@ def pretrain(row: PoolRow, *, device: str = "auto", progress: bool = True) -> Pa
 
     # network
     classes = len(images.class_names)
-    drop = {"dropout": row.dropout or 0.0, "stochastic_depth": row.stochastic_depth or 0.0}
+    drop: dict[str, Any] = {"dropout": row.dropout, "stochastic_depth": row.stochastic_depth}
+    drop = {name: rate or 0.0 for name, rate in drop.items()}
     model = small_vit(row.network, classes, seed=row.seed, **drop)
     if recipe.objective == "sigmoid":  # every class starts at its frequency
         nn.init.constant_(_head(model).bias, -math.log(classes))

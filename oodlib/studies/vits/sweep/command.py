@@ -9,8 +9,6 @@ from typing import Any
 
 from oodlib.workspace import root
 
-__all__ = ["sweep", "sweep_options", "train_options", "train_vit"]
-
 
 def train_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``train-vit``."""
@@ -24,7 +22,8 @@ def train_options(command: argparse.ArgumentParser) -> None:
 
 def sweep_options(command: argparse.ArgumentParser) -> None:
     """Arguments of ``sweep``."""
-    add, flag = command.add_argument, {"action": "store_true"}
+    add = command.add_argument
+    flag: dict[str, Any] = {"action": "store_true"}
     add("--pool", required=True, help="a file, or the name of one in data/pools")
     add("--dry-run", **flag, help="print what it would cost, and stop")
     add("--status", **flag, help="print what is done, running, failed and missing")

@@ -13,8 +13,6 @@ from oodlib.errors import OodlibError
 from oodlib.studies.vits.sweep.jobs import Job
 from oodlib.studies.vits.sweep.models_and_images import FIT
 
-__all__ = ["Cost", "describe_plan", "estimate", "network_cost"]
-
 GPU_TFLOPS = 12.0  # assumed, in float32 without tensor cores
 CPU_TFLOPS = 0.03  # assumed, of one core
 BATCH = 64

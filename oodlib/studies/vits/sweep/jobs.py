@@ -35,18 +35,6 @@ from oodlib.workspace import code_hash
 if TYPE_CHECKING:
     from oodlib.features.feature_bank import FeatureBank
 
-__all__ = [
-    "STATES",
-    "Job",
-    "chosen",
-    "describe",
-    "make_jobs",
-    "note_death",
-    "prepare",
-    "run_job",
-    "state",
-    "try_lock",
-]
 
 STATES = ("done", "running", "failed", "missing")
 _DTYPE = "float32"
@@ -216,7 +204,7 @@ def _pass(job: Job) -> dict[str, Any]:
     if device == "auto" and job.slot is not None and torch.cuda.is_available():
         device = f"cuda:{job.slot % torch.cuda.device_count()}"
     opened = job.source.open(job.row, job.split)
-    options = {"mean": opened.mean, "std": opened.std, "device": device, "progress": False}
+    options: dict[str, Any] = {"mean": opened.mean, "std": opened.std, "device": device}
     facts = {
         "model": job.row.name,
         "data": job.split,
@@ -226,7 +214,7 @@ def _pass(job: Job) -> dict[str, Any]:
         **opened.provenance,
     }
     count = Counter[str]()
-    banks = _counted(stream(opened.model, opened.data, **options), count)
+    banks = _counted(stream(opened.model, opened.data, progress=False, **options), count)
     with contextlib.ExitStack() as stack:
         if job.split != FIT or job.all_features:
             folder = stack.enter_context(atomic_folder(job.folder / job.split))

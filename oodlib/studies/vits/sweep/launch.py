@@ -29,8 +29,6 @@ from oodlib.studies.vits.sweep.jobs import (
 from oodlib.studies.vits.sweep.processes import ending, run_processes
 from oodlib.studies.vits.sweep.tables import collect
 
-__all__ = ["Resources", "run_local", "run_submitit", "run_sweep"]
-
 Report = Callable[[Job], None]
 _MAX_ARRAY = 1001  # SLURM's default MaxArraySize
 _SILENCES = 30  # polls in a row that squeue may fail

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from oodlib.data.images import ImageSet
 
-__all__ = ["FIT", "ImagenetSource", "Opened", "Source", "TrainedSource", "find_source"]
 
 FIT, UNIT_TESTS = "fit", "unit_tests"
 # of `oodlib.data.imagenet`, whose import takes seconds

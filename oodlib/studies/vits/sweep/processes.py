@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["ending", "run_processes"]
-
 Task = TypeVar("Task")
 _PRELOAD = ["oodlib.studies.vits.score_table", "oodlib.features.extract"]
 

@@ -21,8 +21,6 @@ from oodlib.studies.vits.sweep.models_and_images import FIT, ImagenetSource
 from oodlib.studies.vits.sweep.tables import collect, read_record
 from oodlib.workspace import root
 
-__all__ = ["swept_models"]
-
 
 def swept_models(
     networks: Sequence[str],

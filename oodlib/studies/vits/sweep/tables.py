@@ -14,12 +14,12 @@ from oodlib.errors import OodlibError
 from oodlib.files import key_of, locked, write_json, write_sealed, write_text
 from oodlib.studies.vits.sweep.models_and_images import FIT
 
-__all__ = ["COLUMNS", "collect", "make_table", "read_record"]
-
 # of the summary; fractions, FPR at 95 % TPR with ID positive; unweighted means over the OOD
 # classes, "pooled" over the images
-COLUMNS = ("model", "accuracy", "set", "score", "fpr", "auroc", "fpr_pooled", "auroc_pooled")
-COLUMNS += ("failed", "classes", "images")
+COLUMNS = (
+    *("model", "accuracy", "set", "score", "fpr", "auroc", "fpr_pooled", "auroc_pooled"),
+    *("failed", "classes", "images"),
+)
 
 
 def make_table(folder: Path, splits: Sequence[str], *, wait_for_all: bool = False) -> str:
@@ -93,7 +93,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _score(folder: Path, splits: Sequence[str]) -> DataFrame:
     from oodlib.features.feature_bank import FeatureBank
-    from oodlib.studies.vits.score_table import Reference, score_table
+    from oodlib.studies.vits.reference import Reference
+    from oodlib.studies.vits.score_table import score_table
 
     banks = {split: FeatureBank.load(folder / split) for split in splits}
     return score_table(Reference.load(folder / f"{FIT}.safetensors"), banks)

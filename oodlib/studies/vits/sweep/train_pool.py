@@ -13,8 +13,6 @@ from oodlib.files import locked
 from oodlib.studies.vits.pool_table import PoolRow, read_pool
 from oodlib.studies.vits.sweep.processes import run_processes
 
-__all__ = ["train_pool"]
-
 
 def train_pool(pool: str, *, models: str = "*", jobs: int = 1, device: str = "auto") -> list[str]:
     """Pretrain, finetune and score the rows of a small pool; returns the names of those done.

@@ -29,7 +29,8 @@ from oodlib.files import write_json
 from oodlib.models.small_vit import NETWORKS
 from oodlib.studies.vits import imagenet_models
 from oodlib.studies.vits.pool_table import PoolRow, read_pool, write_pool
-from oodlib.studies.vits.score_table import SCORES, reference, score_table
+from oodlib.studies.vits.reference import reference
+from oodlib.studies.vits.score_table import SCORES, score_table
 from oodlib.studies.vits.sweep import jobs as sweep
 from oodlib.studies.vits.sweep import models_and_images
 from oodlib.studies.vits.sweep.cost import describe_plan, estimate, network_cost
