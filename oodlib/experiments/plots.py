@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from oodlib.claims.style import COLOURS, METHOD_COLOURS
 
@@ -27,32 +26,23 @@ def image_rows(pictures: Mapping[str, NDArray[np.uint8]], *, per_set: int = 9) -
 
     pictures : title -> (n, 3, h, w)
     """
-    figure, axes = plt.subplots(
-        len(pictures),
-        per_set,
-        figsize=(6.4, 0.85 * len(pictures)),
-        squeeze=False,
-        layout=ConstrainedLayoutEngine(h_pad=0.1),
-    )
-    for row, (title, images) in zip(axes, pictures.items(), strict=True):
-        for ax in row:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(
-                visible=True, color=COLOURS["chance"], linewidth=0.5
-            )  # a white image stays visible
-        for ax, image in zip(row, images, strict=False):
-            ax.imshow(image.transpose(1, 2, 0))
-        row[0].set_title(" ", fontsize=8)  # room for the name, which is wider
-        row[0].annotate(
-            title,
-            (0, 1),
-            (0, 6),
-            "axes fraction",
-            textcoords="offset points",
-            fontsize=8,
-            in_layout=False,
-        )
+    figure, axes = plt.subplots(len(pictures), figsize=(6.4, 0.95 * len(pictures)), squeeze=False)
+    for ax, (title, images) in zip(axes.flat, pictures.items(), strict=True):
+        ax.imshow(_strip(images[:per_set], per_set))
+        ax.set_title(title, fontsize=9, loc="left", pad=3)
+        ax.set_axis_off()
     return figure
+
+
+def _strip(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """Images (n, 3, h, w) side by side, (h, w, 3); a grey frame keeps white ones visible."""
+    frame = max(1, images.shape[-1] // 32)
+    framed = np.pad(images, [(0, 0), (0, 0), (frame, frame), (frame, frame)], constant_values=127)
+    spaced = np.pad(framed, [(0, 0), (0, 0), (0, 0), (0, 3 * frame)], constant_values=255)
+    missing = [(0, columns - len(images)), (0, 0), (0, 0), (0, 0)]
+    return np.concatenate(list(np.pad(spaced, missing, constant_values=255)), axis=2).transpose(
+        1, 2, 0
+    )
 
 
 def histograms(
@@ -84,14 +74,15 @@ def histograms(
 
 def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, label: str) -> None:
     """Values in per cent with their intervals: one line per value of ``rows``, one colour and
-    marker per ``series``. Lines are sorted by their median; one series needs no legend.
+    marker per ``series``. Methods are sorted by their median; one series needs no legend.
 
     results : rows of results.csv with one metric
     rows, series : columns of it; methods have fixed colours
     """
     kinds = list(results[series].unique())
     medians = results.groupby(rows, sort=False).value.median()
-    names = list(medians.sort_values(ascending=False, kind="stable").index)
+    if rows == "method":
+        medians = medians.sort_values(ascending=False, kind="stable")
     spare = itertools.cycle(sns.color_palette())
     ends = results.melt([rows, series], ["value", "low", "high"], value_name="per cent")
     sns.pointplot(
@@ -99,7 +90,7 @@ def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, la
         x="per cent",
         y=rows,
         hue=series,
-        order=names,
+        order=list(medians.index),
         hue_order=kinds,
         estimator=lambda found: found.iloc[0],  # the value; the other two are its interval
         errorbar=lambda found: (found.min(), found.max()),
