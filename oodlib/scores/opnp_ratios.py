@@ -1,7 +1,7 @@
 """Pruning ratios of OPNP: a whole grid in one pass, and the choice on validation sets alone."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,23 @@ class Sweep:
     high: Floats
     scores: dict[str, Floats]
     accuracy: Floats
+    _known: dict[Callable[..., float], dict[str, Floats]] = field(default_factory=dict, repr=False)
 
     def metric(self, function: Callable[..., float] = metrics.auroc) -> dict[str, Floats]:
-        """(L, H) of every OOD set, by default AUROC."""
+        """(L, H) of every OOD set, by default AUROC; measured once."""
+        if function in self._known:
+            return dict(self._known[function])
         out = {name: np.full(self.accuracy.shape, np.nan) for name in self.scores if name != "id"}
         for i, j in np.argwhere(~np.isnan(self.scores["id"][:, :, 0])):
             for name in out:
                 out[name][i, j] = function(self.scores["id"][i, j], self.scores[name][i, j])
-        return out
+        self._known[function] = out
+        return dict(out)
+
+    def mean(self, *, without: Collection[str] = ()) -> Floats:
+        """(L, H) mean AUROC over the OOD sets."""
+        used = [a for k, a in self.metric().items() if k not in without]
+        return np.asarray(np.mean(used, axis=0))
 
 
 def sweep(
