@@ -1,10 +1,15 @@
-"""Where a run departs from the protocol of OpenOOD v1.5: rows of a table beside its results."""
+"""A run beside OpenOOD v1.5: its near and far averages, the published ones, the departures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pandas as pd
+
+from oodlib.data import published
 from oodlib.experiments.testbed import Testbed
+from oodlib.metrics import METRICS, Board
 
-__all__ = ["openood_departures", "openood_sets"]
+__all__ = ["near_and_far", "openood_departures", "openood_published", "openood_sets"]
 
 # the OOD sets of its CIFAR protocols, with the images that it tests; unknown where not of CIFAR-10
 _SETS = {
@@ -25,6 +30,53 @@ def openood_sets(bed: Testbed) -> list[str]:
         for name in bed.ood
         if name.startswith(tuple(_SETS)) or not bed.id_name.startswith("cifar")
     ]
+
+
+def near_and_far(board: Board, beds: Mapping[str, Testbed], methods: Sequence[str]) -> pd.DataFrame:
+    """Averages (%) over OpenOOD's near and far sets; several training seeds: mean ± population std.
+
+    Networks whose names differ after the colon are seeds of one network.
+    """
+    sets = openood_sets(next(iter(beds.values())))
+    averages = {
+        f"{group} {metric}": 100 * board.only(*sets, group=group).each(metric)
+        for metric in METRICS
+        for group in ("near", "far")
+    }
+    families: dict[str, list[str]] = {}
+    for network in board.networks:
+        families.setdefault(network.split(":")[0], []).append(network)
+    rows = []
+    for method in methods:
+        for family, seeds in families.items():
+            row = {"method": method, "network": family, "seeds": len(seeds)}
+            for column, values in averages.items():
+                found = values.loc[seeds, method].to_numpy()
+                spread = f" ± {np.std(found):.2f}" if len(seeds) > 1 else ""
+                row[column] = f"{np.mean(found):.2f}{spread}"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def openood_published(beds: Mapping[str, Testbed], methods: Sequence[str]) -> pd.DataFrame:
+    """Rows of OpenOOD's leaderboard on the ID sets of the test beds (else CIFAR-10), near and far.
+
+    methods : in its spelling, "MSP", "EBO" ...
+    """
+    names = {bed.id_name.replace("net-", "net") for bed in beds.values()}
+    ids = {name if "imagenet" in name else "cifar10" for name in names}
+    rows = published("openood_v15")
+    rows = rows[rows.id_dataset.isin(ids) & rows.group.isin(["near", "far"])]
+    rows = rows[rows.method.isin(methods)]
+    cells = [
+        f"{mean:.2f}" + (f" ± {std:.2f}" if std >= 0 else "")
+        for mean, std in zip(rows["mean"], rows["std"], strict=True)
+    ]
+    column = rows.group + " " + rows.metric.replace("FPR@95", "FPR95(OOD+)")
+    table = rows.assign(cell=cells, column=column).pivot(
+        index=["id_dataset", "backbone", "method"], columns="column", values="cell"
+    )
+    return table.reset_index().rename_axis(columns=None)
 
 
 def openood_departures(beds: Mapping[str, Testbed]) -> list[tuple[str, str, str]]:
