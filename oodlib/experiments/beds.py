@@ -28,6 +28,19 @@ class Beds(dict[str, Testbed]):
             raise OodlibError("Beds: there is no test bed. Name at least one network.")
         return next(iter(self.values()))
 
+    def on(self, *networks: str) -> Beds:
+        """The test beds of some networks, by name."""
+        return self._of({name: self[name] for name in networks})
+
+    def thinned(self, n: int) -> Beds:
+        """Test beds with at most n images of each tested set, drawn at random."""
+        return self._of({name: bed.thinned(n, seed=self.seed) for name, bed in self.items()})
+
+    def _of(self, beds: Mapping[str, Testbed]) -> Beds:
+        some = Beds(beds)
+        some.seed = self.seed
+        return some
+
     def score(self, detectors: Detectors | Callable[[Testbed], Detectors], **options: Any) -> Board:
         """Fit and score detectors on every test bed (see `score`): a `Board`.
 

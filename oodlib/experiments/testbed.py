@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -83,17 +84,46 @@ class Testbed:
             title: self.images[name].images for name, title in titles.items() if name in self.images
         }
 
-    def batches(self, name: str, *, batch_size: int = 250) -> Iterable[tuple[Tensor, Tensor]]:
-        """Network inputs and labels of a set ("fit", "val", "test" or an OOD name), for one more
-        pass over it.
+    def thinned(self, n: int, *, seed: int = 0) -> Testbed:
+        """The same with at most n images of each tested set, drawn at random, in their order."""
 
-        OodlibError for a set that is not there.
+        def draw(bank: FeatureBank) -> FeatureBank:
+            return bank.subset(np.sort(np.random.default_rng(seed).permutation(len(bank))[:n]))
+
+        ood = {name: draw(bank) for name, bank in self.ood.items()}
+        return replace(self, test=draw(self.test), ood=ood)
+
+    def batches(
+        self, name: str, *, batch_size: int = 250, rows: NDArray[np.integer] | None = None
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Network inputs and labels of a set, for one more pass over it.
+
+        Parameters
+        ----------
+        name : "fit", "val", "test" or an OOD name
+        rows : of the set's images, to have only these, in the order of the set
+
+        Raises
+        ------
+        OodlibError : there is no such set
         """
         data: Any = self.images.get(name, self.loaders.get(name))
         if data is None:
             known = ", ".join({**self.images, **self.loaders})
             raise OodlibError(f"batches: {self.network} has no set {name!r}. It has {known}.")
-        return batches(data, batch_size=batch_size, mean=self.mean, std=self.std)
+        stream = batches(data, batch_size=batch_size, mean=self.mean, std=self.std)
+        return stream if rows is None else _rows_of(stream, np.sort(rows))
+
+
+def _rows_of(
+    stream: Iterable[tuple[Tensor, Tensor]], rows: NDArray[np.integer]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    start = 0
+    for x, y in stream:
+        here = torch.from_numpy(rows[(rows >= start) & (rows < start + len(x))] - start)
+        start += len(x)
+        if len(here):
+            yield x[here], y[here]
 
 
 def testbed(

@@ -28,6 +28,9 @@ def test_a_run_loads_scores_and_compares(loaded):
     assert "OOD sets: greek (near, 10)" in out
     with pytest.raises(OodlibError, match="no test bed"):
         _ = Beds().first
+    thin = found.thinned(6)
+    assert len(thin.first.test) == 6 and thin.seed == 2
+    assert list(thin.on(bed.network)) == [bed.network] and thin.on().seed == 2
 
     board = found.score(
         lambda bed: {m: create(m, **({"k": 5} if m == "knn" else {})) for m in methods}, n_boot=10

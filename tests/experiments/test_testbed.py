@@ -230,6 +230,26 @@ def test_batches_give_the_inputs_behind_a_bank(tiny):
         bed.batches("klingon")
 
 
+def test_batches_of_some_rows_come_in_the_order_of_the_set(tiny):
+    bed = tiny()
+    every = torch.cat([x for x, _ in bed.batches("fit")])
+    some = list(bed.batches("fit", batch_size=20, rows=np.array([45, 3, 7])))
+    assert [len(x) for x, _ in some] == [2, 1]  # no empty batch
+    torch.testing.assert_close(torch.cat([x for x, _ in some]), every[[3, 7, 45]])
+    np.testing.assert_array_equal(
+        torch.cat([y for _, y in some]), np.asarray(bed.fit.labels)[[3, 7, 45]]
+    )
+
+
+def test_thinned_test_bed_has_some_images_of_each_tested_set(tiny):
+    bed = tiny()
+    thin = bed.thinned(6, seed=1)
+    assert {len(bank) for bank in thin.tested.values()} == {6}
+    rows = np.sort(np.random.default_rng(1).permutation(40)[:6])
+    np.testing.assert_array_equal(thin.test.features, np.asarray(bed.test.features)[rows])
+    assert thin.fit is bed.fit and thin.ood_val is bed.ood_val
+
+
 def test_snapshot_along_training():
     bed = module.testbed(
         "latin_fast:epoch0", n_fit=30, n_test=30, n_ood=5, device="cpu", progress=False
