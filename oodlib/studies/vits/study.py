@@ -181,8 +181,8 @@ class Study:
             table = self.tables[str(name)]
             left_out = ("id", "val", "ood_val", "unit_tests")
             sets = [known for known in table["set"].unique() if known not in left_out]
-            classes = measures.per_class(table, sets)
-            means = classes[classes["score"].isin(scores)].groupby(["set", "score"])["auroc"].mean()
+            classes = measures.per_class(table[["set", "index", "label", *scores]], sets)
+            means = classes.groupby(["set", "score"])["auroc"].mean()
             rows.append(means.reset_index().assign(data=cell["data"]))
         pivot = pd.concat(rows).pivot_table(index=["data", "score"], columns="set", values="auroc")
         return pivot.mul(100).reset_index()
@@ -217,7 +217,9 @@ def load_study(
         raise OodlibError(
             f"No model of {', '.join(networks)} is available: {next(iter(found.missing.values()))}"
         )
-    print("Left out:", found.missing or "none")
+    if found.missing:
+        first = next(iter(found.missing.values()))
+        print(f"{len(found.missing)} models are not available. First: {first}")
     quality: Literal["auroc", "fpr"] = "fpr" if run.profile == "paper" else "auroc"
     every = measures.model_frame(found, near=near, quality=quality)
     boot = {"n_boot": n_boot, "seed": run.seed}
