@@ -165,6 +165,9 @@ class Verdict:
         alone = self.measured is None or self.claim.kind == "identity"
         return show(self.measured) + ("" if alone else f" [{show(self.low)}, {show(self.high)}]")
 
+    def _ipython_display_(self) -> None:
+        """Show nothing as a cell's last value: `Run.judge` has printed the verdict."""
+
     def __str__(self) -> str:
         number = f": {self.measurement} {self.claim.unit}" if self.measurement else ""
         return f"{self.claim.short}{number}  ->  {self.verdict}"

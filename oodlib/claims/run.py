@@ -23,7 +23,7 @@ from oodlib.claims.style import savefig, use_style
 from oodlib.claims.tables import claim_table, file_stem, latex_table, markdown_table
 from oodlib.errors import OodlibError
 from oodlib.files import atomic_path, write_json, write_text
-from oodlib.metrics import METRICS, Board, Estimate
+from oodlib.metrics import AVERAGE, METRICS, Board, Estimate
 from oodlib.workspace import STAMP, check_profile, root
 
 if TYPE_CHECKING:
@@ -227,6 +227,25 @@ class Run:
                             method=method,
                             values=values,
                         )
+
+    def averages(self, board: Board, *, method: str, metric: str = "AUROC") -> pd.DataFrame:
+        """Write the averages of a board over all its OOD sets, without intervals: settings of one
+        method, whose names become the column ``variant``. Returns network x setting in per cent.
+        """
+        found, (name, positive, _) = board.each(metric), METRICS[metric]
+        for network, settings in found.iterrows():
+            for setting, value in settings.dropna().items():
+                self.result(
+                    model=str(network),
+                    id=board.id_name.get(str(network), "id"),
+                    ood=AVERAGE,
+                    method=method,
+                    variant=str(setting),
+                    metric=name,
+                    positive=positive,
+                    value=value,
+                )
+        return 100 * found
 
     def rule(self, claim: str) -> Claim:
         """A claim of this notebook by its id, with or without the paper: "C1", "gradnorm/C1"."""

@@ -111,6 +111,5 @@ def score(bed: Testbed, detectors: Detectors) -> dict[str, dict[str, np.ndarray]
             continue
         if bed.fit is not None and detector.needs_fit:
             detector.fit(bed.fit)
-        banks = {"id": bed.test, **bed.ood}
-        out[name] = {key: detector.score(bank) for key, bank in banks.items()}
+        out[name] = {key: detector.score(bank) for key, bank in bed.tested.items()}
     return out

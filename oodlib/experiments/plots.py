@@ -4,11 +4,13 @@ intervals.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from oodlib.claims.style import COLOURS, METHOD_COLOURS
@@ -61,42 +63,60 @@ def histograms(
     """Densities of several score arrays over common bins that leave out 0.2 % at either end.
 
     scores : legend label -> (n,)
-    groups : "id", "near" or "far" for each, which is its colour
+    groups : "id", "near" or "far" for each, which is its colour and its outline
     """
-    low, high = np.quantile(
-        np.concatenate([np.asarray(v) for v in scores.values()]), [0.002, 0.998]
-    )
+    arrays = {label: np.asarray(values) for label, values in scores.items()}
+    low, high = np.quantile(np.concatenate(list(arrays.values())), [0.002, 0.998])
     edges = np.linspace(low, high, bins).tolist()
-    for (label, values), group in zip(scores.items(), groups, strict=True):
-        ax.hist(
-            np.asarray(values), edges, density=True, alpha=0.6, color=COLOURS[group], label=label
+    for (label, values), group in zip(arrays.items(), groups, strict=True):
+        sns.histplot(
+            x=values,
+            bins=edges,
+            stat="density",
+            element="step",
+            alpha=0.4,
+            color=COLOURS[group],
+            linestyle={"id": "-", "near": "--"}.get(group, ":"),
+            linewidth=1.5,
+            label=label,
+            ax=ax,
         )
     ax.set(xlabel="score (larger = more OOD)", ylabel="density")
 
 
 def interval_dots(ax: Axes, results: pd.DataFrame, *, rows: str, series: str, label: str) -> None:
-    """Values in per cent with their intervals: one line per value of ``rows``, one colour or marker
-    per ``series``.
+    """Values in per cent with their intervals: one line per value of ``rows``, one colour and
+    marker per ``series``. Methods are sorted by their median; one series needs no legend.
 
     results : rows of results.csv with one metric
     rows, series : columns of it; methods have fixed colours
     """
-    names, kinds = list(results[rows].unique()), list(results[series].unique())
-    for i, kind in enumerate(kinds):
-        part = results[results[series] == kind]
-        y = np.array([names.index(name) for name in part[rows]]) + 0.7 * (
-            i - (len(kinds) - 1) / 2
-        ) / max(len(kinds), 3)
-        spread = 100 * np.array([part.value - part.low, part.high - part.value])
-        ax.errorbar(
-            100 * part.value,
-            y,
-            xerr=spread,
-            fmt="osD^vP*X"[i % 8] if rows == "method" else "o",
-            ms=4,
-            lw=1,
-            color=METHOD_COLOURS.get(kind),
-            label=kind,
-        )
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=label)
-    ax.legend(fontsize=8, ncols=2 if len(kinds) > 4 else 1, loc="best")
+    kinds = list(results[series].unique())
+    medians = results.groupby(rows, sort=False).value.median()
+    if rows == "method":
+        medians = medians.sort_values(ascending=False, kind="stable")
+    spare = itertools.cycle(sns.color_palette())
+    ends = results.melt([rows, series], ["value", "low", "high"], value_name="per cent")
+    sns.pointplot(
+        ends.assign(**{"per cent": 100 * ends["per cent"].astype(float)}),
+        x="per cent",
+        y=rows,
+        hue=series,
+        order=list(medians.index),
+        hue_order=kinds,
+        estimator=lambda found: found.iloc[0],  # the value; the other two are its interval
+        errorbar=lambda found: (found.min(), found.max()),
+        dodge=0.7 * (len(kinds) - 1) / max(len(kinds), 3),
+        markers=list(itertools.islice(itertools.cycle("osD^vPXp<>dh"), len(kinds))),
+        palette={kind: METHOD_COLOURS.get(kind) or next(spare) for kind in kinds},
+        linestyle="none",
+        markersize=5,
+        markeredgewidth=0,
+        err_kws={"linewidth": 1.2},
+        legend=len(kinds) > 1,
+        ax=ax,
+    )
+    ax.set(xlabel=label, ylabel="")
+    ax.grid(True, axis="x")
+    if len(kinds) > 1:
+        sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), title=None)

@@ -70,6 +70,11 @@ class Testbed:
         return {name: bank for name, bank in self.ood_val.items() if name not in self.leaks}
 
     @property
+    def tested(self) -> dict[str, FeatureBank]:
+        """The ID test set as "id", and each OOD set."""
+        return {"id": self.test, **self.ood}
+
+    @property
     def pictures(self) -> dict[str, NDArray[np.uint8]]:
         """Title -> pixels (n, 3, h, w) of the ID test set and OOD sets that fit in memory."""
         titles = {

@@ -4,11 +4,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from oodlib.claims import Run
 from oodlib.claims.run import RESULT_COLUMNS, RESULT_KEY
 from oodlib.errors import OodlibError
+from oodlib.metrics import Board
 from oodlib.workspace import root
 
 ROW: dict[str, Any] = {
@@ -57,6 +59,18 @@ def test_each_column_of_the_key_tells_results_apart(run: Run, column: str) -> No
     run.result(**ROW)
     run.result(**{**ROW, column: 9 if column == "seed" else "another"})
     assert len(run.results()) == 2
+
+
+def test_averages_of_settings_are_rows_without_intervals(run: Run) -> None:
+    scores = {
+        f"T={t}": {"id": np.arange(4.0), "near": np.arange(4.0) + t, "far": np.arange(4.0) + 9}
+        for t in (0, 9)
+    }
+    board = Board(scores={"net": scores}, id_name={"net": "latin"})
+    assert run.averages(board, method="gradnorm").loc["net"].tolist() == [75.0, 100.0]
+    rows = run.results()
+    assert rows.variant.tolist() == ["T=0", "T=9"] and rows.value.tolist() == [0.75, 1.0]
+    assert set(rows.ood) == {"average"} and set(rows.id) == {"latin"} and rows.low.isna().all()
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_training_images_of_the_paper_path_come_with_a_disjoint_validation(
     assert (len(bed.fit), len(bed.val), len(bed.test)) == (5, 1, 23)
     assert not set(bed.loaders["val"].dataset.paths) & set(bed.loaders["test"].dataset.paths)
     assert len(bed.clean_val["openimage-o-val"]) == 4 and not bed.leaks
+    assert list(bed.tested) == ["id", "ninco"] and bed.tested["id"] is bed.test
 
 
 def test_validation_part_of_a_tested_set_leaks(tree, tmp_path, in_process):
