@@ -253,6 +253,11 @@ class Study:
         step, size = run.scores["step"], run.scores["group_size"]
         return run.scores[(step == self.step(run, moment)) & (size == group_size)]
 
+    def id_bits(self, run: Run, moment: Moment) -> NDArray[np.float64]:
+        """Bits per dim of the ID images under the flow, (n,)."""
+        part = self.at(run, moment)
+        return part.nll[part["set"] == "id"].to_numpy(dtype=np.float64)
+
     def n(self, group_size: int = 1) -> int:
         """Images, or groups, of the smallest set of all runs."""
         return min(found.n for (_, size), found in self.aurocs.items() if size == group_size)
