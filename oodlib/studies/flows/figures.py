@@ -65,13 +65,16 @@ def draw_bits(ax: Axes, study: Study, run: Run, moment: Moment) -> None:
     ids = part.nll[part["set"] == "id"]
     low, high = np.quantile(ids[np.isfinite(ids)], [0.005, 0.995])
     edges = np.linspace(low - 0.3 * (high - low), high + 0.3 * (high - low), 45).tolist()
-    look = {"bins": edges, "stat": "density", "element": "step", "ax": ax}
-    sns.histplot(x=ids, alpha=0.3, color="C0", label=short(run.spec.id_set), **look)
+    look = {"bins": edges, "element": "step", "ax": ax}
+    share = np.full(len(ids), 1 / len(ids))  # of the set, shown or not
+    sns.histplot(x=ids, weights=share, alpha=0.3, label=short(run.spec.id_set), **look)
     for name, colour, dash in zip(sets, ("C1", "C2", "C3"), ("--", ":", "-."), strict=False):
         values = part.nll[part["set"] == name]
         shown = values.between(edges[0], edges[-1]).mean()
         label = short(name) + (f" ({shown:.0%} shown)" if shown < 0.95 else "")
-        sns.histplot(x=values, color=colour, label=label, fill=False, linestyle=dash, **look)
+        look |= {"color": colour, "fill": False, "linestyle": dash}
+        share = np.full(len(values), 1 / len(values))
+        sns.histplot(x=values, weights=share, label=label, **look)
     title = f"{short(run.spec.id_set)} flow, step {study.step(run, moment)}"
     ax.set(xlabel="bits/dim", ylabel="", yticks=[], title=title)
     ax.legend(fontsize=9)
