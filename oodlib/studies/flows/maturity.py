@@ -6,7 +6,7 @@ A pair is an ID set and an OOD set. Seeds of a pair are averaged first; then pai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from oodlib import metrics
 from oodlib.errors import OodlibError
+from oodlib.metrics.estimate import Estimate
 from oodlib.metrics.statistics import overlap
 from oodlib.models.training.flow import kept_step
 
@@ -122,11 +123,19 @@ def auroc_along(
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """A number per pair: ``values`` (P,), bootstrap ``draws`` (n_boot, P), ``labels`` (P,)."""
+    """A number per pair: ``values`` (P,), bootstrap ``draws`` (n_boot, P), ``labels`` (P,).
+
+    ``n``: images, or groups, of the smallest set.
+
+    >>> pairs = Pairs(np.array([0.4, 0.8]), np.array([[0.3, 0.7], [0.5, 0.9]]), ["a", "b"])
+    >>> print(pairs.estimate(), pairs.smallest()[0])
+    0.600 [0.505, 0.695] a
+    """
 
     values: NDArray[np.float64]
     draws: NDArray[np.float64]
     labels: list[str]
+    n: int | None = None
 
     def __sub__(self, other: Pairs) -> Pairs:
         """Paired difference; the pairs must be the same."""
@@ -134,12 +143,37 @@ class Pairs:
             raise OodlibError(
                 f"Pairs: only the same pairs can be compared, got {self.labels} and {other.labels}."
             )
-        return Pairs(self.values - other.values, self.draws - other.draws, self.labels)
+        return Pairs(self.values - other.values, self.draws - other.draws, self.labels, self.n)
+
+    def only(self, chosen: NDArray[np.bool_]) -> Pairs:
+        """Some of the pairs, ``chosen`` (P,)."""
+        labels = [label for label, kept in zip(self.labels, chosen, strict=True) if kept]
+        return Pairs(self.values[chosen], self.draws[:, chosen], labels, self.n)
 
     @property
     def mean(self) -> tuple[float, NDArray[np.float64]]:
         """Mean over the pairs, and its draws (n_boot,)."""
         return float(self.values.mean()), self.draws.mean(1)
+
+    def estimate(self, statistic: Callable[[NDArray[Any]], Any] | None = None) -> Estimate:
+        """Mean over the pairs, or a ``statistic`` of arrays (..., P) over their last axis."""
+        found = statistic or (lambda values: values.mean(-1))
+        return Estimate.of(found(self.values), found(self.draws), n=self.n)
+
+    def smallest(self) -> tuple[str, Estimate]:
+        """The pair with the smallest value, and that value with an interval of level 0.05 / P.
+
+        It was picked among P pairs, so its interval is one that holds for all P at once.
+        """
+        worst, level = int(self.values.argmin()), 0.05 / len(self.values)
+        estimate = Estimate.of(self.values[worst], self.draws[:, worst], level=level, n=self.n)
+        return self.labels[worst], estimate
+
+    @property
+    def intervals(self) -> pd.DataFrame:
+        """One row per pair: pair, value, low, high (95 %)."""
+        low, high = np.quantile(self.draws, [0.025, 0.975], axis=0)
+        return pd.DataFrame({"pair": self.labels, "value": self.values, "low": low, "high": high})
 
 
 class Run(Protocol):
@@ -148,12 +182,15 @@ class Run(Protocol):
     Attributes
     ----------
     spec : ``name`` of the flow, its ``id_set``, and ``published_bpd`` or None
-    record : ``record["history"]`` holds a row per saved step: step, epoch, validation_bpd
+    seed : of the training
+    record : ``record["history"]`` holds a row per saved step: step, epoch, validation_bpd;
+        ``n_train`` is the number of training images
     scores : columns step, group_size, set, index, and the scores
     weights : steps whose weights are there
     """
 
     name: str
+    seed: int
     spec: Any
     record: dict[str, Any]
     scores: pd.DataFrame
@@ -215,6 +252,11 @@ class Study:
         step, size = run.scores["step"], run.scores["group_size"]
         return run.scores[(step == self.step(run, moment)) & (size == group_size)]
 
+    def id_bits(self, run: Run, moment: Moment) -> NDArray[np.float64]:
+        """Bits per dim of the ID images under the flow, (n,)."""
+        part = self.at(run, moment)
+        return part.nll[part["set"] == "id"].to_numpy(dtype=np.float64)
+
     def n(self, group_size: int = 1) -> int:
         """Images, or groups, of the smallest set of all runs."""
         return min(found.n for (_, size), found in self.aurocs.items() if size == group_size)
@@ -233,7 +275,8 @@ class Study:
                 values.append(np.mean([of_run.values[key] for of_run, key in found], axis=0))
                 draws.append(np.mean([of_run.draws[key] for of_run, key in found], axis=0))
                 labels += [f"{used[0].spec.id_set} → {ood}" for ood in aurocs[0].sets]
-        return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels)
+        n = self.n(group_size)
+        return Pairs(np.concatenate(values), np.concatenate(draws, axis=1), labels, n)
 
     def mature(self, flow: str) -> tuple[bool, str]:
         """`is_mature` of a flow's last step, on the mean of its seeds at common steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,7 +13,9 @@ from scipy.stats import spearmanr
 
 from oodlib import metrics
 from oodlib.errors import OodlibError
+from oodlib.metrics.estimate import percentile_interval
 from oodlib.metrics.statistics import magnitude, overlap, shared_half, spearman_along
+from oodlib.studies import flows
 from oodlib.studies.flows.maturity import Pairs, Study
 from oodlib.studies.flows.runs import FlowRun
 from oodlib.studies.flows.specs import FLOWS
@@ -191,3 +194,74 @@ def test_a_magnitude_reaches_zero_where_the_signed_interval_holds_it() -> None:
 def test_a_study_needs_a_flow() -> None:
     with pytest.raises(OodlibError, match="at least one flow"):
         Study([], ["density"])
+
+
+# --- what the notebook shows
+
+
+@pytest.fixture(scope="module")
+def whole() -> Study:
+    made = [(flow, seed) for flow in ("latin_glow", "textures_glow") for seed in (0, 1)]
+    runs = [made_run(flow, seed, ("a", "b")) for flow, seed in made]
+    for run in runs:
+        run.record["n_train"] = 400
+        for row in run.record["history"]:
+            row["train_bpd"] = 7.0
+    return Study(runs, ["density", "nll"], n_boot=30)
+
+
+def test_an_estimate_of_pairs_is_their_mean_or_any_statistic(whole):
+    pairs = whole.pairs("density", "last")
+    mean, share = pairs.estimate(), pairs.estimate(lambda auroc: (auroc > 0.9).mean(-1))
+    assert mean == (pairs.values.mean(), *percentile_interval(pairs.draws.mean(1)))
+    assert share.value == (pairs.values > 0.9).mean() and mean.n == whole.n() == 40
+    few = pairs.only(pairs.values > np.median(pairs.values))
+    assert len(few.labels) == few.draws.shape[1] == 2 and few.estimate().value > mean.value
+
+
+def test_the_smallest_of_many_pairs_has_a_wider_interval(whole):
+    pairs = whole.pairs("density", "one epoch")
+    label, smallest = pairs.smallest()
+    at = pairs.labels.index(label)
+    assert smallest.value == pairs.values.min()
+    assert tuple(smallest)[1:] == percentile_interval(pairs.draws[:, at], level=0.05 / 4)
+    assert pairs.intervals.iloc[at].low >= smallest.low
+
+
+def test_tables_hold_every_run(whole):
+    table, history = flows.flow_table(whole), flows.history(whole)
+    assert list(table.flow) == list(whole.runs) and set(table.mature) == {"no"}
+    assert len(history) == len(STEPS) * len(whole.runs)
+    rows = list(flows.results(whole))
+    bits = [row for row in rows if row["metric"] == "bits per dim"]
+    assert [row["value"] for row in bits] == history.validation_bpd.tolist()
+    assert len(rows) - len(bits) == 4 * 2 * len(STEPS) * 2 * 2  # runs, sizes, steps, scores, sets
+
+
+def test_curves_are_in_per_cent_with_intervals(whole):
+    curves = flows.curves(whole, ["density"])
+    assert set(curves.score) == {"density"} and len(curves) == 4 * len(STEPS) * 2
+    assert (curves.low <= curves.high).all() and curves.value.max() > 90
+    assert curves[curves.main].groupby("flow").seed.nunique().eq(1).all()
+
+
+def test_overlap_along_is_the_correlation_of_overlap_and_auroc(whole):
+    table, rho = flows.overlap_along(whole, n_boot=5)
+    assert rho.draws.shape == (5, 4) and len(table) == 4 * 2 * 2  # runs, steps after 0, sets
+    pair = table[(table.flow.str.startswith("latin")) & (table.OOD == "a")]
+    of_seeds = [spearmanr(t.overlap, t["AUROC density"])[0] for _, t in pair.groupby("flow")]
+    assert rho.values[0] == pytest.approx(np.mean(of_seeds))
+
+
+def test_figures_draw_every_pair(whole):
+    curves = flows.curves(whole, ["density", "nll"])
+    pairs = whole.pairs("nll", "last").labels
+    figure = flows.draw_curves(curves, {pair: flows.short(pair) for pair in pairs})
+    assert [ax.get_title() for ax in figure.axes if ax.get_visible()] == pairs
+    table, rho = flows.overlap_along(whole, n_boot=2)
+    lines = table.assign(pair=np.resize(rho.labels, len(table)))
+    figure, axes = plt.subplots(1, 2)
+    flows.draw_overlap(axes[0], lines, "density", rho.intervals.set_index("pair").value)
+    flows.draw_bits(axes[1], whole, whole.runs["latin_glow:0"], "last")
+    assert len(axes[1].get_legend().get_texts()) == 3
+    plt.close("all")
