@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,6 @@ class Parts:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-@lru_cache(maxsize=1)  # a run draws them once, however many networks and checkpoints it loads
 def embedded_sets(n_fit: int, n_test: int, n_ood: int, seed: int) -> Parts:
     n_val = min(n_test, N_VAL)
     sets = {
