@@ -88,7 +88,7 @@ def test_one_by_one_convolution_is_a_head():
 
 def test_head_followed_by_an_activation_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Softplus())
-    with pytest.raises(OodlibError, match="follows the last one"):
+    with pytest.raises(OodlibError, match="no linear layer gives"):
         find_head(model, torch.randn(2, 3, 2, 2))
 
 
