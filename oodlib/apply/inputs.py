@@ -105,8 +105,8 @@ class Images:
         """All images in one pass, or from the cache; an interrupted pass resumes."""
         with plain_errors(Exception):
             loader = image_loader(self.list, **self._batches)
-            options = {"device": self.device, "cache": self.cache, "model_name": self.model_name}
-            return extract(self.model, loader, shard_rows=SHARD, **options)
+            place: dict[str, Any] = {"cache": self.cache, "model_name": self.model_name}
+            return extract(self.model, loader, shard_rows=SHARD, device=self.device, **place)
 
     def banks(self, start: int, rows: int) -> Iterator[FeatureBank]:
         """From row ``start`` on, ``rows`` at a time; a damaged image has the label `UNREADABLE`."""

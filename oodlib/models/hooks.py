@@ -67,5 +67,5 @@ def find_head(model: nn.Module, example: Tensor) -> str:
     raise OodlibError(
         f"find_head: in {type(model).__name__} ({config.get('architecture', 'no timm model')}) no "
         "linear layer gives the model's output as it stands, but scores need logits = W features + "
-        "b. Use a network (or wrapper) with one linear head at its end."
+        "b. Use a network (or wrapper) with one linear head (undistilled, if distilled)."
     )

@@ -37,8 +37,8 @@ def check_timm_name(name: str, *, tag_needed: bool) -> None:
         )
     tags = _tags(architecture)
     if tag and tag not in tags:
-        known = ", ".join(tags) or "none"
-        raise OodlibError(f"timm's {architecture} has no tag {tag!r}. Its tags: {known}.")
+        own = ", ".join(tags) or "none"
+        raise OodlibError(f"timm's {architecture} has no tag {tag!r}. Its tags: {own}.")
     if tag_needed and not tags:
         raise OodlibError(f"timm has no weights of {architecture}. Give a file with weights.")
     if tag_needed and not tag:

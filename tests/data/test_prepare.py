@@ -520,7 +520,7 @@ def test_mirror_that_is_no_folder(toy, tmp_path):
 def test_unknown_names(toy):
     with refuses("image set must be one of cifar10", "got 'imagnet'"):
         load("imagnet", "test")
-    with refuses("no split 'val'", "test"):
+    with refuses("split must be one of test, got 'val'"):
         load("toy", "val")
 
 

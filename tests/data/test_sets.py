@@ -213,7 +213,7 @@ def test_records_are_complete():
         ({"split": "dev"}, "split must be one of train"),
         ({"style": "neon"}, "style must be"),
         ({"n": 0}, "n >= 1"),
-        ({"size": 4}, r"16 \\.\\. 512"),
+        ({"size": 4}, r"16 \.\. 512"),
     ],
 )
 def test_bad_arguments(arguments, message):

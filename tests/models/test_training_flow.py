@@ -417,7 +417,7 @@ def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
         ({"validation": VALIDATION[:0]}, "at least 1 validation, got 0"),
         (
             {"images": IMAGES[..., :6]},
-            r"images must be a tensor \(n, 1, 8, 8\) torch.uint8 .* got Tensor \(320, 1, 8, 6\)",
+            r"images must be uint8 \(n, 1, 8, 8\) .* got Tensor \(320, 1, 8, 6\)",
         ),
         ({"images": IMAGES.repeat(1, 3, 1, 1)}, r"got Tensor \(320, 3, 8, 8\)"),
         ({"images": IMAGES[:, 0]}, r"got Tensor \(320, 8, 8\)"),
@@ -425,7 +425,7 @@ def test_an_overflow_before_anything_was_kept_says_so(tmp_path, monkeypatch):
             {"images": IMAGES / 255},
             r"images must .* got Tensor \(320, 1, 8, 8\) torch.float32 on cpu.*255 \* x",
         ),
-        ({"images": IMAGES.numpy()}, "must be a tensor .* got ndarray"),
+        ({"images": IMAGES.numpy()}, "must be uint8 .* got ndarray"),
         ({"validation": VALIDATION / 255}, "validation must .* torch.float32"),
         ({"validation": VALIDATION[..., :6]}, "validation must"),
         ({"images": torch.full_like(IMAGES, 7)}, "needs images that vary"),
