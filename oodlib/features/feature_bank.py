@@ -181,7 +181,7 @@ class FeatureBank:
             left_out = f" ({self.unknown} of unknown label left out)" if self.unknown else ""
             raise OodlibError(
                 f"{what}: accuracy {self.accuracy:.1%} on {len(self) - self.unknown} ID images"
-                f"{left_out}, expected {at_least:.1%}. Check weights, label order and transform."
+                f"{left_out}, expected at least {at_least:.1%}. Check weights, labels, transform."
             )
         return self.accuracy
 

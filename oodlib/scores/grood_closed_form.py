@@ -110,6 +110,7 @@ def _polar(
 
 
 def unit(difference: Tensor, distance: Tensor) -> Tensor:
+    """Rows (n, D) of length (n,) divided by it; zero rows stay zero."""
     return difference / torch.where(distance > 0, distance, 1)[:, None]
 
 
