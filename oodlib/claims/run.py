@@ -339,16 +339,13 @@ class Run:
         self._inputs["weights"] |= weights
         self._inputs["data"] |= data
 
-    def finish(
-        self, *, weights: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None
-    ) -> None:
+    def finish(self) -> None:
         """Write results.csv, claims.json, contents.json, provenance.json and any scores.parquet.
 
         Claims without a verdict become "not testable here" where this profile does not judge them.
         One that it must judge and that no cell judged is an OodlibError in a headless run; by hand,
         where cells may be left out, the reason says so.
         """
-        self.uses(weights=weights or {}, data=data or {})  # goes with the notebooks' rewriting
         verdicts = self._all_verdicts()
         forgotten = [verdict.claim.id for verdict in verdicts if verdict.verdict not in VERDICTS]
         if forgotten:
@@ -390,35 +387,6 @@ class Run:
 
     def _untested(self, rule: Claim, reason: str, word: str = "not testable here") -> Verdict:
         return Verdict(claim=rule, profile=self.profile, verdict=word, reason=reason)
-
-    # goes with the notebooks' rewriting
-    def claim(
-        self,
-        claim: str,
-        *,
-        value: float,
-        low: float | None = None,
-        high: float | None = None,
-        n: int | None = None,
-        detail: str = "",
-        network: str = "",
-        own: bool = True,
-        doubt: str = "",
-    ) -> Verdict:
-        """`oodlib.claims.judge` by numbers, without a printed line."""
-        rule = self.rule(claim)
-        text: dict[str, Any] = {"detail": detail, "network": network, "doubt": doubt}
-        self.verdicts[rule.id] = judge(
-            rule, self.profile, value, low, high, n, paper_setting=own, **text
-        )
-        return self.verdicts[rule.id]
-
-    # goes with the notebooks' rewriting
-    def untestable(self, claim: str, reason: str) -> Verdict:
-        """The verdict "not testable here" for a reason found in the run."""
-        rule = self.rule(claim)
-        self.verdicts[rule.id] = self._untested(rule, reason)
-        return self.verdicts[rule.id]
 
     def _add(self, kind: str, name: str, caption: str) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -1,14 +1,8 @@
 """A network with its ID and OOD sets, the scores of every detector on it, and plots of them."""
 
 from oodlib.experiments.beds import Beds, load, score
-from oodlib.experiments.evaluate import (
-    font_control,
-    interval,
-    judge_each,
-    judged,
-    mean_metric,
-    record,
-)
+from oodlib.experiments.evaluate import font_control, mean_metric
+from oodlib.experiments.openood import near_and_far, openood_departures, openood_published
 from oodlib.experiments.plots import histograms, image_rows, interval_dots
 from oodlib.experiments.protocols import OPENOOD_SETS, ImageNetFiles
 from oodlib.experiments.testbed import Testbed, testbed, validation_banks
@@ -25,13 +19,12 @@ __all__ = [
     "font_control",
     "histograms",
     "image_rows",
-    "interval",
     "interval_dots",
-    "judge_each",
-    "judged",
     "load",
     "mean_metric",
-    "record",
+    "near_and_far",
+    "openood_departures",
+    "openood_published",
     "score",
     "testbed",
     "validation_banks",

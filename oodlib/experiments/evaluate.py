@@ -1,9 +1,6 @@
-"""Metrics of a test bed's scores, a control of fonts, and what notebooks used before `Board`."""
+"""A mean metric without interval, and the control of fonts."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +8,7 @@ import pandas as pd
 from oodlib import metrics
 from oodlib.claims import Run
 from oodlib.experiments.testbed import Testbed
-from oodlib.metrics import METRICS, Board, Estimate, Scores
+from oodlib.metrics import Board, Scores
 
 
 def font_control(
@@ -61,67 +58,3 @@ def font_control(
 def mean_metric(values: Scores, metric: str = "AUROC") -> float:
     """Unweighted mean of a metric over the OOD sets, without interval."""
     return Board(scores={"": {"": values}}).value("", metric)
-
-
-# goes with the notebooks' rewriting
-def record(
-    run: Run,
-    bed: Testbed,
-    scores: Mapping[str, Scores],
-    *,
-    variants: Mapping[str, str] | None = None,
-    which: Sequence[str] = tuple(METRICS),
-    n_boot: int = 1000,
-) -> None:
-    """`Board.results` of one test bed, written into a run."""
-    if scores:
-        board = Board(
-            scores={bed.network: scores},
-            group={bed.network: bed.group},
-            id_name={bed.network: bed.id_name},
-            n_boot=n_boot,
-            seed=run.seed,
-        )
-        run.show(board, metrics=which, variants=variants, tables=(), scores=False)
-
-
-# goes with the notebooks' rewriting
-def judged(values: Scores, smallest_n: int) -> Scores:
-    """Scores without the OOD sets that are too small to judge a claim."""
-    return {k: v for k, v in values.items() if k == "id" or len(v) >= smallest_n}
-
-
-# goes with the notebooks' rewriting
-def interval(
-    methods: Mapping[str, Mapping[str, Scores]],
-    statistic: Callable[[dict[str, Any]], Any],
-    *,
-    metric: str = "AUROC",
-    n_boot: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """`Board.statistic`."""
-    return Board(scores=methods, n_boot=n_boot, seed=seed).statistic(statistic, metric)
-
-
-# goes with the notebooks' rewriting
-def judge_each(
-    run: Run,
-    claim: str,
-    found: Sequence[float],
-    each: Mapping[str, Sequence[float]],
-    *,
-    n: int,
-    detail: str = "",
-) -> list[dict[str, str]]:
-    """`Run.judge` -> one row per network."""
-
-    def estimate(numbers: Sequence[float], **more: Any) -> Estimate:
-        value, low, high = map(float, numbers)
-        return Estimate(value=value, low=low, high=high, **more)
-
-    networks = {name: estimate(numbers) for name, numbers in each.items()}
-    done = len(run.judged_networks())
-    run.judge(claim, estimate(found, each=networks), n=n, detail=detail, paper_setting=True)
-    rows: list[dict[str, str]] = run.judged_networks()[done:].to_dict("records")
-    return rows

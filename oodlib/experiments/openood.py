@@ -9,8 +9,6 @@ from oodlib.data import published
 from oodlib.experiments.testbed import Testbed
 from oodlib.metrics import METRICS, Board
 
-__all__ = ["near_and_far", "openood_departures", "openood_published", "openood_sets"]
-
 # the OOD sets of its CIFAR protocols, with the images that it tests; unknown where not of CIFAR-10
 _SETS = {
     "cifar100": 9000,

@@ -19,23 +19,6 @@ from oodlib.metrics import fit_temperature
 from oodlib.scores import Detector, create, energy, max_logit, msp, odin, opnp_sensitivity
 from oodlib.scores.opnp_ratios import Choice, Sweep, choose, choose_both, kept, sweep
 
-__all__ = [
-    "OTHERS",
-    "Mechanism",
-    "best_tail",
-    "boundary_distance",
-    "choose_all",
-    "combine",
-    "control_masks",
-    "image_nll",
-    "mechanism",
-    "mechanism_draws",
-    "pruner",
-    "reaction",
-    "sample",
-    "split_halves",
-]
-
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Banks = Mapping[str, FeatureBank]

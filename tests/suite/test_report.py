@@ -12,7 +12,7 @@ import pytest
 from oodlib.claims import Run
 from oodlib.claims.run import RESULT_COLUMNS, markdown_table
 from oodlib.errors import OodlibError
-from oodlib.experiments.evaluate import judge_each
+from oodlib.metrics import Estimate
 from oodlib.suite.report import build_report, collect, verdict_lines
 from oodlib.suite.verify import update_reference
 from oodlib.workspace import STAMP
@@ -78,8 +78,10 @@ def toy_run(auroc: float = 0.75, *, fpr: float = 0.4, low: float = 0.7) -> Run:
         value=fpr,
     )
     run.scores(model="net", set="b", split="test", method="msp", values=np.arange(4.0))
-    run.claim("toy/C1", value=auroc, low=low, high=0.8, n=10, network="toy net")
-    run.finish(weights={"net": "abc"}, data={"a": "def"})
+    measured = Estimate(value=auroc, low=low, high=0.8)
+    run.judge("C1", measured, n=10, network="toy net", paper_setting=True)
+    run.uses(weights={"net": "abc"}, data={"a": "def"})
+    run.finish()
     (run.folder / STAMP).write_text("key")
     return run
 
@@ -130,16 +132,21 @@ def test_a_forgotten_claim_is_an_error_in_a_headless_run(
     with pytest.raises(OodlibError, match="toy/C1 must be judged at laptop"):
         run.finish()
     with pytest.raises(OodlibError, match="no claim 'toy/C9'"):
-        run.claim("toy/C9", value=1.0)
+        run.judge("toy/C9", 1.0)
 
 
 def test_a_claim_is_judged_over_all_networks_and_on_each(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run("01_toy", profile="laptop", seed=0)
-    each = {"good": (0.9, 0.8, 0.95), "bad": (0.3, 0.2, 0.4)}
-    rows = judge_each(run, "toy/C1", (0.6, 0.45, 0.7), each, n=10, detail="mean")
-    assert [(r["claim"], r["network"], r["measured"], r["unit"], r["verdict"]) for r in rows] == [
+    each = {
+        "good": Estimate(value=0.9, low=0.8, high=0.95),
+        "bad": Estimate(value=0.3, low=0.2, high=0.4),
+    }
+    pooled = Estimate(value=0.6, low=0.45, high=0.7, each=each)
+    run.judge("C1", pooled, n=10, detail="mean")
+    rows = run.judged_networks()[["claim", "network", "measured", "unit", "verdict"]]
+    assert list(rows.itertuples(index=False, name=None)) == [
         ("C1", "good", "90.00 [80.00, 95.00]", "percent", "trend holds"),
         ("C1", "bad", "30.00 [20.00, 40.00]", "percent", "trend absent"),
     ]

@@ -22,8 +22,6 @@ from oodlib.studies.flows.runs import FlowRun
 from oodlib.studies.flows.score_images import dequantised, gradient_norms, group_bits
 from oodlib.studies.flows.specs import flow_sets
 
-__all__ = ["Anatomy", "dissect", "kolmogorov", "mean_correlation"]
-
 _KINDS = {  # of tensors, by their names
     "actnorm": "actnorm|norm1|norm2",
     "1x1 convolution": "mix",

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SCORE_COLOURS", "draw_bits", "draw_curves", "draw_overlap"]
 
 SCORE_COLOURS = {
     "nll": COLOURS["chance"],

@@ -10,8 +10,6 @@ from oodlib.studies.flows.runs import FlowRun, flow_run
 if TYPE_CHECKING:
     from oodlib.claims import Run
 
-__all__ = ["load"]
-
 
 def load(run: Run, names: Sequence[str], **options: Any) -> list[FlowRun]:
     """Flows by name, as `flow_run` gives them; prints one line each.

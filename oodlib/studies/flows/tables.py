@@ -12,8 +12,6 @@ import pandas as pd
 from oodlib.metrics.statistics import spearman_along
 from oodlib.studies.flows.maturity import Pairs, Study
 
-__all__ = ["curves", "flow_table", "history", "overlap_along", "results", "short"]
-
 _SHORT = {"fashion-mnist": "F-MNIST", "tiny-imagenet": "TIN", "-incomplete": ""}
 
 

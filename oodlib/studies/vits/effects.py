@@ -251,7 +251,3 @@ def _sign_test(differences: ArrayLike) -> float:
     signs = np.sign(np.asarray(differences))
     signs = signs[signs != 0]
     return float(binomtest(int((signs > 0).sum()), len(signs)).pvalue) if len(signs) else 1.0
-
-
-# goes with the notebooks' rewriting
-mean, draw, groups = clustered_mean, resampled_rows, cluster_rows

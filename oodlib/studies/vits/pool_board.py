@@ -13,8 +13,6 @@ from oodlib.studies.vits.image_sets import NEAR, TASKS
 from oodlib.studies.vits.pool_table import read_pool
 from oodlib.studies.vits.stored import Models, pool_models
 
-__all__ = ["pool_board", "pretraining_kind"]
-
 
 def pool_board(
     run: Run, pool: str, names: Sequence[str], scores: Mapping[str, str], *, n_boot: int

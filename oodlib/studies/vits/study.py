@@ -22,8 +22,6 @@ from oodlib.studies.vits.pool_table import read_pool
 from oodlib.studies.vits.stored import Models, pool_models
 from oodlib.studies.vits.sweep.results import swept_models
 
-__all__ = ["FREE", "SUITES", "THREE", "Study", "load_study"]
-
 THREE = ("mahalanobis", "relative_mahalanobis", "max_logit")  # the scores of the study
 SUITES = ("near", "unit_tests")
 FREE = {"dropout": ("stochastic_depth",)}  # factor -> what changes with it
