@@ -95,4 +95,5 @@ def draw_overlap(ax: Axes, lines: pd.DataFrame, score: str, rho: pd.Series) -> N
         ax.annotate("", last, before, arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 2})
     ax.axhline(50, color="black", lw=0.5)
     ax.set(xlabel="overlap of bits/dim", ylabel="AUROC (%)", title=score)
-    ax.get_legend().remove()
+    if legend := ax.get_legend():
+        legend.remove()
