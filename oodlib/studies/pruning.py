@@ -17,7 +17,8 @@ from oodlib.errors import one_of
 from oodlib.features.feature_bank import FeatureBank, Head
 from oodlib.metrics import fit_temperature
 from oodlib.scores import Detector, create, energy, max_logit, msp, odin, opnp_sensitivity
-from oodlib.scores.opnp_ratios import Choice, Sweep, choose, choose_both, kept, sweep
+from oodlib.scores.opnp import kept
+from oodlib.scores.opnp_ratios import Choice, Sweep, choose, choose_both, sweep
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,10 @@ def drawn_once(draw: Callable[..., ImageSet]) -> Callable[..., ImageSet]:
 
 def _write(path: Path, images: ImageSet) -> None:
     names = np.array([images.name, images.split, *images.class_names])
-    arrays = {"images": images.images, "labels": images.labels, "names": names}
+    arrays: dict[str, Any] = {f"meta.{key}": value for key, value in images.meta.items()}
+    arrays |= {"images": images.images, "labels": images.labels, "names": names}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, **{f"meta.{key}": value for key, value in images.meta.items()})
+        np.savez(file, **arrays)
 
 
 def _read(path: Path) -> ImageSet:
