@@ -181,9 +181,9 @@ def test_pooled_set_takes_the_tests_in_turn():
         ({"name": "plasma"}, "got 'plasma'"),
         ({"name": "uni", "size": None}, "give size, or canvas"),
         ({"name": "uni", "n": 0}, "n >= 1"),
-        ({"name": "uni", "size": 4}, "at least 12 x 12"),
+        ({"name": "uni", "size": 4}, "12 x 12 pixels"),
         *(
-            ({"name": name}, "at least 400 in-distribution test images as id_images, got 0")
+            ({"name": name}, "at least 400 ID test images .id_images., got 0")
             for name in NEEDS_ID_IMAGES
         ),
     ],
