@@ -33,6 +33,7 @@ def tensor64(value: Any) -> Tensor:
 
 
 def check_temperature(name: str, temperature: float) -> None:
+    """OodlibError unless the temperature is a positive, finite number."""
     if not 0 < temperature < float("inf"):
         raise OodlibError(f"{name}: temperature must be positive and finite, got {temperature}.")
 
@@ -61,6 +62,7 @@ def check_finite(what: str, values: NDArray[Any]) -> None:
 
 
 def check_k(name: str, k: Any, size: int) -> None:
+    """OodlibError unless k is between 1 and the number of rows."""
     if not isinstance(k, int | np.integer) or not 1 <= k <= size:
         raise OodlibError(
             f"{name}: k must lie in 1 .. {size} (the size of the bank), got {k!r}. Give a smaller "

@@ -88,6 +88,7 @@ class Parts:
 
 
 def embedded_sets(n_fit: int, n_test: int, n_ood: int, seed: int) -> Parts:
+    """The built-in sets of a run: Latin letters as ID, scripts as near-OOD, the rest as far-OOD."""
     n_val = min(n_test, N_VAL)
     sets = {
         "fit": embedded("latin", "train", n=n_fit),
@@ -113,6 +114,7 @@ def embedded_sets(n_fit: int, n_test: int, n_ood: int, seed: int) -> Parts:
 
 
 def cifar(id_name: str, n_fit: int, n_test: int, n_ood: int, seed: int) -> Parts:
+    """The protocol of CIFAR-10 or CIFAR-100, with the OOD sets that are available."""
     protocol = cifar_protocol(id_name, n_fit=n_fit, n_val=N_VAL, seed=seed)
     ood = {name: s.sample(n_ood, seed=seed) for name, s in (protocol.near | protocol.far).items()}
     sets = {"val": protocol.id_val, "test": protocol.id_test.sample(n_test, seed=seed)}

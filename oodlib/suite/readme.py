@@ -68,9 +68,10 @@ def network_names(text: str, weights: Iterable[str]) -> list[str]:
     """The networks that a claim's ``network`` names, where ``weights`` are those of the run.
 
     "a:0, b" and "a:0,1" name two each; a recipe without its seed stands for every seed of it in
-    ``weights``.
+    ``weights``, but not for the epochs of one training.
     """
     names = []
+    weights = [name for name in weights if ":epoch" not in name]
     for part in text.split(", ") if text else ():
         recipe, _, seeds = part.partition(":")
         if seeds:

@@ -23,6 +23,7 @@ _KEPT = ("results.csv", "claims.json", "contents.json", "provenance.json")
 
 
 def reference_folder() -> Path:
+    """Where the committed results of a profile lie."""
     return root() / "figures" / "reference"
 
 

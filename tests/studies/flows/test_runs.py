@@ -424,7 +424,7 @@ def test_scores_of_steps_outside_the_history_do_not_count(trained, whole):
 
 def test_weights_of_a_step_that_was_not_kept_name_those_that_were(trained):
     with pytest.raises(
-        OodlibError, match=r"present: step_0000000, step_0000002, step_0000004.*train latin_glow"
+        OodlibError, match=r"Present: step_0000000, step_0000002, step_0000004.*train latin_glow"
     ):
         flow_run("latin_glow:0").model(3)
 

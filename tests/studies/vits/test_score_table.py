@@ -11,13 +11,13 @@ import pytest
 
 from oodlib import FeatureBank, OodlibError
 from oodlib.scores import create
+from oodlib.studies.vits.reference import reference
 from oodlib.studies.vits.score_table import (
     SCORES,
     Reference,
     all_scores,
     geometry,
     norm_correlation,
-    reference,
     score_table,
 )
 
