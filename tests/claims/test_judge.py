@@ -19,7 +19,7 @@ TREND = Claim(
     direction="above",
     margin=0.5,
     unit="percent",
-    counted="images a side",
+    counted="images per side",
     smallest_n=1000,
     profiles=("laptop", "benchmark", "paper"),
     paper_setting=("paper",),
@@ -86,7 +86,8 @@ def test_verdict(
 
 
 def test_too_small_a_sample_says_so() -> None:
-    assert "n = 10 images a side, at least 1000" in judge(TREND, "laptop", 0.6, 0.5, 0.7, 10).reason
+    verdict = judge(TREND, "laptop", 0.6, 0.5, 0.7, 10)
+    assert "n = 10 images per side, at least 1000" in verdict.reason
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_too_small_a_sample_says_so() -> None:
         ((float("nan"), 0.1, 0.2), 1000, "finite"),
         ((0.6, 0.5, None), 1000, "finite"),
         ((60.0, 55.0, 65.0), 1000, "fractions, not per cent"),
-        ((0.6, 0.5, 0.7), None, r"n \(number of images a side\)"),
+        ((0.6, 0.5, 0.7), None, r"n \(number of images per side\)"),
     ],
 )
 def test_bad_measurement(values: tuple[Any, Any, Any], n: int | None, message: str) -> None:
