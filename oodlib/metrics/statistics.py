@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from oodlib.errors import OodlibError
+from oodlib.metrics.estimate import percentile_interval
 
 
 def overlap(a: ArrayLike, b: ArrayLike, *, bandwidth: float = 0.1, resolution: int = 20) -> float:
@@ -85,9 +86,9 @@ def magnitude(value: float, draws: ArrayLike) -> tuple[float, list[float]]:
     >>> magnitude(-0.5, [-0.6] * 50 + [-0.4] * 50)
     (0.5, [0.4, 0.6])
     """
-    low, high = np.quantile(np.asarray(draws), [0.025, 0.975])
+    low, high = percentile_interval(draws)
     ends = sorted([abs(low), abs(high)])
-    return abs(value), [0.0 if low <= 0 <= high else float(ends[0]), float(ends[1])]
+    return abs(value), [0.0 if low <= 0 <= high else ends[0], ends[1]]
 
 
 def shared_half(

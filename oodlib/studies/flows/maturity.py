@@ -67,6 +67,10 @@ class Aurocs:
     n: int
     infinite: dict[tuple[int, str], int]
 
+    def ends(self, step: int, score: str) -> NDArray[np.float64]:
+        """Lower and upper ends of the 95 % intervals, (2, sets)."""
+        return np.quantile(self.draws[step, score], [0.025, 0.975], axis=0)
+
 
 def auroc_along(
     scores: pd.DataFrame,

@@ -71,7 +71,7 @@ def curves(study: Study, names: Sequence[str]) -> pd.DataFrame:
         keys = {"flow": run.spec.name, "seed": run.seed, "main": main}
         for (step, score), values in found.values.items():
             if score in names:
-                low, high = np.quantile(found.draws[step, score], [0.025, 0.975], axis=0)
+                low, high = found.ends(step, score)
                 pair = [f"{run.spec.id_set} → {ood}" for ood in found.sets]
                 ends = {"value": 100 * values, "low": 100 * low, "high": 100 * high}
                 rows.append(pd.DataFrame({"pair": pair, "step": step, "score": score, **ends}))
@@ -94,7 +94,7 @@ def results(study: Study) -> Iterator[dict[str, Any]]:
         for (step, score), values in found.values.items():
             if step not in ends and score not in ("nll", "density"):
                 continue
-            low, high = np.quantile(found.draws[step, score], [0.025, 0.975], axis=0)
+            low, high = found.ends(step, score)
             what = {"method": score, "variant": f"step {step}, B = {size}", "metric": "auroc"}
             where = {"model": name, "id": run.spec.id_set, "seed": run.seed}
             counts = {"n_id": found.n, "n_ood": found.n}
