@@ -76,7 +76,7 @@ _HELP = {
     ),
     "notebook": (notebook, "run the named notebooks only"),
     "test": (test, "run the tests on all cores (further arguments go to pytest)"),
-    "test-quick": (test_quick, "run the tests that are not marked slow: about two minutes"),
+    "test-quick": (test_quick, "run the tests that are not marked slow"),
     "lab": (lab, "open JupyterLab"),
     "data": (
         data,
